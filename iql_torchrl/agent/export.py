@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from iql_torchrl.agent.task import Task
-from iql_torchrl.data.schema import MASK, Key, field_of_space, leaf_spaces
+from iql_torchrl.data.codec import field_of_space, leaf_spaces
+from iql_torchrl.data.schema import MASK, Key
 from iql_torchrl.descriptions import bounds_in_words, describe_space, one_line
 from iql_torchrl.evaluation.acting import as_in_evaluation, check_policy
 from iql_torchrl.evaluation.policy_input import needs_mask, reads_names_at_top_level, whole_limits
-from iql_torchrl.files import make_folder, whole_file
+from iql_torchrl.files import atomic_write, make_folder
 from iql_torchrl.networks import HISTORY_MASK, chunk_of, history_of, repeat_first, stack_frames
 from iql_torchrl.private_apis import assert_dtype, assert_later
 
@@ -285,10 +286,10 @@ def export_policy(policy: TensorDictModuleBase, task: Task, path: str | Path) ->
         _compare(run, batches, actions, tolerance, f"this {kind}, once {form},")
     description |= {"use": USE[path.suffix], "versions": versions()}
     note = json.dumps(description, indent=2, allow_nan=False) + "\n"
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_bytes(file.getvalue())
         beside = path.with_suffix(".json" if path.suffix == ".pt2" else ".onnx.json")
-        with whole_file(beside) as temporary_note:
+        with atomic_write(beside) as temporary_note:
             temporary_note.write_text(note)
     return path
 

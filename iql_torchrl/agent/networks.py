@@ -21,7 +21,8 @@ from iql_torchrl import networks, policies
 from iql_torchrl.agent.task import Task
 from iql_torchrl.config import IQLConfig
 from iql_torchrl.data import DatasetSummary
-from iql_torchrl.data.schema import Key, dotted, leaf_spaces
+from iql_torchrl.data.codec import leaf_spaces
+from iql_torchrl.data.schema import Key, dotted
 from iql_torchrl.data.spaces import (
     is_image,
     is_vector,

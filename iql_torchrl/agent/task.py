@@ -15,7 +15,8 @@ from torch import Tensor
 from torchrl.data import Composite, TensorSpec
 
 from iql_torchrl.data import DatasetSummary, ObservationStatistics
-from iql_torchrl.data.schema import ACTION, Key, observation_spec_of, spec_of_space
+from iql_torchrl.data.codec import observation_spec_of, spec_of_space
+from iql_torchrl.data.schema import ACTION, Key
 
 # by type of space, the attributes that make an equal one; a Dict has its spaces by name
 ATTRIBUTES = {

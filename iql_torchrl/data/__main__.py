@@ -23,15 +23,15 @@ from iql_torchrl.data import (
 )
 from iql_torchrl.data.builtin import (
     BUILTIN,
-    OGBENCH_LOCAL,
     ensure_dataset,
     ensure_source,
     make_dataset,
 )
+from iql_torchrl.data.codec import leaf_spaces
 from iql_torchrl.data.picture import check_picture_path, draw
 from iql_torchrl.data.replay import leaf_keys
 from iql_torchrl.data.saved import verify
-from iql_torchrl.data.schema import ACTION, REWARD, leaf_spaces
+from iql_torchrl.data.schema import ACTION, REWARD
 from iql_torchrl.descriptions import describe_space
 
 NAME_WIDTH = 26
@@ -42,8 +42,7 @@ class List:
     """List the datasets that can be made on this machine."""
 
     def run(self) -> None:
-        recipes: dict[str, Any] = {**BUILTIN, **OGBENCH_LOCAL}
-        for name, recipe in recipes.items():
+        for name, recipe in BUILTIN.items():
             print(f"{name} ({recipe.episodes} episodes)")
             print(textwrap.indent(textwrap.fill(recipe.description, 92), "    "))
 
@@ -92,6 +91,8 @@ class Source:
     """length at which episodes without truncated flags are cut"""
     clip_actions: bool = False
     """clip actions to their bounds"""
+    autoreset: bool | None = None
+    """True drops the row after each end of an episode, False keeps all; None recognises them"""
 
     def options(self) -> dict[str, Any]:
         given = {each.name: getattr(self, each.name) for each in fields(Source)[1:]}

@@ -17,11 +17,12 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
+from iql_torchrl.data.codec import leaf_spaces
 from iql_torchrl.data.dataset import OfflineDataset
-from iql_torchrl.data.schema import ACTION, MASK, REWARD, TERMINATED, leaf_spaces
+from iql_torchrl.data.schema import ACTION, MASK, REWARD, TERMINATED
 from iql_torchrl.data.spaces import is_image
 from iql_torchrl.descriptions import describe_space
-from iql_torchrl.files import make_folder, whole_file
+from iql_torchrl.files import atomic_write, make_folder
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,7 +54,7 @@ def draw(dataset: OfflineDataset, path: Path, hints: Sequence[str] = ()) -> None
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    with whole_file(path) as temporary, warnings.catch_warnings(), rc_context(STYLE):
+    with atomic_write(path) as temporary, warnings.catch_warnings(), rc_context(STYLE):
         warnings.filterwarnings("ignore", "Glyph .* missing from")  # drawn as a box
         figure = dataset_figure(dataset, hints)
         FigureCanvasAgg(figure)

@@ -161,6 +161,13 @@ REFERENCE_RETURNS: dict[str, tuple[float, float]] = {
     "kitchen": (0.0, 4.0),
 }
 
+#: Attributes with the returns of a random policy and of an expert; the last two are Minari's.
+REFERENCE_NAMES = (
+    ("random", "expert"),
+    ("minimum", "maximum"),
+    ("ref_min_score", "ref_max_score"),
+)
+
 
 def normalised_score(
     returns: ArrayLike, reference_scores: tuple[float, float]
@@ -175,8 +182,11 @@ def normalised_score(
     return 100.0 * (np.asarray(returns, dtype=np.float64) - low) / (high - low)
 
 
-def known_scores(scores: tuple[float, float] | str | None) -> tuple[float, float] | None:
-    """``(random, expert)``, or those of a task of ``REFERENCE_RETURNS``; ``DatasetError`` otherwise."""
+def known_scores(scores: Any) -> tuple[float, float] | None:
+    """``(random, expert)`` from that pair, a task of ``REFERENCE_RETURNS``, or an object with both.
+
+    The object has them under one of ``REFERENCE_NAMES``. Raises ``DatasetError`` for anything else.
+    """
     if scores is None:
         return None
     if isinstance(scores, str):
@@ -185,9 +195,14 @@ def known_scores(scores: tuple[float, float] | str | None) -> tuple[float, float
                 f"reference_scores: {scores!r} is not among {', '.join(REFERENCE_RETURNS)}."
             )
         return REFERENCE_RETURNS[scores]
-    if not _pair(scores) or not scores[0] < scores[1]:
+    pair = scores
+    for names in REFERENCE_NAMES:
+        if all(hasattr(scores, name) for name in names):
+            pair = [getattr(scores, name) for name in names]
+    if not _pair(pair) or not pair[0] < pair[1]:
         raise DatasetError(
-            "reference_scores: expected two returns (random, expert), the second greater, or a "
-            f"task's name, got {scores!r}."
+            "reference_scores must be two finite returns (random, expert), the second greater, the "
+            "name of a task, or an object with two such attributes "
+            f"({' or '.join(map(' and '.join, REFERENCE_NAMES))}); got {scores!r}."
         )
-    return float(scores[0]), float(scores[1])
+    return float(pair[0]), float(pair[1])

@@ -286,9 +286,10 @@ def environment_actions(actions: Tensor, space: spaces.Space[Any], moments: Mome
     """The policy's actions ``(B, ...)``, checked, each in the form that the environment accepts.
 
     ``moments`` are the ``(episode, step)`` of each row, for messages. For Discrete: Python
-    integers, from indices counted from zero or the largest of n values. For Box: arrays in the
-    space's dtype, clipped where they exceed a bound by at most 1e-6 (relative beyond 1). Raises
-    ``ValueError`` for an action that is NaN, infinite, out of bounds or of the wrong shape.
+    integers, from indices counted from zero or the largest of n values. For MultiDiscrete: arrays,
+    from indices counted from zero. For Box: arrays in the space's dtype, clipped where they exceed a
+    bound by at most 1e-6 (relative beyond 1). Raises ``ValueError`` for an action that is NaN,
+    infinite, out of bounds or of the wrong shape.
     """
     actions = actions.detach().cpu()
     values = (actions.double() if actions.is_floating_point() else actions).numpy()
@@ -300,16 +301,23 @@ def environment_actions(actions: Tensor, space: spaces.Space[Any], moments: Mome
     if isinstance(space, spaces.Discrete):
         _refuse(np.isnan(values), values, moments, "is NaN; look for NaN in its parameters")
         return _discrete_actions(values, space, moments)
-    if not isinstance(space, spaces.Box):
+    if not isinstance(space, spaces.Box | spaces.MultiDiscrete):
         raise ValueError(
-            f"the action space must be Box or Discrete, found {describe_space(space)}; wrap the "
-            "environment"
+            f"the action space must be Box, Discrete or MultiDiscrete, found {describe_space(space)}; "
+            "wrap the environment"
         )
-    if values.shape[1:] != space.shape:
+    categories = isinstance(space, spaces.MultiDiscrete)
+    integers = np.issubdtype(values.dtype, np.integer)
+    if values.shape[1:] != space.shape or (categories and not integers):
         raise ValueError(
-            f"policy output 'action' must have shape {(len(moments), *space.shape)} for "
-            f"{describe_space(space)}, found {values.shape}"
+            f"policy output 'action' must have shape {(len(moments), *space.shape)}"
+            f"{' and integers' if categories else ''} for {describe_space(space)}, found "
+            f"{values.dtype} of shape {values.shape}"
         )
+    if isinstance(space, spaces.MultiDiscrete):
+        outside = (values < 0) | (values >= space.nvec)
+        _refuse(outside, values, moments, f"is not in 0 <= index < n of {describe_space(space)}")
+        return list((values + space.start).astype(space.dtype))
     low, high = space.low.astype(np.float64), space.high.astype(np.float64)
     excess = [ACTION_TOLERANCE * np.maximum(1.0, np.abs(bound)) for bound in (low, high)]
     outside = (values < low - excess[0]) | (values > high + excess[1])

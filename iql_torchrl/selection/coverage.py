@@ -8,7 +8,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from iql_torchrl.data import OfflineDataset
-from iql_torchrl.data.schema import leaf_spaces
+from iql_torchrl.data.codec import leaf_spaces
 from iql_torchrl.data.spaces import is_image, usual_encoder
 from iql_torchrl.descriptions import describe_space
 from iql_torchrl.networks import Standardise

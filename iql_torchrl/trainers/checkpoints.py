@@ -288,7 +288,7 @@ class ResumableTrainer(Trainer):
         if self.checkpoint_rotation is not None:
             name = f"{files.PREFIX}{self.updates:012d}{files.SUFFIX}"
             path = Path(self.checkpoint_rotation.directory) / name
-        with files.naming(path):
+        with files.with_filename(path):
             self._save_trainer()
         if self._keep_as is not None:
             files.replace_by_link(path, self._keep_as)

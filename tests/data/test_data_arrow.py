@@ -80,7 +80,7 @@ def test_any_division_into_files_row_groups_and_batches(
     tmp_path, row_group, batch_bytes, monkeypatch
 ):
     monkeypatch.setattr("iql_torchrl.data.readers.arrow.BATCH_BYTES", batch_bytes)
-    monkeypatch.setattr("iql_torchrl.data.readers.episodes.CHUNK_BYTES", 4 * batch_bytes)
+    monkeypatch.setattr("iql_torchrl.data.build.CHUNK_BYTES", 4 * batch_bytes)
     monkeypatch.setattr("iql_torchrl.data.readers.arrow.PART_BYTES", batch_bytes)
     for number, rows in enumerate((slice(7), slice(7, 8), slice(8, 11))):
         part = {key: values[rows] for key, values in steps().items()}

@@ -260,6 +260,15 @@ def test_options_reach_the_reader(tmp_path, capsys):
     assert "return                    mean 6," in out
 
 
+def test_a_file_of_another_format_exists(tmp_path, capsys):
+    path = tmp_path / "log.xlsx"
+    path.write_bytes(b"PK")
+    assert main(["describe", str(path)]) == 1
+    error = capsys.readouterr().err
+    assert f"{path}: exists, but is not of a kind that is read; expected a file of one of" in error
+    assert ".csv" in error
+
+
 def test_clip_actions(tmp_path, capsys):
     data = wave() | {"observation": np.zeros((240, 3)), "next_observation": np.zeros((240, 3))}
     data["action"][3] = 2.5

@@ -29,10 +29,10 @@ from iql_torchrl.data import replay_buffer
 from iql_torchrl.data.digests import fingerprint
 from iql_torchrl.files import (
     CheckpointError,
+    atomic_write,
     newest,
     read_components,
     replace_by_link,
-    whole_file,
     write_components,
 )
 from iql_torchrl.report.figures import draw
@@ -461,10 +461,10 @@ def test_an_error_that_names_another_file_keeps_its_name(tmp_path):
         (tmp_path / "table", missing.read_text, missing),
         (nowhere, lambda: "x", nowhere),  # not the temporary one
     ):
-        with pytest.raises(FileNotFoundError) as caught, whole_file(path) as temporary:
+        with pytest.raises(FileNotFoundError) as caught, atomic_write(path) as temporary:
             temporary.write_text(text())
         assert caught.value.filename == str(name)
-    with pytest.raises(OSError, match="without a number"), whole_file(tmp_path / "table"):
+    with pytest.raises(OSError, match="without a number"), atomic_write(tmp_path / "table"):
         raise OSError("without a number")
 
 

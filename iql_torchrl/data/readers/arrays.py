@@ -5,7 +5,7 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from tensordict import TensorDictBase
 from torchrl.data import ReplayBuffer, Storage, VideoClipRef
 
+from iql_torchrl.data.codec import UNCHANGED, Adaptation
 from iql_torchrl.data.schema import DatasetError, MissingPackageError
 from iql_torchrl.descriptions import one_line
 
@@ -27,12 +28,14 @@ NO_FRAMES = (
     "its frames are in video files and not in the table; load the folder of LeRobot's files itself, or "
     "name another leaf, such as columns={'observation': 'observation/state'}."
 )
+#: About how many bytes of parts that were read are kept in memory.
+KEPT_BYTES = 64 * 2**20
 #: Results of a step, which TorchRL's collectors also store for the step before it, at the root.
 AFTER_THE_STEP = ("reward", "done", "terminated", "truncated")
 
 
 @contextmanager
-def reading(path: Path, problem: str, *errors: type[Exception]) -> Iterator[None]:
+def reading(path: Path | str, problem: str, *errors: type[Exception]) -> Iterator[None]:
     """``errors`` of the block as ``DatasetError``: what is wrong with the file."""
     try:
         yield
@@ -74,7 +77,12 @@ class Columns:
 
     Every column has one row for each step. The spaces, the environment and the reference scores are
     those that the source records, if any. ``warnings`` become ``DatasetWarning``. ``text``: the
-    source does not say which integers are meant as floats.
+    source does not say which integers are meant as floats. ``adaptation``: how the environment's
+    observations and actions become these. ``named``: the names are ours already.
+
+    ``columns.name_columns`` gives the same by our names (``observation``, ``observation/leaf``,
+    ``next/observation``, ``next/reward``, ``action``, ...), with ``paths``, the source's names by our
+    keys, and ``unused``, its other columns. ``order``: the source's row of each row, if sorted.
     """
 
     name: str
@@ -86,44 +94,45 @@ class Columns:
     env_spec: EnvSpec | None = None
     reference_scores: tuple[float, float] | None = None
     text: bool = False
+    adaptation: Adaptation = UNCHANGED
+    named: bool = False
+    paths: Mapping[str, str] = field(default_factory=dict)
+    unused: Mapping[str, Column] = field(default_factory=dict)
+    order: NDArray[np.int64] | None = None
 
+    @property
+    def rows(self) -> int:
+        return int(next(iter(self.columns.values())).shape[0])
 
-class PartsColumn:
-    """A column whose rows lie in consecutive parts; only the parts that are asked for are read.
+    def leaves(self, group: str) -> dict[tuple[str, ...], Column]:
+        """The columns of ``group`` or below it, by the keys of the observation's leaves."""
+        return {
+            ("observation", *name.removeprefix(group).split("/")[1:]): column
+            for name, column in self.columns.items()
+            if name == group or name.startswith(f"{group}/")
+        }
 
-    ``read`` returns the rows of the part with a number, as many as ``lengths`` says, of ``row_shape``
-    and ``dtype``. The part read last is kept: successive slices often end and begin in one part.
-    """
+    def source_row(self, row: int) -> int:
+        """The row of the source that is row ``row`` here."""
+        return int(row if self.order is None else self.order[row])
 
-    def __init__(
-        self,
-        lengths: Sequence[int] | NDArray[np.int64],
-        read: Callable[[int], NDArray[Any]],
-        row_shape: tuple[int, ...],
-        dtype: Any,
-    ) -> None:
-        self._ends = np.cumsum(np.asarray(lengths, np.int64))
-        self._read, self._kept = read, (-1, np.empty(0))
-        rows = int(self._ends[-1]) if len(self._ends) else 0
-        self.shape, self.dtype = (rows, *row_shape), np.dtype(dtype)
+    def sorted_by(self, order: NDArray[np.int64]) -> Columns:
+        """The rows in another order; a column is read completely at its first use."""
 
-    def __getitem__(self, rows: slice, /) -> NDArray[Any]:
-        start, stop, _ = rows.indices(self.shape[0])
-        values = np.empty((max(stop - start, 0), *self.shape[1:]), self.dtype)
-        if start >= stop:
-            return values
-        first, last = np.searchsorted(self._ends, [start, stop - 1], side="right")
-        for number in range(int(first), int(last) + 1):
-            begin = int(self._ends[number - 1]) if number else 0
-            low, high = max(start, begin), min(stop, int(self._ends[number]))
-            if low < high:
-                values[low - start : high - start] = self._part(number)[low - begin : high - begin]
-        return values
+        def ordered(column: Column) -> Column:
+            if isinstance(column, UnreadableColumn):
+                return column
+            kept: list[NDArray[Any]] = []
 
-    def _part(self, number: int) -> NDArray[Any]:
-        if self._kept[0] != number:
-            self._kept = (number, self._read(number))
-        return self._kept[1]
+            def read(rows: slice) -> NDArray[Any]:
+                if not kept:
+                    kept.append(np.asarray(column[:])[order])
+                return kept[0][rows]
+
+            return ComputedColumn(column.shape, column.dtype, read)
+
+        changed = {name: ordered(column) for name, column in self.columns.items()}
+        return replace(self, columns=changed, order=order)
 
 
 class UnreadableColumn:
@@ -152,6 +161,112 @@ class ComputedColumn:
 
     def __getitem__(self, rows: slice, /) -> NDArray[Any]:
         return self._read(rows)
+
+
+class Parts:
+    """Columns whose rows lie in consecutive parts that are read together, such as episodes.
+
+    ``read(number)`` returns the columns of one part, each with ``lengths[number]`` rows. The part read
+    last is kept in memory, and those before it as long as they have at most ``kept_bytes`` (by default
+    ``KEPT_BYTES``). Reading a smaller slice of several columns, one after the other, reads each part
+    once. ``name`` begins messages, in which a part is an episode.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int] | NDArray[np.int64],
+        read: Callable[[int], Mapping[str, NDArray[Any]]],
+        name: str = "",
+        kept_bytes: int | None = None,
+    ) -> None:
+        self._lengths, self._read, self._name = np.asarray(lengths, np.int64), read, name
+        self._ends = np.cumsum(self._lengths)
+        self._kept: dict[int, Mapping[str, NDArray[Any]]] = {}
+        self._kept_bytes, self._bytes = KEPT_BYTES if kept_bytes is None else kept_bytes, 0
+        self.rows = int(self._lengths.sum())
+
+    def columns(self) -> dict[str, Column]:
+        """The columns of the first part that has rows."""
+        if not len(self._lengths):
+            return {}
+        number = int((self._lengths > 0).argmax())
+        return {
+            key: self.column(key, values.shape[1:], values.dtype)
+            for key, values in self._part(number).items()
+        }
+
+    def column(self, key: str, row_shape: tuple[int, ...], dtype: Any) -> Column:
+        """The column ``key`` of all parts. Text has the dtype object: its length varies."""
+        dtype = np.dtype(object if np.dtype(dtype).kind in "US" else dtype)
+        values = partial(self._values, key, row_shape, dtype)
+        return ComputedColumn((self.rows, *row_shape), dtype, values)
+
+    def _values(
+        self, key: str, row_shape: tuple[int, ...], dtype: np.dtype[Any], rows: slice
+    ) -> NDArray[Any]:
+        start, stop, _ = rows.indices(self.rows)
+        values = np.empty((max(stop - start, 0), *row_shape), dtype)
+        if start >= stop:
+            return values
+        first, last = np.searchsorted(self._ends, [start, stop - 1], side="right")
+        for number in range(int(first), int(last) + 1):
+            begin = int(self._ends[number] - self._lengths[number])
+            low, high = max(start, begin), min(stop, int(self._ends[number]))
+            if low < high:
+                part = self._checked(self._part(number).get(key), number, key, row_shape, dtype)
+                values[low - start : high - start] = part[low - begin : high - begin]
+        return values
+
+    def _part(self, number: int) -> Mapping[str, NDArray[Any]]:
+        if number not in self._kept:
+            while self._kept and self._bytes > self._kept_bytes:
+                self._bytes -= _bytes(self._kept.pop(next(iter(self._kept))))
+            self._kept[number] = self._read(number)
+            self._bytes += _bytes(self._kept[number])
+        return self._kept[number]
+
+    def _checked(
+        self,
+        part: NDArray[Any] | None,
+        number: int,
+        key: str,
+        row_shape: tuple[int, ...],
+        dtype: np.dtype[Any],
+    ) -> NDArray[Any]:
+        """The column of a part. ``DatasetError`` for another shape or dtype than the first part's."""
+        expected = (int(self._lengths[number]), *row_shape)
+        if part is None:
+            raise DatasetError(
+                f"{self._name}: episode {number} has no {key}, which other episodes have; repair the "
+                "source, or leave the column out."
+            )
+        if part.shape != expected or not np.can_cast(part.dtype, dtype, "safe"):
+            raise DatasetError(
+                f"{self._name}: {key} of episode {number} has shape {part.shape} and dtype "
+                f"{part.dtype}; expected {expected} and {dtype}: one row per step, as in the other "
+                "episodes."
+            )
+        return part
+
+
+def _bytes(part: Mapping[str, NDArray[Any]]) -> int:
+    return sum(values.nbytes for values in part.values())
+
+
+class PartsColumn(ComputedColumn):
+    """One column whose rows lie in consecutive parts: see :class:`Parts`."""
+
+    def __init__(
+        self,
+        lengths: Sequence[int] | NDArray[np.int64],
+        read: Callable[[int], NDArray[Any]],
+        row_shape: tuple[int, ...],
+        dtype: Any,
+        name: str = "",
+    ) -> None:
+        parts = Parts(lengths, lambda number: {"column": read(number)}, name, kept_bytes=0)
+        values = partial(parts._values, "column", row_shape, np.dtype(dtype))
+        super().__init__((parts.rows, *row_shape), dtype, values)
 
 
 def chosen_rows(columns: Mapping[str, Column], keep: NDArray[np.bool_]) -> dict[str, Column]:
@@ -337,3 +452,7 @@ def _tensordict(source: TensorDictBase | ReplayBuffer | Storage) -> TensorDictBa
             f"the storage has {type(source).__name__} values; expected TensorDicts of transitions."
         )
     return source
+
+
+def group_numbered(columns: Mapping[str, Column], name: str) -> dict[str, Column]:
+    return dict(columns)

@@ -1,0 +1,253 @@
+"""Hints that episode boundaries are wrong, from the distance between consecutive observations.
+
+Hints are warnings and never change what is read. The distance of two rows is the mean over columns of
+their difference in units of the column's usual step (the upper quartile of its changes from row to
+row), at most ``MOST_UNITS`` per column. It is compared with that of random pairs of rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from iql_torchrl.data.readers.arrays import Column, UnreadableColumn
+from iql_torchrl.data.schema import Key
+from iql_torchrl.tolerance import EQUAL, rounding
+
+Flags = NDArray[np.bool_]
+Floats = NDArray[np.float64]
+#: At most so many leading rows, columns, and bytes of each column are read.
+ROWS, COLUMNS, BYTES = 32_768, 128, 2**26
+#: Fewest rows, and fewest ends or jumps, that a hint is about; fewest rows that may be interleaved.
+FEWEST_ROWS, FEWEST, FEWEST_INTERLEAVED = 20, 3, 128
+#: Most units of a column that count; most environments whose interleaved rows are recognised.
+MOST_UNITS, MOST_ENVS = 5.0, 64
+#: Columns that often contain done flags, in sources that have no column of our names for them.
+POSSIBLE_MARKS = (
+    "episode_terminals", "dones", "done", "next/done", "dones_float", "terminals", "timeouts",
+    "timeout", "is_last", "episode_ends",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Distances ``length`` from row t to row t + 1, of the columns ``values`` that change in most rows.
+
+    ``unrelated``, ``spread``: of random pairs of rows, their distance and each column's median.
+    ``ended``: row t is the last of its episode; ``inside``: the other rows, or all if these are few.
+    ``usual``: the ``rank`` of lengths inside among ``unrelated``: 0.5 if rows are independent.
+    """
+
+    values: Floats
+    unit: Floats
+    length: Floats
+    unrelated: Floats
+    spread: Floats
+    ended: Flags
+    inside: Flags
+    usual: float
+
+
+def boundary_hints(
+    observation: Mapping[Key, Column], next_observation: Mapping[Key, Column],
+    reward: Column, terminated: Flags, last: Flags,
+    *, names: Mapping[str, str], ids_given: bool, unused: Mapping[str, Column],
+) -> list[str]:  # fmt: skip
+    """Sentences about episode boundaries that the observations contradict; empty if there are none.
+
+    ``last``: rows that end an episode; ``terminated``: rows that terminate. ``next_observation`` is
+    empty where it is unknown. ``names``: the source's columns by our keys; ``unused``: its others.
+    ``ids_given``: episode ids end the episodes, and the only hint is about autoreset. There are no
+    hints where consecutive rows are hardly nearer than random pairs, as in the contexts of a bandit.
+    """
+    values = leading_values(observation)
+    steps = steps_of(values, last[: max(0, len(values) - 1)])
+    if steps is None or steps.usual > 0.35:
+        return []
+    shift, ends = _shift(steps), int(steps.ended.sum())
+    zero = np.ravel(np.asarray(reward[: len(values)])) == 0
+    resets = shift == 1 and bool(zero[1:][steps.ended].all())
+    if resets and zero.mean() < 0.5:
+        return [
+            f"the row after each of the {ends} ends of episodes has reward 0 and continues from the "
+            "end, and then the observation jumps: these rows look like resets of a vector environment "
+            "with autoreset, which ignores their action. Pass autoreset=True to drop them."
+        ]
+    if ids_given:
+        return []
+    if shift:
+        where, move = ("before", "later") if shift == 1 else ("after", "earlier")
+        remedy = "; or pass autoreset=True if they are resets of a vector environment" * resets
+        return [
+            f"the flags of the {ends} ends of episodes are shifted: each lies one row {where} a row "
+            f"after which the observation jumps. Set them one row {move}{remedy}."
+        ]
+    kind, follows = terminated[: len(steps.ended)], steps.ended
+    if next_observation:  # A next observation that is not the next row's proves an end.
+        next_values, tolerance = leading_values(next_observation), (rounding(np.float32), EQUAL)
+        same = np.isclose(next_values[:-1], values[1:], *tolerance, equal_nan=True)
+        follows = follows & np.asarray(same).all(axis=1)
+    texts = [
+        _continued(steps, steps.ended & kind, follows, "terminated", names),
+        _continued(steps, steps.ended & ~kind, follows, "truncated", names),
+    ]
+    if not any(texts) and not next_observation:
+        texts = [_jumps(steps, len(last), unused)]
+    return [text for text in texts if text]
+
+
+def interleaved_by(observation: Mapping[Key, Column]) -> int | None:
+    """Number E of environments whose rows are interleaved (row = t * E + env), or None.
+
+    Rows less than 2 E apart differ as random pairs do, on average over columns, except those E apart:
+    the eighth of the columns that differ least differ less than half as much there. Some rows
+    2 E ... 16 E apart differ more: otherwise E is a period, such as that of a week.
+    """
+    values, generator = leading_values(observation), np.random.default_rng(0)
+    steps = steps_of(values, np.zeros(max(0, len(values) - 1), np.bool_))
+    if (rows := len(values)) < FEWEST_INTERLEAVED or steps is None:
+        return None
+
+    def apart(start: NDArray[np.int64], stop: NDArray[np.int64]) -> Floats:
+        difference = np.abs(steps.values[stop] - steps.values[start]) / steps.spread
+        return np.asarray(np.minimum(difference, MOST_UNITS).mean(axis=0))
+
+    def differ(lag: int) -> tuple[float, float]:
+        start = generator.integers(0, rows - lag, 512)
+        columns = np.sort(apart(start, start + lag) / unrelated)
+        return float(columns.mean()), float(columns[: -(-len(columns) // 8)].mean())
+
+    unrelated = apart(*generator.integers(0, rows, (2, 2048)))
+    lags = np.array([differ(lag) for lag in range(1, min(2 * MOST_ENVS, rows // 8))])
+    near = np.flatnonzero(lags[:MOST_ENVS, 1] < 0.5)
+    if not near.size or (envs := int(near[0]) + 1) == 1:
+        return None
+    others = np.delete(lags[: 2 * envs - 1, 0], envs - 1)
+    later = [differ(envs * k)[1] for k in range(2, 17) if envs * k < rows // 2]
+    evident = min(others) > max(0.7, lags[envs - 1, 0])
+    return envs if evident and max(later, default=0) > 1.3 * lags[envs - 1, 1] else None
+
+
+def leading_values(observation: Mapping[Key, Column]) -> Floats:
+    """The leading rows of the leading columns of numbers, ``(rows, k)``, without pictures (uint8)."""
+    parts: list[Floats] = []
+    for column in observation.values():
+        kind, width = np.dtype(column.dtype), max(1, int(np.prod(column.shape[1:])))
+        if kind.kind in "iuf" and kind != np.uint8:
+            affordable = max(FEWEST_ROWS + 1, BYTES // (width * kind.itemsize))
+            values = np.asarray(column[: min(column.shape[0], ROWS, affordable)])
+            parts.append(values.reshape(len(values), width)[:, :COLUMNS].astype(np.float64))
+    rows = min(map(len, parts), default=0)
+    return np.hstack([np.empty((rows, 0)), *(part[:rows] for part in parts)])[:, :COLUMNS]
+
+
+def steps_of(values: Floats, ended: Flags) -> Steps | None:
+    """The steps of the finite columns, or None where rows are few or no column moves."""
+    rows = len(values)
+    values = values[:, np.isfinite(values).all(axis=0)]
+    values = values[:, (values[1:] != values[:-1]).sum(axis=0) > rows / 2]
+    pairs = np.abs(values - values[np.random.default_rng(0).permutation(rows)])
+    if rows <= FEWEST_ROWS or not (vary := np.median(pairs, axis=0) > 0).any():
+        return None
+    values, pairs = values[:, vary], pairs[:, vary]
+    changes = np.abs(np.diff(values, axis=0))
+    inside = ~ended if (~ended).sum() >= FEWEST_ROWS else np.ones(rows - 1, np.bool_)
+    unit = np.quantile(changes[inside], 0.75, axis=0)
+    unit[unit == 0] = np.inf
+    length, unrelated = distance(changes, unit), distance(pairs, unit)
+    spread, usual = np.median(pairs, axis=0), rank(length[inside], unrelated)
+    return Steps(values, unit, length, unrelated, spread, ended, inside, usual)
+
+
+def distance(difference: Floats, unit: Floats) -> Floats:
+    """Mean over columns of the difference in ``unit``, at most ``MOST_UNITS`` each."""
+    return np.asarray(np.minimum(np.abs(difference) / unit, MOST_UNITS).mean(axis=-1))
+
+
+def rank(lengths: Floats, others: Floats) -> float:
+    """Probability that one of ``lengths`` is above one of ``others``; equal ones count a half.
+
+    Of n lengths that are like the others it is 0.5, with the standard deviation ``sqrt(1 / 12 n)``.
+    """
+    ordered = np.sort(others)
+    below = np.searchsorted(ordered, lengths) + np.searchsorted(ordered, lengths, "right")
+    return float(below.mean()) / (2 * len(ordered))
+
+
+def _shift(steps: Steps) -> int:
+    """1 or -1 where the observation jumps after the rows after or before the ends; else 0."""
+    ends, inside = np.flatnonzero(steps.ended), steps.length[steps.inside]
+    if len(ends) < FEWEST or rank(steps.length[ends], inside) > 0.8:
+        return 0
+    for shift in (1, -1):
+        rows = (ends + shift)[(ends + shift >= 0) & (ends + shift < len(steps.length))]
+        if rank(steps.length[rows], inside) >= max(0.85, 0.5 + np.sqrt(0.75 / len(rows))):
+            return shift
+    return 0
+
+
+def _continued(
+    steps: Steps, ended: Flags, follows: Flags, key: str, names: Mapping[str, str]
+) -> str:
+    """A sentence if the rows after three quarters of the ends continue their episodes.
+
+    Their steps are ordinary, and shorter than the distances from them to the rows after other ends.
+    Where the next episode begins independently of the last one, both are alike, whatever the data.
+    """
+    rows, ordinary = np.flatnonzero(ended), np.quantile(steps.length[steps.inside], 0.99)
+    count = int((follows[rows] & (steps.length[rows] <= ordinary)).sum())
+    if count < max(FEWEST, 0.75 * len(rows)):
+        return ""
+    some = rows[:: -(-len(rows) // 64)]
+    starts = distance(steps.values[some, None] - steps.values[some + 1], steps.unit)
+    own = np.mean([rank(row[[n]], np.delete(row, n)) for n, row in enumerate(starts)])
+    if own > min((steps.usual + 0.5) / 2, 0.5 - np.sqrt(0.75 / len(some))):
+        return ""
+    keys = ("terminated", "not_terminated") if key == "terminated" else (key, "trajectory_end")
+    path = next((names[k] for k in keys if k in names), "max_episode_steps")
+    remedy = "They may be at wrong rows; if recording was cut there, ignore this warning."
+    if key == "terminated":
+        remedy = (
+            f"If {path!r} only flags where recording was cut, pass columns={{'terminated': None, "
+            f"'truncated': {path!r}}}; if it is 0 where a row terminates, columns={{'not_terminated': "
+            f"{path!r}}}; if episodes do continue there, columns={{'episode': ...}} with their numbers."
+        )
+    return (
+        f"{count} of the {len(rows)} rows that end an episode as {key} ({path!r}) are followed by a "
+        f"row that continues the same episode. {remedy}"
+    )
+
+
+def _jumps(steps: Steps, rows: int, unused: Mapping[str, Column]) -> str:
+    """A sentence if the observation jumps inside episodes as it does at their ends.
+
+    A jump is longer than a tenth of the random pairs, and than the longest of so many steps with an
+    exponential tail, which must be shorter than a third of the pairs. Fewer than half of the columns
+    stay in place, as they do in a collision. Rows after an end are left out: first steps often are
+    long. A third of the ends must jump, and a quarter as many rows inside.
+    """
+    middle, high = np.quantile(steps.length[steps.inside], [0.5, 0.9])
+    longest = high + (high - middle) * np.log(len(steps.length) / 10) / np.log(5)
+    tenth, most = np.quantile(steps.unrelated, [0.1, 2 / 3])
+    stays = np.abs(np.diff(steps.values, axis=0)) < 0.2 * steps.spread
+    jumps = (steps.length > max(longest, tenth)) & (stays.mean(axis=1) < 0.5)
+    ends, at_ends = int(steps.ended.sum()), int((jumps & steps.ended).sum())
+    jumps &= ~(steps.ended | np.append(False, steps.ended[:-1]))
+    if longest > most or 3 * at_ends < ends or jumps.sum() < max(FEWEST, at_ends / 4):
+        return ""
+    reason = "flags of ends are missing there" if ends else f"all {rows:,} rows are one episode"
+    text = (
+        f"the observation jumps to the next row's in {jumps.sum()} rows inside episodes (of "
+        f"{len(steps.values):,} rows looked at), first at row {int(jumps.argmax())}: {reason}. Flag "
+        "those rows as truncated or terminated, or name the column of flags or of episode ids: "
+        "columns={'truncated': ...} or columns={'episode': ...}."
+    )
+    for name, column in unused.items():
+        if name in POSSIBLE_MARKS and not isinstance(column, UnreadableColumn):
+            flags = np.asarray(column[:])
+            if flags.size == rows and np.isin(flags, [0, 1]).all() and 0 < flags.mean() < 0.5:
+                return f"{text} {name!r} looks like done flags: columns={{'truncated': {name!r}}}."
+    return text
