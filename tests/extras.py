@@ -24,6 +24,7 @@ EXTRAS = {
     "onnxscript": "onnx",
     "optuna": "search",
     "PIL": "readers",
+    "pandas": "readers",
     "pyarrow": "readers",
     "pygame": "video",
     "ray": "ray",
