@@ -192,8 +192,8 @@ def _clips(
 
 def _check_times(clips: list[Clip], seconds: NDArray[np.float64], apart: float) -> None:
     """Raise where rows have less than ``apart`` seconds between them, so that they share a frame."""
-    number = {path: index for index, path in enumerate({clip.path: None for clip in clips})}
-    file = np.repeat([number[c.path] for c in clips], [len(c.rows) for c in clips])
+    numbers = np.unique([str(clip.path) for clip in clips], return_inverse=True)[1]
+    file = np.repeat(numbers, [len(clip.rows) for clip in clips])
     order = np.lexsort((seconds, file))
     near = (np.diff(file[order]) == 0) & (np.diff(seconds[order]) < apart)
     if near.any():
