@@ -217,7 +217,7 @@ FORMS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
         lambda known: [(key, *vars(each).values()) for key, each in known.items()],
         lambda saved: {
             key if isinstance(key, str) else tuple(key): ObservationStatistics(
-                torch.tensor(mean, dtype=torch.float32), torch.tensor(std, dtype=torch.float32),
+                torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64),
                 tuple(constant), count,
             )
             for key, mean, std, constant, count in saved
@@ -396,6 +396,9 @@ def _log(
     entries = {tuple(key): rest for key, *rest in saved["entries"]}
     layout = {key: Field(tuple(s), getattr(torch, d)) for key, (s, d, _) in entries.items()}
     files = {name: (int(size), str(digest)) for name, (size, digest) in saved["files"].items()}
+    described = {name: form(saved[name]) for name, (_, form) in FORMS.items()}
+    dtype, statistics = layout[REWARD].dtype, described["statistics"]
+    described["statistics"] = {key: each.to(dtype) for key, each in statistics.items()}
     shards = []
     for name, rows in saved["shards"]:
         own = {file: content for file, (_, content) in files.items() if file.startswith(f"{name}/")}
@@ -405,8 +408,8 @@ def _log(
         Description(
             episode_returns=returns,
             episode_lengths=lengths,
-            dtype=layout[REWARD].dtype,
-            **{name: form(saved[name]) for name, (_, form) in FORMS.items()},
+            dtype=dtype,
+            **described,
         ),
         files,
         tuple(shards),

@@ -26,9 +26,11 @@ def are_orthogonal(net: nn.Module) -> bool:
 
 
 def test_standardise_by_hand_and_constant_columns():
-    layer = networks.Standardise(torch.tensor([1.0, 5.0, 1e4]), torch.tensor([2.0, 0.0, 1e-4]))
-    out = layer(torch.tensor([[3.0, 5.0, 1e4 + 1], [1.0, 6.0, 1e4]]))
-    torch.testing.assert_close(out, torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]]))
+    # a number, a constant column, and wavelengths in metres
+    layer = networks.Standardise(torch.tensor([1.0, 5.0, 550e-9]), torch.tensor([2.0, 0.0, 150e-9]))
+    out = layer(torch.tensor([[3.0, 5.0, 700e-9], [1.0, 6.0, 400e-9]]))
+    torch.testing.assert_close(out, torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, -1.0]]))
+    assert networks.Standardise(np.array([1.0]), np.array([2.0])).mean.dtype == torch.float32
     assert {name for name, _ in layer.named_buffers()} == {"mean", "std"}
     with pytest.raises(ValueError, match="shape"):
         networks.Standardise(torch.zeros(2), torch.ones(3))
