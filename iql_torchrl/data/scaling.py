@@ -117,13 +117,14 @@ class StatisticsAccumulator:
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         size = math.prod(shape)
-        self.shape, self.count, self.dtype = shape, 0, np.dtype(np.float32)
+        self.shape, self.count = shape, 0
+        self.dtype: type[np.floating[Any]] = np.float32
         self.mean, self.squares = np.zeros(size), np.zeros(size)
         self.low, self.high = np.full(size, np.inf), np.full(size, -np.inf)
 
     def update(self, values: Tensor) -> None:
         """Adds rows ``(B, *shape)``, at least one."""
-        self.dtype = np.dtype(np.float64 if values.dtype == torch.float64 else np.float32)
+        self.dtype = np.float64 if values.dtype == torch.float64 else np.float32
         rows = values.detach().cpu().numpy().reshape(len(values), -1).astype(np.float64)
         self.low = np.minimum(self.low, rows.min(axis=0))
         self.high = np.maximum(self.high, rows.max(axis=0))
