@@ -35,7 +35,7 @@ from iql_torchrl.data.scaling import (
     normalised_score,
 )
 from iql_torchrl.data.schema import ACTION, DatasetError, Key, observation_spec_of, spec_of_space
-from iql_torchrl.data.spaces import flat_action_env, flat_action_space
+from iql_torchrl.data.spaces import flat_action_env, flat_action_space, flat_actions
 from iql_torchrl.data.windows import Windows
 from iql_torchrl.descriptions import describe_space
 from iql_torchrl.networks import History
@@ -255,7 +255,7 @@ class OfflineDataset(DatasetSummary):
         """
         space = flat_action_space(self.action_space, self.name)
         transitions = self.transitions.copy()
-        transitions["action"] = self.transitions["action"].flatten(1)
+        transitions["action"] = flat_actions(self.transitions["action"])
         env = partial(flat_action_env, self.make_env, self.name)
         return replace(self, transitions=transitions, action_space=space, env=env)
 

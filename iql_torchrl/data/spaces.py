@@ -40,6 +40,11 @@ def flat_action_space(space: gym.Space[Any], name: str) -> spaces.Box:
     return flat
 
 
+def flat_actions(actions: Tensor) -> Tensor:
+    """Actions ``(N, *shape)`` as vectors ``(N, A)``; those of a scalar Box, ``(N,)``, have A = 1."""
+    return actions.reshape(len(actions), -1)
+
+
 def flat_action_env(make_env: Callable[[], gym.Env[Any, Any]], name: str) -> gym.Env[Any, Any]:
     """The environment of ``make_env`` with actions ``(A,)`` in place of ``(*shape)``."""
     env = make_env()

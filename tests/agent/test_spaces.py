@@ -295,6 +295,36 @@ def test_shaped_actions_are_flattened_in_data_and_environment():
         dataset_of(discrete=True).flatten_actions()
 
 
+class Throttle(gym.Env):
+    """An action is one number without a dimension, and the reward."""
+
+    observation_space = spaces.Box(-1, 1, (3,), np.float32)
+    action_space = spaces.Box(0, 2, (), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros(3, np.float32), {}
+
+    def step(self, action):
+        assert np.shape(action) == ()
+        assert action in self.action_space
+        return np.zeros(3, np.float32), float(action), False, True, {}
+
+
+def test_actions_without_a_dimension_are_flattened_in_data_and_environment():
+    actions = np.random.default_rng(0).uniform(0, 2, 40).astype(np.float32)
+    columns = log(action=actions, terminated=np.zeros(40, bool), truncated=np.ones(40, bool))
+    columns |= {"reward": actions, "next_observation": -columns["observation"]}
+    scalar = load_dataset(columns, env=Throttle)
+    flat = scalar.flatten_actions()
+    np.testing.assert_array_equal(flat.transitions["action"].numpy(), actions[:, None])
+    assert flat.action_space == spaces.Box(0, 2, (1,), np.float32)
+    agent = make_agent(config(), flat)
+    agent.step(flat.replay_buffer(8, seed=0).sample())
+    result = evaluate(agent.policy, flat.make_env, episodes=1, seed=0)
+    np.testing.assert_allclose(result.returns, agent.act(np.zeros(3, np.float32)), rtol=1e-6)
+
+
 def stack_env(shape, kind):
     picture = spaces.Box(0, 255 if kind == np.uint8 else 1, shape, kind)
 
