@@ -14,7 +14,6 @@ from torch import Tensor
 from iql_torchrl.data.goals import FOR_ACTOR
 from iql_torchrl.networks import CHUNK_MASK, HISTORY_MASK
 
-
 LAST_LAYERS = (
     "Check the networks' last layers: each gives one number for each that the others give."
 )
@@ -197,8 +196,8 @@ def per_sample(value: Tensor, shape: torch.Size, key: NestedKey, *, leading: int
 
     The one place where ``(B, 1)`` becomes ``(B,)``, so that no later sum broadcasts to ``(B, B)``.
     ``leading`` dimensions (an ensemble's) come first; dimensions after the batch's (agents, say)
-    stay, and :func:`check_same_shape` holds them equal between quantities. Raises ``ValueError`` when the
-    batch shape is not where it belongs, ``TypeError`` on anything but a tensor.
+    stay, and :func:`check_same_shape` holds them equal between quantities. Raises ``ValueError`` when
+    the batch shape is not where it belongs, ``TypeError`` on anything but a tensor.
     """
     if not isinstance(value, Tensor):  # of a function of the user's
         raise TypeError(
@@ -272,8 +271,8 @@ def check_action(key: NestedKey, logged: Tensor, shape: Sequence[int]) -> None:
     else:
         advice = "Make the policy with the action spec of the data, dataset.action_spec"
     raise ValueError(
-        f"{key!r} has shape {found} and the policy's actions have shape {expected}; expected one shape, "
-        f"so that nothing broadcasts. {advice}."
+        f"{key!r} has shape {found} and the policy's actions have shape {expected}; expected one "
+        f"shape, so that nothing broadcasts. {advice}."
     )
 
 

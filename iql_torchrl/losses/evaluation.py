@@ -17,8 +17,8 @@ from torchrl.objectives.value import TD0Estimator
 from iql_torchrl import functional as F
 from iql_torchrl.losses.batch import (
     Batch,
-    check_same_shape,
     check_chunks,
+    check_same_shape,
     output_of,
     per_sample,
     read_batch,

@@ -572,8 +572,8 @@ def test_actions_of_another_form_than_a_categoricals_are_explained(form, advice)
     batch = make_batch(act=1)
     batch["action"] = form(torch.randint(4, (32,)))
     actor = policies.categorical(OBS, Categorical(4), hidden=(8,))
+    loss = IQLLoss(actor, critic, value)
     with pytest.raises(ValueError, match=advice) as caught:
-        loss = IQLLoss(actor, critic, value)
         loss.actor_term(loss.read(batch), torch.zeros(32))
     assert "unsqueeze" not in str(caught.value)
 
