@@ -140,8 +140,8 @@ class StatisticsAccumulator:
     def result(self) -> ObservationStatistics:
         still = self.low == self.high
         std = np.sqrt(self.squares / max(self.count, 1)).astype(self.dtype)
-        # The deviation of a column whose changes are below the smallest number may be zero.
-        std[still | (std == 0)] = 1.0
+        # Below the smallest normal number a deviation may count as 0 where it is divided by.
+        std[still | (std < np.finfo(self.dtype).tiny)] = 1.0
         mean = np.where(still, self.low, self.mean).astype(self.dtype)
         return ObservationStatistics(
             mean=torch.from_numpy(mean).reshape(self.shape),

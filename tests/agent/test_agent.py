@@ -360,9 +360,10 @@ def test_one_action_that_differs_refuses_an_export():
     action = torch.zeros(3, 2)
     other = action.clone()
     other[2, 1] = 0.5
-    export._compare(lambda x: x, [[action]], [action], 1e-6, "the program")
+    one = torch.ones(())
+    export._compare(lambda x: x, [[action]], [action], 1e-6, one, "the program")
     with pytest.raises(RuntimeError, match=r"the program acts differently, by 0.5 in a batch of 3"):
-        export._compare(lambda x: x, [[other]], [action], 1e-6, "the program")
+        export._compare(lambda x: x, [[other]], [action], 1e-6, one, "the program")
 
 
 # -- Agents with every policy, the best of several actions, DDPG+BC, and residual blocks
