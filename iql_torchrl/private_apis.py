@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchrl.data import ReplayBuffer
 
-TESTED = "torch 2.13, TorchRL 0.14.1 and tensordict 0.14.3"
+TESTED = "torch 2.14, TorchRL 0.14.1 and tensordict 0.14.3"
 
 _NO_EXPORT = "Keep the checkpoint instead, and act with Agent.load(path)."
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
