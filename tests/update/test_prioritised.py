@@ -12,12 +12,14 @@ from torch import optim
 from torchrl.data import (
     LazyTensorStorage,
     PrioritizedSampler,
+    RandomSampler,
     TensorDictPrioritizedReplayBuffer,
     TensorStorage,
 )
 from torchrl.objectives import SoftUpdate
 
 from iql_torchrl import IQLLoss, IQLStep, OfflineTrainer, compiled, load_dataset
+from iql_torchrl.files import CheckpointError
 
 OBS, ACT, GAMMA, ALPHA, BETA, EPS = 3, 2, 0.9, 0.6, 0.4, 1e-8
 ROWS, BATCH = 40, 16
@@ -43,7 +45,7 @@ def dataset():
     )
 
 
-def sampler() -> PrioritizedSampler:
+def make_sampler() -> PrioritizedSampler:
     return PrioritizedSampler(ROWS, alpha=ALPHA, beta=BETA, eps=EPS)
 
 
@@ -62,9 +64,9 @@ def copied(dataset):
 
 
 BUFFERS = {
-    "PrioritizedSampler": lambda d: d.replay_buffer(BATCH, seed=0, sampler=sampler()),
+    "PrioritizedSampler": lambda d: d.replay_buffer(BATCH, seed=0, sampler=make_sampler()),
     "PrioritizedSampler, room for more": lambda d: d.replay_buffer(
-        BATCH, seed=0, capacity=ROWS, sampler=sampler()
+        BATCH, seed=0, capacity=ROWS, sampler=make_sampler()
     ),
     "TensorDictPrioritizedReplayBuffer": copied,
     "TensorDictPrioritizedReplayBuffer, no copy": lambda d: prioritised(
@@ -150,11 +152,39 @@ def test_a_compiled_step_draws_and_writes_as_the_eager_one(dataset, backend):
     assert len(batches[0]["priority_weight"].unique()) > 5
 
 
-def test_a_trainer_updates_priorities_by_a_hook(dataset):
-    buffer = BUFFERS["PrioritizedSampler"](dataset)
-    trainer = OfflineTrainer(
-        step=make_step(), replay_buffer=buffer, total_updates=5, log_interval=5
+def trainer_of(dataset, folder=None, updates=10, capacity=None, sampler=None, **options):
+    buffer = dataset.replay_buffer(
+        BATCH, seed=0, capacity=capacity, sampler=sampler or make_sampler()
     )
+    trainer = OfflineTrainer(
+        step=make_step(), replay_buffer=buffer, total_updates=updates, log_interval=5,
+        save_trainer_interval=5, folder=folder, **options,
+    )  # fmt: skip
     trainer.register_op("post_optim_log", buffer.update_tensordict_priority)
-    trainer.train()
-    assert len(draws(buffer, 50)["priority_weight"].unique()) > 20
+    return trainer, buffer
+
+
+@pytest.mark.parametrize("capacity", [None, ROWS])
+def test_a_trainer_updates_priorities_by_a_hook_and_continues_with_them(
+    dataset, tmp_path, capacity
+):
+    straight, expected = trainer_of(dataset, capacity=capacity)
+    straight.train()
+    trainer_of(dataset, tmp_path / "run", 5, capacity)[0].train()
+    resumed, buffer = trainer_of(dataset, tmp_path / "run", 10, capacity)
+    resumed.resume().train()
+    there, here = draws(expected, 50), draws(buffer, 50)
+    assert torch.equal(here["index"], there["index"])
+    assert torch.equal(here["priority_weight"], there["priority_weight"])
+    assert len(here["priority_weight"].unique()) > 20
+
+
+def test_a_checkpoint_of_other_priorities_is_refused(dataset, tmp_path):
+    trainer_of(dataset, tmp_path / "run", 5)[0].train()
+    uniform, _ = trainer_of(dataset, tmp_path / "run", sampler=RandomSampler())
+    with pytest.raises(CheckpointError, match="priorities of the sampler was True and is False"):
+        uniform.resume()
+    larger = PrioritizedSampler(2 * ROWS, alpha=ALPHA, beta=BETA)
+    wider, _ = trainer_of(dataset, tmp_path / "run", sampler=larger)
+    with pytest.raises(ValueError, match=r"max_capacity .* is 80, and 40 in the saved state"):
+        wider.resume()
