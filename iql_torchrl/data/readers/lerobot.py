@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from iql_torchrl.data.readers.arrays import Column, PartsColumn, UnreadableColumn, package, reading
-from iql_torchrl.data.readers.arrow import PART_BYTES, ParquetRows, arrow_columns, parquet_files
+from iql_torchrl.data.readers.arrow import PART_BYTES, arrow_columns
+from iql_torchrl.data.readers.parquet import ParquetRows, parquet_files
 from iql_torchrl.data.schema import DatasetError
 from iql_torchrl.files import leads_below
 

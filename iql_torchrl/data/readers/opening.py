@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from iql_torchrl.data.readers.arrays import (
     Columns,
     columns_of_tensordict,
     flatten,
+    group_numbered,
     hdf5_arrays,
     hdf5_parts,
     open_npz,
@@ -24,12 +26,14 @@ from iql_torchrl.data.readers.arrays import (
 from iql_torchrl.data.readers.csv_files import open_csv
 from iql_torchrl.data.readers.d3rlpy import open_d3rlpy_buffer, open_d3rlpy_file
 from iql_torchrl.data.readers.episodes import table_source
+from iql_torchrl.data.readers.frames import is_frame, open_frame
 from iql_torchrl.data.readers.huggingface import (
     HuggingFaceRows,
     is_saved_dataset,
     is_table_of_datasets,
     load_saved_dataset,
 )
+from iql_torchrl.data.readers.json_files import open_json, open_npy
 from iql_torchrl.data.readers.minari import find_minari, minari_files, minari_source
 from iql_torchrl.data.readers.ogbench import is_ogbench, ogbench_files, open_ogbench
 from iql_torchrl.data.readers.source import ReadOptions, Source, chain, concatenated, limited
@@ -38,7 +42,13 @@ from iql_torchrl.data.saved import is_saved
 from iql_torchrl.data.schema import DatasetError
 
 #: What reads the columns of a file, by its suffix.
-FILES: dict[str, Callable[[Path], dict[str, Column]]] = {".npz": open_npz, ".csv": open_csv}
+FILES: dict[str, Callable[[Path, Mapping[str, str | None]], Columns | dict[str, Column]]] = {
+    ".npz": lambda path, _: open_npz(path),
+    ".npy": lambda path, _: open_npy(path),
+    ".csv": lambda path, _: open_csv(path),
+    ".tsv": lambda path, _: open_csv(path),
+    **dict.fromkeys((".json", ".jsonl", ".ndjson"), open_json),
+}
 #: Suffixes of the files that contain a table.
 TABLE_FILES = (".hdf5", ".h5", ".parquet", *FILES)
 
@@ -114,10 +124,14 @@ def _open_path(path: Path, options: ReadOptions) -> Columns:
         raise DatasetError(f"{path}: no such file.")
     if not path.is_dir() and kind != ".parquet":
         if kind in FILES:
-            return Columns(path.name, FILES[kind](path), text=kind == ".csv")
+            columns = FILES[kind](path, options.named)
+            if not isinstance(columns, Columns):
+                columns = Columns(path.name, columns)
+            return replace(columns, columns=group_numbered(columns.columns, columns.name))
         return open_d3rlpy_file(path, options)
-    from iql_torchrl.data.readers.arrow import ParquetRows, arrow_columns, parquet_files
+    from iql_torchrl.data.readers.arrow import arrow_columns
     from iql_torchrl.data.readers.lerobot import lerobot_columns
+    from iql_torchrl.data.readers.parquet import ParquetRows, parquet_files
 
     if is_saved_dataset(path):
         rows = HuggingFaceRows(load_saved_dataset(path), path)
@@ -139,11 +153,13 @@ def _open_object(source: Any, options: ReadOptions) -> Columns:
         from iql_torchrl.data.readers.arrow import arrow_columns
 
         return Columns(name, arrow_columns(HuggingFaceRows(source), options.named))
+    if is_frame(source):
+        return open_frame(source, options.named)
     if isinstance(source, Mapping):
         return Columns("arrays", flatten(source))
     if (opened := open_d3rlpy_buffer(source)) is None:
         raise DatasetError(
             f"source: {name} cannot be read; expected a Minari or OGBench id, a path, a dict of "
-            "arrays, a TensorDict, a TorchRL or d3rlpy buffer, or a datasets.Dataset."
+            "arrays, a TensorDict, a TorchRL or d3rlpy buffer, a datasets.Dataset, or a DataFrame."
         )
     return opened
