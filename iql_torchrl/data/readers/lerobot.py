@@ -22,8 +22,9 @@ from iql_torchrl.data.readers.arrays import (
     package,
     reading,
 )
-from iql_torchrl.data.readers.arrow import PART_BYTES, ParquetRows, arrow_columns, parquet_files
+from iql_torchrl.data.readers.arrow import PART_BYTES, arrow_columns
 from iql_torchrl.data.readers.options import ReadOptions
+from iql_torchrl.data.readers.parquet import ParquetRows, parquet_files
 from iql_torchrl.data.schema import DatasetError
 from iql_torchrl.descriptions import one_line
 from iql_torchrl.files import is_safe_relative_path
