@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from iql_torchrl.data.readers.arrays import Column, Columns, group_numbered, side_by_side
 from iql_torchrl.data.readers.options import ReadOptions
