@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import shutil
 import warnings
 
