@@ -30,11 +30,10 @@ from iql_torchrl import (
     OfflineDataset,
     load_dataset,
 )
-from iql_torchrl.data.builtin import make_dataset
-from iql_torchrl.data.builtin.ogbench import ogbench_path
 from iql_torchrl.evaluation.statistics import mean_interval
 from iql_torchrl.report import text_table
 from iql_torchrl.report.comparison import aggregate_table
+from make_ogbench import ensure_ogbench
 from record import RESULTS, place, save
 
 import numpy as np
@@ -73,7 +72,7 @@ class Task:
         return f"ogbench/{self.rows}-singletask-task{self.number}-{draw}"
 
     def made(self) -> str:
-        return f"ogbench/{self.rows}-local"
+        return f"{self.rows}-local"
 
 
 #: Temperatures: cube-single 1 (README.md of github.com/chongyi-zheng/infom), scene and puzzle-3x3 10
@@ -129,8 +128,8 @@ def configure(o: argparse.Namespace, task: Task, method: str) -> IQLConfig:
 
 def load(o: argparse.Namespace, task: Task) -> OfflineDataset:
     """The rows of ``task``, which are made first where ``o.draw`` is local and they are missing."""
-    if o.draw == "local" and not ogbench_path(task.made()).exists():
-        make_dataset(task.made(), episodes=o.made_episodes)
+    if o.draw == "local":
+        ensure_ogbench(task.made(), episodes=o.made_episodes)
     return load_dataset(task.source(o.draw), reward=BASE.reward)
 
 

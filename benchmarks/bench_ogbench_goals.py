@@ -17,16 +17,15 @@ from typing import Any
 
 from bench_ogbench import add_size_options, parsed
 from iql_torchrl import PRESETS, IQLConfig, IQLPopulation, load_dataset
-from iql_torchrl.data.builtin import make_dataset
-from iql_torchrl.data.builtin.ogbench import ogbench_path
 from iql_torchrl.data.dataset import RelabelledDataset
 from iql_torchrl.evaluation.statistics import mean_interval
 from iql_torchrl.report import text_table
+from make_ogbench import ensure_ogbench
 from record import place, save
 
 import numpy as np
 
-ROWS = "ogbench/pointmaze-medium-navigate"
+ROWS = "pointmaze-medium-navigate"
 ENVIRONMENT = "pointmaze-medium-v0"
 GOALS = [{"task_id": number} for number in range(1, 6)]
 EVALUATION_SEED = 10_000
@@ -54,11 +53,9 @@ def configure(o: argparse.Namespace) -> IQLConfig:
 
 def load(o: argparse.Namespace) -> RelabelledDataset:
     """The rows with goals, which are made first where they are missing."""
-    made = f"{ROWS}-local"
-    if not ogbench_path(made).exists():
-        make_dataset(made, episodes=o.made_episodes)
+    ensure_ogbench(f"{ROWS}-local", episodes=o.made_episodes)
     # the name of a task, whose rewards and environment are replaced
-    log = load_dataset(f"{ROWS}-singletask-task1-local", env=ENVIRONMENT, reward="raw")
+    log = load_dataset(f"ogbench/{ROWS}-singletask-task1-local", env=ENVIRONMENT, reward="raw")
     return log.relabelled(discount=SETTINGS["discount"])
 
 
@@ -102,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     data, config = load(o), configure(o)
     curve = run(o, config, data)
     content = {
-        "rows": len(data.log),
+        "rows": len(data.dataset),
         "episodes": o.episodes,
         "seeds": o.seeds,
         "config": config.to_dict(),

@@ -40,7 +40,7 @@ from pathlib import Path
 from typing import Any
 
 from iql_torchrl import evaluate, load_dataset
-from iql_torchrl.data import REFERENCE_RETURNS
+from iql_torchrl.data import REFERENCE_RETURNS, normalised_score
 from iql_torchrl.data.builtin import BUILTIN, ensure_dataset
 from iql_torchrl.data.builtin.icu_sepsis import ENVIRONMENT, NAME, SepsisTables
 from iql_torchrl.data.builtin.recipes import import_for_recipe
@@ -49,7 +49,7 @@ from iql_torchrl.evaluation.statistics import (
     probability_of_improvement,
     stratified_interval,
 )
-from iql_torchrl.files import whole_file
+from iql_torchrl.files import atomic_write
 from record import RESULTS, processor, save
 from report import replace_table
 
@@ -133,8 +133,7 @@ class Data:
     play: Callable[[Callable[..., Any]], float] | None = None
 
     def score(self, mean_return: float) -> float:
-        low, high = self.reference
-        return 100 * (mean_return - low) / (high - low)
+        return float(normalised_score(mean_return, self.reference))
 
 
 @dataclass(frozen=True)
@@ -461,7 +460,7 @@ RESULT_LOCK, LOG_LOCK = threading.Lock(), threading.Lock()
 def _log_data(name: str, peers: Path) -> tuple[Data, Path]:
     data, path = LOGS[name].made(peers / "logs"), peers / "logs" / f"rows-{name}.npz"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as temporary, temporary.open("wb") as file:
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
         np.savez(file, **data.rows)
     return data, path
 

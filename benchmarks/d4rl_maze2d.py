@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from iql_torchrl.data import REFERENCE_RETURNS
-from iql_torchrl.files import whole_file
+from iql_torchrl.files import atomic_write
 
 import gymnasium
 import mujoco
@@ -203,7 +203,7 @@ def make(name: str, steps: int, seed: int = 0) -> dict[str, NDArray[Any]]:
 
 def write(name: str, path: Path, steps: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as temporary, temporary.open("wb") as file:
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, **make(name, steps))  # type: ignore[arg-type]
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from iql_torchrl import networks
-from iql_torchrl.files import whole_file
+from iql_torchrl.files import atomic_write
 
 import gymnasium
 import numpy as np
@@ -143,7 +143,7 @@ def write(path: Path, columns: dict[str, list[Any]]) -> dict[str, NDArray[Any]]:
         for name, values in columns.items()
     }
     table["truncated"][-1] |= not table["terminated"][-1]
-    with whole_file(path) as temporary, temporary.open("wb") as file:
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, **table)  # type: ignore[arg-type]
     return table
 

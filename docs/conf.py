@@ -6,7 +6,6 @@ others, so that their names become links to their pages.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import os
 import re
@@ -108,12 +107,10 @@ def presets_table() -> list[str]:
     return table(("preset", "what differs from the defaults"), (15, 85), rows)
 
 
-def logs_table(recipes: str) -> list[str]:
-    from iql_torchrl.data import builtin
+def datasets_table() -> list[str]:
+    from iql_torchrl.data.builtin import BUILTIN
 
-    rows = [
-        (f"``{name}``", recipe.description) for name, recipe in getattr(builtin, recipes).items()
-    ]
+    rows = [(f"``{name}``", recipe.description) for name, recipe in BUILTIN.items()]
     return table(("name", "contents"), (30, 70), rows)
 
 
@@ -131,8 +128,7 @@ def table(
 TABLES = {
     "iql_torchrl.IQLConfig": settings_table,
     "iql_torchrl.PRESETS": presets_table,
-    "iql_torchrl.data.builtin.BUILTIN": functools.partial(logs_table, "BUILTIN"),
-    "iql_torchrl.data.builtin.OGBENCH_LOCAL": functools.partial(logs_table, "OGBENCH_LOCAL"),
+    "iql_torchrl.data.builtin.BUILTIN": datasets_table,
 }
 
 

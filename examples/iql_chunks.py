@@ -1,6 +1,6 @@
 """A reward 50 steps away: critics and policies of one action, and of chunks of five.
 
-A point in a square looks for a place in one corner, and only reaching it gives a reward. The log has
+A point in a square looks for a place in one corner; only reaching it gives a reward. The dataset has
 walks without an aim, which keep a direction for some steps. A critic of one action learns the value of
 states one step further away in each round of bootstrapping, one of five actions five steps. Prints and
 draws how often each policy arrives, while it learns.
@@ -25,7 +25,7 @@ GOAL = np.array([0.8, 0.8], np.float32)
 CONFIG = IQLConfig(
     policy="flow",
     flow_steps=5,
-    temperature=0.0,  # a clone of the log, of which the critics choose the best of several actions
+    temperature=0.0,  # behaviour cloning; the critics choose the best of several of its actions
     num_samples=32,
     expectile=0.9,
     polyak=0.02,
@@ -87,11 +87,11 @@ def make_log(seed, episodes=400):
     return load_dataset(columns, env=Square, reward=(REWARD, 0.0), **spaces)
 
 
-def learn(log, config, every, episodes):
+def learn(dataset, config, every, episodes):
     """Percentages of episodes that arrive, before the first update and after every ``every``."""
     arrived = []
     torch.manual_seed(config.seed)  # of the flow's noise
-    agent = make_agent(config, log)
+    agent = make_agent(config, dataset)
 
     def evaluation():
         result = evaluate(agent.policy, Square, episodes=episodes, num_envs=episodes, seed=1_000)
@@ -99,7 +99,7 @@ def learn(log, config, every, episodes):
         return result
 
     OfflineTrainer(
-        agent=agent, dataset=log, evaluation=evaluation, eval_interval=every, progress_bar=False
+        agent=agent, dataset=dataset, evaluation=evaluation, eval_interval=every, progress_bar=False
     ).train()
     return arrived
 
@@ -136,14 +136,14 @@ def main(
             f"updates is {updates}, seeds {seeds}; expected a multiple of 10, and >= 1."
         )
     torch.set_num_threads(1)  # the networks are small: a second thread costs more than it gives
-    log, every = make_log(0), updates // 10
-    log.print_notes()
+    dataset, every = make_log(0), updates // 10
+    dataset.print_notes()
     curves = {}
     for size in (1, 5):
         config = replace(CONFIG, updates=updates, action_chunk=size)
         curves[size] = []
         for seed in range(seeds):
-            curves[size].append(learn(log, replace(config, seed=seed), every, episodes))
+            curves[size].append(learn(dataset, replace(config, seed=seed), every, episodes))
             print(f"h = {size}, seed {seed}: {curves[size][-1][-1]:.0f} % arrive", flush=True)
     table = [["updates", *(f"h = {size}" for size in curves)]]
     for number in range(11):

@@ -1,7 +1,7 @@
 """Reach every cell of a maze, learned from random steps without rewards.
 
-Each batch gets goals that the log reached: the cell where a row is, a later one of its episode, or
-any other of the log. V(s, g) then counts the steps from s to g, discounted, and one policy goes to
+Each batch gets goals that the dataset reached: the cell of a transition, a later one of its episode, or
+any other of the dataset. V(s, g) then counts the steps from s to g, discounted, and one policy goes to
 every goal. The picture shows V for one goal, and the policy's paths to it.
 """
 
@@ -68,7 +68,7 @@ class Maze(gymnasium.Env[int, int]):
 
 
 def wander(episodes: int, steps: int, seed: int):
-    """A log of random actions, without rewards."""
+    """A dataset of random actions, without rewards."""
     rng, maze = np.random.default_rng(seed), Maze()
     rows: dict[str, list[int]] = {"observation": [], "action": [], "next_observation": []}
     for episode in range(episodes):
@@ -125,13 +125,13 @@ def main(updates: int = CONFIG.updates, seed: int = 0, picture: Path = Path("goa
 
     Args:
         updates: number of gradient updates.
-        seed: of the log, the initial weights and the batches.
+        seed: of the dataset, the initial weights and the batches.
         picture: file that is written.
     """
     config = replace(CONFIG, updates=updates, seed=seed)
-    log = wander(60, 40, seed)
-    data = log.relabelled(**VALUE_GOALS, discount=config.discount, actor=POLICY_GOALS)
-    data.log.print_notes()
+    dataset = wander(60, 40, seed)
+    data = dataset.relabelled(**VALUE_GOALS, discount=config.discount, actor=POLICY_GOALS)
+    data.dataset.print_notes()
     agent = make_agent(config, data)
     OfflineTrainer(agent=agent, dataset=data).train()
     count = len(CELLS)

@@ -1,20 +1,23 @@
-"""Files that are written completely or not at all; checkpoints, which are read without running code."""
+"""Files and folders that are written completely or not at all; checkpoints, which run no code."""
 
 from __future__ import annotations
 
 import errno
+import glob
 import io
 import json
 import os
 import pickle
+import re
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import torch
+from filelock import FileLock, UnixFileLock
 from torchrl.checkpoint import Checkpoint, CheckpointAdapter
 from torchrl.checkpoint import CheckpointError as CheckpointError
 
@@ -22,12 +25,13 @@ from torchrl.checkpoint import CheckpointError as CheckpointError
 PREFIX, SUFFIX = "checkpoint-", ".torchrl"
 #: Numbers of the errors of a full disk.
 FULL = (errno.ENOSPC, errno.EDQUOT)
+STAGING = "[a-z0-9_]{8}"  # the end of a name that ``tempfile`` makes
 
 
-def leads_below(name: str) -> bool:
-    """Whether ``name``, which a file gives, is a path below the folder that it is joined to.
+def is_safe_relative_path(name: str) -> bool:
+    """True if ``name``, read from a file, is a path below the folder that it is joined to.
 
-    Not where it is absolute, empty, or contains ``..`` or a backslash. Links are not followed.
+    False for an empty or absolute path, and for one with ``..`` or a backslash. Links are not followed.
     """
     path = PurePosixPath(name)
     outside = path.is_absolute() or PureWindowsPath(name).drive or "\\" in name
@@ -65,7 +69,7 @@ def make_folder(
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Yield the path of a temporary file that replaces ``path`` when the block ends.
 
     The temporary file is in the same folder. It is renamed to ``path`` if the block ends without
@@ -76,15 +80,56 @@ def whole_file(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with naming(path, instead_of=temporary):
+        with with_filename(path, instead_of=temporary):
             yield temporary
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder next to ``folder`` that replaces it when the block ends.
+
+    The temporary folder is renamed if the block ends without an exception, and deleted otherwise. Hold
+    :func:`folder_lock` where several processes may write to ``folder``.
+    """
+    parent = folder.absolute().parent
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=parent) as temporary:
+        new = Path(temporary, "new")
+        new.mkdir()
+        yield new
+        if folder.exists():
+            os.rename(folder, Path(temporary, "old"))
+        os.rename(new, folder)
+
+
+@contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Hold the lock ``.<name>.lock`` next to ``folder``; other processes and threads wait for it.
+
+    First deletes what a killed :func:`atomic_folder` has left. Nothing is locked or deleted where the
+    parent of ``folder`` is read-only, and on a file system without locks.
+    """
+    path = folder.absolute().parent / f".{folder.name}.lock"
+    lock = FileLock(path)
+    with suppress(OSError):
+        lock.acquire()
+    try:
+        for left in path.parent.glob(f".{glob.escape(folder.name)}-*") if lock.is_locked else ():
+            if re.fullmatch(STAGING, left.name.removeprefix(f".{folder.name}-")):
+                shutil.rmtree(left, ignore_errors=True)
+        yield
+    finally:
+        # Other locks delete their file. On Unix a process that waits locks a new file: it sees that
+        # the one it waited for has no name (filelock 3.25).
+        if lock.is_locked and isinstance(lock, UnixFileLock):
+            path.unlink(missing_ok=True)
+        lock.release()
+
+
 def write_json(path: Path, value: Any, indent: int | None = None) -> None:
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(value, indent=indent) + "\n", encoding="utf-8")
 
 
@@ -99,7 +144,7 @@ def read_json(path: Path, default: Any = None) -> Any:
 
 
 @contextmanager
-def naming(path: Path, *, instead_of: Path | None = None) -> Iterator[None]:
+def with_filename(path: Path, *, instead_of: Path | None = None) -> Iterator[None]:
     """Add ``path`` to an ``OSError`` of the block that names no file, or names ``instead_of``.
 
     Writing to a full disk raises an ``OSError`` without a file name.
@@ -115,7 +160,7 @@ def naming(path: Path, *, instead_of: Path | None = None) -> Iterator[None]:
 
 def replace_by_link(source: Path, destination: Path) -> None:
     """Replace ``destination`` by the file ``source``, by a hard link where possible, else a copy."""
-    with whole_file(destination) as temporary:
+    with atomic_write(destination) as temporary:
         # of a killed process: perhaps a link to another checkpoint
         temporary.unlink(missing_ok=True)
         try:
@@ -183,7 +228,7 @@ def write_components(
     checkpoint = Checkpoint(format="archive")
     for name, state in states.items():
         checkpoint.register(name, state, adapter=StateAdapter())
-    with naming(Path(path)):
+    with with_filename(Path(path)):
         return checkpoint.save(path, metadata=metadata)
 
 

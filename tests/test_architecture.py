@@ -20,8 +20,8 @@ PACKAGE = ROOT / "iql_torchrl"
 LAYERS = (
     ("config", "descriptions", "files", "functional", "private_apis", "tolerance"),
     ("networks", "processes"),
-    ("data", "evaluation", "policies"),
-    ("distributed", "losses"),
+    ("data", "policies"),
+    ("distributed", "evaluation", "losses"),
     ("report", "selection", "update"),
     ("agent",),
     ("trainers",),

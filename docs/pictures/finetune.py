@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from iql_torchrl.files import whole_file
+from iql_torchrl.files import atomic_write
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parents[1] / "benchmarks" / "results" / "finetune.json"
@@ -43,7 +43,7 @@ def main() -> None:
     panels[0].set_ylabel("mean return", fontsize=9)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper left", ncols=4, frameon=False, fontsize=9)
-    with whole_file(HERE / "finetune.png") as temporary:
+    with atomic_write(HERE / "finetune.png") as temporary:
         figure.savefig(temporary, dpi=100, format="png")
 
 

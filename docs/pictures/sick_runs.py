@@ -31,7 +31,7 @@ from iql_torchrl import (
     make_agent,
 )
 from iql_torchrl.data.builtin import ensure_dataset
-from iql_torchrl.files import whole_file
+from iql_torchrl.files import atomic_write
 
 HERE = Path(__file__).parent
 HEALTHY, SICK, LOG = "0.6", "#D55E00", "#0072B2"
@@ -300,7 +300,7 @@ def draw(
     figure.legend(
         handles, labels, loc="outside upper left", ncols=2, frameon=False, fontsize=10
     )  # fmt: skip
-    with whole_file(HERE / f"{name}.png") as temporary:
+    with atomic_write(HERE / f"{name}.png") as temporary:
         figure.savefig(temporary, dpi=100, format="png")
 
 
@@ -315,7 +315,7 @@ def main() -> None:
     for name in [] if options.draw else options.only or RUNS:
         runs[name] = RUNS[name]()
         print(f"{name}: return {runs[name]['rows'][-1]['return_mean']:.1f}", flush=True)
-    with whole_file(record) as temporary:
+    with atomic_write(record) as temporary:
         temporary.write_text(json.dumps(runs, default=float) + "\n")
     draw("healthy", NORMAL, [(runs["healthy"], "0.3", "a healthy run")])
     for name, (healthy, usual, sick, label, panels) in PICTURES.items():

@@ -14,9 +14,9 @@ import numpy as np
 from iql_torchrl.agent.export import first_cause
 from iql_torchrl.agent.task import Task
 from iql_torchrl.data import DatasetSummary
-from iql_torchrl.data.digests import digest_of_sketch
+from iql_torchrl.data.digests import digest
 from iql_torchrl.evaluation.result import Evaluation
-from iql_torchrl.files import make_folder, whole_file, write_components
+from iql_torchrl.files import atomic_write, make_folder, write_components
 
 AGENT, PROGRAM, CARD = "agent.torchrl", "policy.pt2", "README.md"
 FILES = (AGENT, PROGRAM, "policy.json", CARD)
@@ -114,7 +114,7 @@ def write_files(
         )
     write_components(folder / AGENT, states)
     export(folder / PROGRAM)
-    with whole_file(folder / CARD) as temporary:
+    with atomic_write(folder / CARD) as temporary:
         temporary.write_text(card, encoding="utf-8")
 
 
@@ -161,7 +161,7 @@ def data_of(task: Task, dataset: DatasetSummary | None) -> dict[str, Any]:
     """What a card says of the data that ``task`` is of; ``dataset`` adds sizes and returns."""
     data: dict[str, Any] = {"name": task.name, "returns of score 0 and 100": task.reference_scores}
     if task.episodes is not None:
-        data["digest of its episodes"] = digest_of_sketch(task.episodes)
+        data["digest of its episodes"] = digest([task.episodes.astype("<i8").tobytes()])
     if dataset is None:
         return data
     given = Task.of(dataset).episodes

@@ -21,7 +21,8 @@ from iql_torchrl import networks, policies
 from iql_torchrl.agent.task import Task
 from iql_torchrl.config import IQLConfig
 from iql_torchrl.data import DatasetSummary
-from iql_torchrl.data.schema import Key, dotted, leaf_spaces
+from iql_torchrl.data.codec import leaf_spaces
+from iql_torchrl.data.schema import Key, dotted
 from iql_torchrl.data.spaces import (
     is_image,
     is_vector,
@@ -116,7 +117,7 @@ def _check_actions(config: IQLConfig, space: gym.Space[Any]) -> None:
     if not discrete and (faults or not vector):
         raise ValueError(
             f"{described}; {faults and f'{faults}. '}make_agent supports Discrete, and Box of floats "
-            "of shape (A,) with finite bounds, low < high. For a Box of another shape pass "
+            "of shape (A,) with finite bounds, low <= high. For a Box of another shape pass "
             "dataset.flatten_actions(); where the environment accepts a finite range, "
             "dataclasses.replace(dataset, action_space=gymnasium.spaces.Box(low, high)) with one that "
             "holds the logged actions. Else record other actions (combinations of choices can be "

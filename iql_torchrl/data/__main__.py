@@ -12,7 +12,6 @@ from typing import Any
 from iql_torchrl.data import DatasetSummary, build_shards, load_dataset
 from iql_torchrl.data.builtin import (
     BUILTIN,
-    OGBENCH_LOCAL,
     ensure_dataset,
     ensure_source,
     make_dataset,
@@ -89,8 +88,7 @@ def _reading(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _list(_: argparse.Namespace) -> None:
-    recipes: dict[str, Any] = {**BUILTIN, **OGBENCH_LOCAL}
-    for name, recipe in recipes.items():
+    for name, recipe in BUILTIN.items():
         print(f"{name} ({recipe.episodes} episodes)")
         print(textwrap.indent(textwrap.fill(recipe.description, 92), "    "))
 

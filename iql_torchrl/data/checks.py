@@ -1,4 +1,4 @@
-"""Checks of the rows of a table of transitions, block by block, and repair of wrong end marks."""
+"""Checks of the values of transitions, chunk by chunk; and what looks wrong about all of them."""
 
 from __future__ import annotations
 
@@ -12,132 +12,187 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from iql_torchrl.data.readers.motion import COLUMNS, TOLERANCE
-from iql_torchrl.data.readers.source import Piece, Source
+from iql_torchrl.data.codec import leaf_spaces
+from iql_torchrl.data.readers.arrays import Columns
+from iql_torchrl.data.readers.source import Source
 from iql_torchrl.data.schema import (
     ACTION,
-    DONE,
-    EPISODE,
     MASK,
     NEXT_MASK,
     REWARD,
     TERMINATED,
-    TRUNCATED,
     DatasetError,
     EpisodeIndex,
+    Field,
     Key,
-    Layout,
     dotted,
-    leaf_spaces,
 )
 from iql_torchrl.descriptions import bounds_in_words, describe_space
+from iql_torchrl.tolerance import EQUAL, outside_bounds
 
-#: How many leading rows are looked at for changes that rounding removes.
-SAMPLE = 1024
+#: How many leading rows and columns are looked at for changes that rounding removes.
+SAMPLE, COLUMNS = 1024, 128
 #: Changes of fewer units in the last place are removed, or far from what they were.
 UNITS = 8
+#: At most so many rewards, each so many times larger than the others usually are, are a handful that
+#: dominates: the value that they teach is of no other use.
+HANDFUL, DOMINATES = 10, 1000.0
 
 
 @dataclass
-class BlockChecker:
-    """Checks pieces and consecutive blocks of transitions; repairs two faults of the end marks.
+class ChunkChecker:
+    """Checks consecutive chunks of transitions, and converts their values.
 
-    It repairs in place, and counts: a step marked both terminated and truncated (it becomes
-    terminated), and an episode whose last step has neither mark (it was cut there: truncated). With
-    ``clip_actions`` continuous actions are clipped and counted, otherwise they are an error.
+    With ``clip_actions`` continuous actions are clipped and counted, otherwise they are an error.
+    NaN in a next observation of a terminated transition, which is never used, becomes its observation.
     """
 
     source: Source
     index: EpisodeIndex
     clip_actions: bool
-    both_marks: int = 0
-    no_mark: int = 0
     clipped: int = 0
-    terminated_ends: int = 0
-    last_terminated: bool = False
+    unused: int = 0
     samples: dict[Key, list[NDArray[Any]]] = field(default_factory=dict)
+    #: the largest rewards by magnitude; the number and the sum of squares of all that are not 0
+    largest: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
+    rewards: tuple[int, float] = (0, 0.0)
 
-    def check_piece(self, piece: Piece, layout: Layout) -> None:
-        """Raises where the source has other entries, kinds of numbers or row shapes than its table."""
-        expected_keys = [key for key in layout if key not in (DONE, EPISODE)]
-        if piece.keys() != set(expected_keys):
+    def begin(self, columns: Columns, rows: NDArray[np.int64], start: int) -> None:
+        """The next chunk has these rows of columns; its first transition is number ``start``."""
+        self.columns, self.rows, self.start = columns, rows, start
+
+    def convert(self, key: Key, values: NDArray[Any], expected: Field) -> NDArray[Any]:
+        """The values in a form that can be assigned to ``expected``; raises where none can.
+
+        Integers become floats where the space was made from the data, or the source is text, and no
+        number changes; floats become categories where all are integers and a space was declared.
+        """
+        kind, shape, name = values.dtype.kind, values.shape[1:], self.source.name
+        group = key[1] if key[0] == "next" else key[0]
+        casts = self.columns.text or group in self.source.guessed
+        if expected.dtype == torch.bool:
+            fits = kind == "b" or (kind in "iuf" and bool(((values == 0) | (values == 1)).all()))
+        elif expected.dtype.is_floating_point:  # rewards may be stored as integers
+            fits = kind in ("fiu" if key == REWARD or casts else "f")
+            if fits and kind in "iu" and key != REWARD:
+                self._refuse_rounded(key, values, expected.dtype)
+        else:
+            fits = kind in "iub"
+            if (
+                kind == "f"
+                and group not in self.source.guessed
+                and (values == np.rint(values)).all()
+            ):
+                fits, values = bool(np.abs(values).max(initial=0) < 2**53), values.astype(np.int64)
+        if not fits:
             raise DatasetError(
-                f"{self.source.name}: the data has the leaves {', '.join(map(dotted, piece))}; its "
-                f"spaces have {', '.join(map(dotted, expected_keys))}; expected the same: pass the env "
-                "the data came from."
+                f"{name}: {dotted(key)} has {values.dtype} values, expected "
+                f"{expected.dtype}{' (0 or 1)' if expected.dtype == torch.bool else ''}; convert "
+                "it, or pass the env it came from: integers and floats are never cast into each "
+                "other."
             )
-        for key, values in piece.items():
-            expected, kind, shape = layout[key], values.dtype.kind, values.shape[1:]
-            if expected.dtype == torch.bool:
-                fits = kind == "b" or (
-                    kind in "iuf" and bool(((values == 0) | (values == 1)).all())
-                )
-            elif expected.dtype.is_floating_point:  # rewards may be stored as integers
-                fits = kind in ("fiu" if key == REWARD else "f")
-            else:
-                fits = kind in "iub"
-            if not fits:
-                raise DatasetError(
-                    f"{self.source.name}: {dotted(key)} has {values.dtype} values, expected "
-                    f"{expected.dtype}{' (0 or 1)' if expected.dtype == torch.bool else ''}; convert "
-                    "it, or pass the env it came from: integers and floats are never cast into each "
-                    "other."
-                )
-            if shape != expected.shape and {shape, expected.shape} != {(), (1,)}:
-                raise DatasetError(
-                    f"{self.source.name}: {dotted(key)} has rows of shape {shape}, expected "
-                    f"{expected.shape}; pass the env the data came from."
-                )
-            rounded = expected.dtype == torch.float32 and values.dtype.itemsize > 4
-            if rounded and key[0] == "observation":
-                self._keep_sample(key, values)
+        if shape != expected.shape and {shape, expected.shape} != {(), (1,)}:
+            raise DatasetError(
+                f"{name}: {dotted(key)} has rows of shape {shape}, expected "
+                f"{expected.shape}; pass the env the data came from."
+            )
+        if (
+            expected.dtype == torch.float32
+            and values.dtype.itemsize > 4
+            and key[0] == "observation"
+        ):
+            self._keep_sample(key, values)
+        return values.reshape(len(values), *expected.shape)
+
+    def _refuse_rounded(self, key: Key, values: NDArray[Any], dtype: torch.dtype) -> None:
+        rounded = values.astype(str(dtype).removeprefix("torch."))
+        lost = rounded.astype(np.float64) != values.astype(np.float64)
+        if lost.any():
+            raise DatasetError(
+                f"{self.source.name}: {dotted(key)} has the integer {values[lost][0]}, which {dtype} "
+                "would round; subtract a constant, such as the start from times, pass "
+                "dtype=torch.float64, or observation_space= if these are categories."
+            )
 
     def _keep_sample(self, key: Key, values: NDArray[Any]) -> None:
         """The leading rows of values that float32 rounds."""
         kept = self.samples.setdefault(key, [])
         if (left := SAMPLE - sum(map(len, kept))) > 0:
-            rows = values.reshape(len(values), -1)[:left, :COLUMNS]
-            kept.append(rows.astype(np.float64))
+            kept.append(values.reshape(len(values), -1)[:left, :COLUMNS].astype(np.float64))
 
-    def check(self, block: Mapping[Key, Tensor], start: int) -> None:
-        """Check the rows from ``start`` on; raises ``DatasetError`` naming the first wrong one."""
-        # NumPy is faster here than torch: blocks are short, and starting torch's threads takes time.
-        rows = {key: values.numpy() for key, values in block.items()}
+    def count_rewards(self, rewards: NDArray[np.float64]) -> None:
+        """Remember the largest rewards, and the sum of squares of all."""
+        sizes = np.abs(rewards)
+        candidates = np.concatenate([self.largest, sizes])
+        self.largest = np.sort(candidates)[-HANDFUL - 1 :]
+        with np.errstate(over="ignore", invalid="ignore"):
+            number, squares = int((sizes > 0).sum()), float(np.square(sizes).sum())
+        self.rewards = self.rewards[0] + number, self.rewards[1] + squares
+
+    def check(self, chunk: Mapping[Key, Tensor], raw: Mapping[Key, NDArray[Any]]) -> None:
+        """Check converted values, of which ``raw`` are the source's; raises naming the first wrong one."""
+        # NumPy is faster here than torch: chunks are short, and starting torch's threads takes time.
+        rows = {key: values.numpy() for key, values in chunk.items()}
+        self._replace_unused(rows)
         for key, values in rows.items():
             # If the sum is finite, every term is; a sum that overflows needs the slower test.
             with np.errstate(all="ignore"):
                 finite = values.dtype.kind != "f" or np.isfinite(values.sum())
-            if not finite:
-                self._refuse(
-                    key, ~np.isfinite(values), start, "is NaN or infinite",
-                    "expected finite numbers: repair those rows.",
-                )  # fmt: skip
+            if not finite and (wrong := ~np.isfinite(values)).any():
+                self._refuse_infinite(key, wrong, values.dtype, raw.get(key))
         for key, space in leaf_spaces(self.source.observation_space).items():
             for side in (key, ("next", *key)):
-                self._categories(side, rows[side], space, start)
-        self._categories(ACTION, rows[ACTION], self.source.action_space, start)
+                self._categories(side, rows[side], space)
+        self._categories(ACTION, rows[ACTION], self.source.action_space)
         if isinstance(self.source.action_space, gym.spaces.Box):
-            self._bounds(rows[ACTION], self.source.action_space, start)
-        self._flags(rows, start)
+            self._bounds(rows[ACTION], self.source.action_space)
         if MASK in rows:
-            self._masks(rows, start)
+            self._masks(rows)
 
-    def _refuse(self, key: Key, wrong: Any, start: int, problem: str, expected: str) -> None:
-        """Raises ``DatasetError`` naming the first row of ``wrong``, if there is one."""
-        if not wrong.any():
-            return
-        rows = np.flatnonzero(wrong.reshape(len(wrong), -1).any(1))
-        row = start + int(rows[0])
-        episode = int(self.index.ids(row, row + 1)[0])
-        raise DatasetError(
-            f"{self.source.name}: {dotted(key)} {problem} in {len(rows)} of the {len(wrong)} rows "
-            f"looked at together, first at row {row} (episode {episode}, step "
-            f"{row - int(self.index.offsets[episode])}) of {self.index.rows}; {expected}"
+    def _replace_unused(self, rows: Mapping[Key, NDArray[Any]]) -> None:
+        terminated = np.flatnonzero(rows[TERMINATED][:, 0])
+        for key, values in rows.items():
+            if (
+                key[:2] != ("next", "observation")
+                or values.dtype.kind != "f"
+                or not len(terminated)
+            ):
+                continue
+            after = values[terminated].reshape(len(terminated), -1)
+            missing = terminated[np.isnan(after).any(axis=1)]
+            values[missing] = rows[key[1:]][missing]
+            self.unused += len(missing)
+
+    def _refuse_infinite(
+        self, key: Key, wrong: NDArray[np.bool_], kind: Any, raw: NDArray[Any] | None
+    ) -> None:
+        if raw is not None and raw.size == wrong.size:
+            beyond = wrong & np.isfinite(raw.astype(np.float64).reshape(wrong.shape))
+            if beyond.any():
+                value = raw.reshape(wrong.shape)[beyond][0]
+                self._refuse(
+                    key, beyond, f"has the value {value:g}, beyond the range of {kind},",
+                    "scale the column, or pass dtype=torch.float64.",
+                )  # fmt: skip
+        self._refuse(
+            key, wrong, "is NaN or infinite", "expected finite numbers: repair those rows."
         )
 
-    def _categories(
-        self, key: Key, values: NDArray[Any], space: gym.Space[Any], start: int
-    ) -> None:
+    def _refuse(self, key: Key, wrong: Any, problem: str, expected: str) -> None:
+        """Raises ``DatasetError`` naming the first row of the source in ``wrong``, if there is one."""
+        if not wrong.any():
+            return
+        found = np.flatnonzero(wrong.reshape(len(wrong), -1).any(1))
+        number = self.start + int(found[0])
+        episode = int(self.index.ids(number, number + 1)[0])
+        row = self.columns.source_row(self.rows[found[0]])
+        raise DatasetError(
+            f"{self.columns.name}: {dotted(key)} {problem} in {len(found)} of the {len(wrong)} "
+            f"transitions checked together, first at row {row} of {self.columns.rows} (episode {episode}, "
+            f"step {number - int(self.index.offsets[episode])}); {expected}"
+        )
+
+    def _categories(self, key: Key, values: NDArray[Any], space: gym.Space[Any]) -> None:
         if isinstance(space, gym.spaces.Discrete):
             count: Any = int(space.n)
         elif isinstance(space, gym.spaces.MultiDiscrete):
@@ -148,110 +203,83 @@ class BlockChecker:
             return
         shifted = np.any(getattr(space, "start", 0))
         self._refuse(
-            key, (values < 0) | (values >= count), start, "is out of range",
+            key, (values < 0) | (values >= count), "is out of range",
             f"expected {'start <= value < start + n' if shifted else '0 <= value < n'} of "
             f"{describe_space(space)}: give the environment the data came from, or repair those rows.",
         )  # fmt: skip
 
-    def _bounds(self, values: NDArray[Any], space: gym.spaces.Box, start: int) -> None:
+    def _bounds(self, values: NDArray[Any], space: gym.spaces.Box) -> None:
         low, high = space.low.astype(values.dtype), space.high.astype(values.dtype)
-        # Values may exceed a bound by rounding, also where the other bound is infinite.
-        slack: Any = 0
-        if values.dtype.kind == "f":
-            with np.errstate(all="ignore"):
-                width = high - low
-            slack = 1e-6 * np.where(np.isfinite(width), width, 1.0)
-        wrong = (values < low - slack) | (values > high + slack)
-        if not wrong.any():
+        if not (values < low).any() and not (values > high).any():
             return
+        wrong = outside_bounds(values, low, high)
         if self.clip_actions:
             self.clipped += int(wrong.reshape(len(wrong), -1).any(1).sum())
-            np.clip(values, low, high, out=values)
-            return
-        self._refuse(
-            ACTION, wrong, start,
-            f"is outside its bounds (up to |{float(np.abs(values[wrong]).max()):.6g}|)",
-            f"expected {bounds_in_words(space.low, space.high)}: pass clip_actions=True, or the env "
-            "with the right bounds.",
-        )  # fmt: skip
+        elif wrong.any():
+            largest = float(np.abs(values[wrong]).max())
+            self._refuse(
+                ACTION, wrong, f"is outside its bounds (up to |{largest:.6g}|)",
+                f"expected {bounds_in_words(space.low, space.high)}: pass clip_actions=True, or the env "
+                "with the right bounds.",
+            )  # fmt: skip
+        np.clip(values, low, high, out=values)
 
-    def _flags(self, rows: Mapping[Key, NDArray[Any]], start: int) -> None:
-        terminated, truncated = rows[TERMINATED], rows[TRUNCATED]
-        both = terminated & truncated
-        self.both_marks += int(both.sum())
-        truncated &= ~both
-        done = terminated | truncated
-        is_last = np.zeros_like(done)
-        is_last[self.index.last_rows(start, start + len(done)) - start] = True
-        self._refuse(
-            DONE, (truncated if self.source.terminates_inside else done) & ~is_last, start,
-            "is set before the episode's last row",
-            "expected marks at ends only: split the episode there, or clear the mark.",
-        )  # fmt: skip
-        cut = is_last & ~done
-        self.no_mark += int(cut.sum())
-        truncated |= cut
-        rows[DONE][...] = terminated | truncated
-        self.terminated_ends += int((terminated & is_last).sum())
-        self.last_terminated = bool(terminated[-1].any())
-
-    def _masks(self, rows: Mapping[Key, NDArray[Any]], start: int) -> None:
+    def _masks(self, rows: Mapping[Key, NDArray[Any]]) -> None:
         mask, following = rows[MASK], rows[NEXT_MASK]
         no_action, expected = "allows no action", "expected at least one allowed."
-        self._refuse(MASK, ~mask.any(axis=1), start, no_action, expected)
+        self._refuse(MASK, ~mask.any(axis=1), no_action, expected)
         self._refuse(
-            MASK, ~np.take_along_axis(mask, rows[ACTION][:, None], 1), start,
+            MASK, ~np.take_along_axis(mask, rows[ACTION][:, None], 1),
             "forbids the logged action",
             "expected the mask of the same row's state: check for a shift by one.",
         )  # fmt: skip
         # After a termination no action is taken; environments then often forbid all.
         unusable = ~following.any(axis=1) & ~rows[TERMINATED][:, 0]
-        self._refuse(NEXT_MASK, unusable, start, no_action, expected)
+        self._refuse(NEXT_MASK, unusable, no_action, expected)
+
+    def notes(self) -> Iterator[str]:
+        if self.unused:
+            yield (
+                f"next_observation is NaN in {self.unused} rows that terminate, where it is never used; "
+                "the observation is stored there."
+            )
 
     def warnings(self) -> Iterator[str]:
         """What was repaired, or looks wrong, one sentence each."""
-        # The file may cut the last episode short. Short episodes often have equal lengths.
-        lengths = self.index.lengths
-        ended = lengths if self.last_terminated else lengths[:-1]
-        few = not 3 <= len(ended) <= self.terminated_ends
-        if not (few or self.source.terminates_inside or ended[0] < 5) and (
-            (ended == ended[0]).all() and lengths[-1] <= ended[0]
-        ):
-            column, remedy = "", "store those ends as truncations"
-            paths = self.source.paths
-            if name := paths.get("terminated", paths.get("trajectory_end")):
-                column = f" ({name!r})"
-                remedy = f"pass columns={{'terminated': None, 'truncated': {name!r}}}"
-            yield (
-                f"all {self.terminated_ends} terminations{column} come at step {ended[0]} of their "
-                "episode and no other step ends one: that looks like a time limit, at which "
-                f"values must be bootstrapped. If it is one, {remedy}; if each episode really "
-                "terminates after that many steps, ignore this warning."
-            )
-        if self.both_marks:
-            yield (
-                f"{self.both_marks} steps were marked both terminated and truncated; kept as "
-                "terminated (never bootstrapped)."
-            )
-        if self.no_mark and self.source.ends_known:
-            yield (
-                f"{self.no_mark} episodes end without a mark; their last step was marked truncated "
-                "(bootstrapped)."
-            )
+        paths = self.source.parts[0][0].paths
         for key, kept in self.samples.items():
-            names = self.source.paths.get(dotted(key), "").split(", ")
+            names = paths.get(dotted(key), "").split(", ")
             yield from _lost_by_rounding(dotted(key), np.concatenate(kept), names)
         space = self.source.action_space
         if self.clipped and isinstance(space, gym.spaces.Box):
             bounds = bounds_in_words(space.low, space.high)
             yield f"{self.clipped} rows had actions outside {bounds}; clipped."
+        yield from self._dominating_rewards()
+
+    def _dominating_rewards(self) -> Iterator[str]:
+        number, squares = self.rewards
+        most = min(HANDFUL, len(self.largest) - 1, number - 1)
+        for count in range(1, most + 1):
+            rest = squares - float(np.square(self.largest[-count:]).sum())
+            usual = (max(rest, 0.0) / (number - count)) ** 0.5
+            smallest = float(self.largest[-count])
+            # sums of squares round: what is left may be only the rounding error of the largest
+            usual = max(usual, float(self.largest[-count - 1]) / max(number - count, 1) ** 0.5)
+            if self.largest[-count - 1] * DOMINATES < smallest and usual * DOMINATES < smallest:
+                yield (
+                    f"{count} of {self.index.rows} rewards are of magnitude {smallest:.3g} and more, the "
+                    f"others at most {self.largest[-count - 1]:.3g}: they dominate the sum of squares, so "
+                    "that values are learned of them alone. Repair those rows if they are errors, or "
+                    "scale or clip the rewards."
+                )
+                return
 
 
 def _lost_by_rounding(key: str, rows: NDArray[np.float64], names: list[str]) -> Iterator[str]:
     """A sentence on columns of ``(rows, columns)`` whose changes from row to row float32 removes.
 
     ``names``: of the columns, where there are as many. Changes of a part in 1e12 may be of the rounding
-    of float64 and do not count, nor do those up to ``motion.TOLERANCE``: simulators have such
+    of float64 and do not count, nor do those up to ``tolerance.EQUAL``: simulators have such
     changes in bodies at rest.
     """
     varying = np.flatnonzero(np.ptp(rows, axis=0) > 1e-12 * np.abs(rows).max(axis=0))
@@ -261,7 +289,7 @@ def _lost_by_rounding(key: str, rows: NDArray[np.float64], names: list[str]) -> 
     changes, units = np.abs(values - rows[:-1, varying]), np.spacing(np.abs(values).astype("f4"))
     changes[changes == 0] = np.nan
     change, unit = np.nanmedian(changes, axis=0), np.median(units, axis=0)
-    if not len(lost := np.flatnonzero((change > TOLERANCE) & (change < UNITS * unit))):
+    if not len(lost := np.flatnonzero((change > EQUAL) & (change < UNITS * unit))):
         return
     first, columns = lost[0], varying[lost].tolist()
     which = [repr(names[c]) if len(names) == rows.shape[1] else str(c) for c in columns]
@@ -272,3 +300,46 @@ def _lost_by_rounding(key: str, rows: NDArray[np.float64], names: list[str]) -> 
         "a constant from the column, such as the start from times; if the changes are only noise, "
         "ignore this warning."
     )
+
+
+def fixed_horizon(source: Source, limit: int | None) -> tuple[str, str]:
+    """A warning, or a note, where all episodes terminate at one step: it may be a time limit.
+
+    A warning where the environment has this limit; a note where none is known and no column has
+    truncated flags; both are empty otherwise.
+    """
+    lengths, ended, known = [], [], False
+    for columns, episodes in source.parts:
+        ends = np.cumsum(episodes.lengths) - 1
+        lengths.append(episodes.lengths)
+        ended.append(episodes.terminated[ends])
+        known |= bool({"truncated", "valid", "not_terminated"} & columns.paths.keys())
+    length, end = np.concatenate(lengths), np.concatenate(ended)
+    # The file may cut the last episode short. Short episodes often have equal lengths.
+    complete = length if end[-1] else length[:-1]
+    if len(complete) < 3 or not end[: len(complete)].all() or complete[0] < 5:
+        return "", ""
+    if (complete != complete[0]).any() or length[-1] > complete[0]:
+        return "", ""
+    steps = int(complete[0])
+    paths = source.parts[0][0].paths
+    column, remedy = "", "store those ends as truncations"
+    if name := paths.get("terminated", paths.get("trajectory_end")):
+        column = f" ({name!r})"
+        remedy = f"pass columns={{'terminated': None, 'truncated': {name!r}}}"
+    text = (
+        f"all {int(end.sum())} terminations{column} come at step {steps} of their episode and no other "
+        "step ends one"
+    )
+    if limit == steps:
+        return (
+            f"{text}: that is the environment's time limit, at which values must be bootstrapped: "
+            f"{remedy}. If each episode really terminates after that many steps, ignore this warning.",
+            "",
+        )
+    if limit is None and not known:
+        return (
+            "",
+            f"{text}. If that is a time limit, at which values must be bootstrapped, {remedy}.",
+        )
+    return "", ""

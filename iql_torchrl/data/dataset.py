@@ -1,4 +1,4 @@
-"""Loaded datasets: spaces, statistics, episodes and environment, and the rows of one in memory."""
+"""Loaded datasets: spaces, statistics, episodes and environment, and transitions in memory."""
 
 from __future__ import annotations
 
@@ -18,6 +18,13 @@ from torchrl.data import Composite, TensorDictReplayBuffer, TensorSpec
 
 from iql_torchrl.data import replay
 from iql_torchrl.data.chunks import Chunks
+from iql_torchrl.data.codec import (
+    UNCHANGED,
+    Adaptation,
+    flat_action_space,
+    observation_spec_of,
+    spec_of_space,
+)
 from iql_torchrl.data.digests import episode_digests, fingerprint, sketch_of
 from iql_torchrl.data.goals import (
     ACTOR_ORIGINS,
@@ -28,14 +35,14 @@ from iql_torchrl.data.goals import (
     Reached,
     Relabelling,
 )
+from iql_torchrl.data.readers.environments import adapted_env
 from iql_torchrl.data.scaling import (
     ObservationStatistics,
     RewardMap,
     StatisticsAccumulator,
     normalised_score,
 )
-from iql_torchrl.data.schema import ACTION, DatasetError, Key, observation_spec_of, spec_of_space
-from iql_torchrl.data.spaces import flat_action_env, flat_action_space
+from iql_torchrl.data.schema import ACTION, DatasetError, Key
 from iql_torchrl.data.windows import Windows
 from iql_torchrl.descriptions import describe_space
 from iql_torchrl.networks import History
@@ -43,20 +50,21 @@ from iql_torchrl.networks import History
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Description:
-    """Everything about a checked log except its rows: its spaces, statistics and episodes.
+    """Everything about a checked dataset but its transitions: spaces, statistics and episodes.
 
     Attributes:
         observation_space, action_space: Gymnasium's spaces; the specs are TorchRL's form of them.
         statistics: per observation key (``"observation"``, or a tuple for nested ones) its
             ``ObservationStatistics``; categories and images have none.
-        episode_returns: raw rewards summed over the kept rows of each episode, float64 ``(E,)``.
-        episode_lengths: kept rows of each episode, int64 ``(E,)``.
-        reward_map: the affine map that was applied to the rewards; apply it to online rewards too.
+        episode_returns: raw rewards summed over the kept transitions of each episode, float64 ``(E,)``.
+        episode_lengths: kept transitions of each episode, int64 ``(E,)``.
+        reward_map: the reward scaling of the transitions; apply it to online rewards too.
         reference_scores: raw returns (random, expert), or None.
         notes: what was dropped, guessed or repaired, one sentence each.
         warnings: those of ``notes`` that were issued as ``DatasetWarning``.
         dtype: of observations, continuous actions and rewards.
-        env_spec, joined: the environment that the data name, and the leaves that were joined.
+        env_spec, adaptation: the environment that the data name, and how its observations and
+            actions become those of the dataset.
     """
 
     name: str = "dataset"
@@ -71,25 +79,25 @@ class Description:
     warnings: tuple[str, ...] = ()
     dtype: torch.dtype = torch.float32
     env_spec: EnvSpec | None = None
-    joined: tuple[str, ...] = ()
+    adaptation: Adaptation = UNCHANGED
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class DatasetSummary(Description, ABC):
-    """A dataset's description and environment, without its rows.
+    """A dataset's description and environment, without its transitions.
 
-    ``OfflineDataset`` has all rows in one table, ``ShardedDataset`` in many.
+    ``OfflineDataset`` has them all in one TensorDict, ``ShardedDataset`` in many.
     """
 
     env: Callable[[], gym.Env[Any, Any]] | None = None
 
     def __len__(self) -> int:
-        """The number of rows."""
+        """Number of transitions."""
         return int(self.episode_lengths.sum())
 
     def __repr__(self) -> str:
         returns, change = self.episode_returns, self.reward_map
-        rewards = f", rewards mapped by {change}" if change != RewardMap() else ""
+        rewards = f", rewards scaled by {change}" if change != RewardMap() else ""
         notes = f"\n  notes: {len(self.notes)}, see print_notes()" if self.notes else ""
         return (
             f"{type(self).__name__} {self.name!r}: {len(self):,} transitions in {len(returns):,} "
@@ -103,11 +111,11 @@ class DatasetSummary(Description, ABC):
     @property
     @abstractmethod
     def masked(self) -> bool:
-        """Whether each observation has a bool ``action_mask`` ``(n,)``."""
+        """True if each observation has a bool ``action_mask`` ``(n,)``."""
 
     @abstractmethod
     def range_of(self, key: Key) -> tuple[float, float]:
-        """The smallest and the largest number of an entry of all rows."""
+        """The smallest and the largest number of an entry of all transitions."""
 
     @abstractmethod
     def sketch(self) -> NDArray[np.int64]:
@@ -115,10 +123,10 @@ class DatasetSummary(Description, ABC):
 
     @abstractmethod
     def fingerprint(self) -> dict[str, str]:
-        """Digests that are equal only if all rows are equal bit for bit, by name."""
+        """Digests, by name, that are equal only if all transitions are equal bit for bit."""
 
     def print_notes(self, file: TextIO | None = None) -> None:
-        """One line ``note: ...`` for each of ``notes``, on standard output or ``file``."""
+        """Print a line ``note: ...`` for each of ``notes``, on standard output or to ``file``."""
         for note in self.notes:
             print(f"note: {note}", file=file)
 
@@ -146,10 +154,10 @@ class DatasetSummary(Description, ABC):
 
     @property
     def make_env(self) -> Callable[[], gym.Env[Any, Any]]:
-        """The function that makes a fresh environment, from ``env=`` or the dataset's record.
+        """A function that makes a new environment, from ``env=`` or the dataset's record.
 
-        It contains none of the data, so it can be sent to another process. Where
-        ``load_dataset(concatenate=...)`` joined leaves, its observations are joined in the same way.
+        It contains none of the data, so it can be sent to another process. Leaves that
+        ``load_dataset(concatenate=...)`` joined are joined in its observations too.
 
         Calling it raises ``DatasetError`` saying what to install, or that none is recorded.
         """
@@ -168,12 +176,12 @@ class OfflineDataset(DatasetSummary):
 
     Attributes:
         transitions: batch ``(N,)`` in TorchRL's layout: ``observation`` (nested for Dict spaces),
-            ``action``, ``("next", "observation")``, ``("next", "reward")`` (mapped, ``(N, 1)``),
+            ``action``, ``("next", "observation")``, ``("next", "reward")`` (scaled, ``(N, 1)``),
             ``("next", "terminated" | "truncated" | "done")`` bool ``(N, 1)`` (done: terminated or
             truncated), and int64 ``("collector", "traj_ids")`` ``(N,)``, which number the episodes.
-            A row may terminate inside an episode if trajectories continue after a goal.
+            A transition may terminate inside an episode if trajectories continue after a goal.
             ``action_mask``, ``("next", "action_mask")`` bool ``(N, n)`` and ``action_log_prob``
-            ``(N,)`` where the source has them. Episodes are complete, consecutive and in the source's
+            ``(N,)`` if the source has them. Episodes are complete, consecutive and in the source's
             order.
     """
 
@@ -232,7 +240,7 @@ class OfflineDataset(DatasetSummary):
     def frame_stack(self, length: int, *, jumps: str = "error") -> Windows:
         """:meth:`windows` whose frames are stacked into one observation, without masks.
 
-        ``frame_stack(1)`` has the entries of plain rows and holds every observation once.
+        ``frame_stack(1)`` has the entries of the transitions and holds every observation once.
         """
         return self.windows(length, stack=True, jumps=jumps)
 
@@ -251,12 +259,12 @@ class OfflineDataset(DatasetSummary):
     def flatten_actions(self) -> OfflineDataset:
         """The same data with actions ``(A,)`` in place of a Box of another shape.
 
-        ``make_env`` then takes such actions too. Raises ``DatasetError`` where actions are no Box.
+        ``make_env`` then takes such actions too. Raises ``DatasetError`` if actions are not a Box.
         """
         space = flat_action_space(self.action_space, self.name)
         transitions = self.transitions.copy()
-        transitions["action"] = self.transitions["action"].flatten(1)
-        env = partial(flat_action_env, self.make_env, self.name)
+        transitions["action"] = self.transitions["action"].reshape(len(self), -1)
+        env = partial(adapted_env, self.make_env, Adaptation(flat_action=True))
         return replace(self, transitions=transitions, action_space=space, env=env)
 
     def relabelled(
@@ -272,12 +280,12 @@ class OfflineDataset(DatasetSummary):
         rewards: tuple[float, float] = (0.0, -1.0),
         name: str | None = None,
     ) -> RelabelledDataset:
-        """The log for goal-conditioned policies and values: its batches have goals that it reached.
+        """The dataset for goal-conditioned policies and values: batches have goals that it reached.
 
-        The goal is one more leaf of a Dict: ``{"observation": ..., "goal": ...}``, or a Dict's own
-        leaves and ``"goal"``. The log's rewards and terminations are not used: a row whose own
+        The goal is one more leaf of a Dict: ``{"observation": ..., "goal": ...}``, or the leaves of a
+        Dict and ``"goal"``. The dataset's rewards and terminations are not used: a transition whose
         observation reaches the goal (s_t, not s_t+1, as in OGBench) has ``rewards[0]`` and terminates;
-        any other has ``rewards[1]`` and is bootstrapped. Trajectories are the log's episodes.
+        any other has ``rewards[1]`` and is bootstrapped. Trajectories are the dataset's episodes.
 
         Args:
             goal: the part of an observation that is its goal. None: all of it; the name of a leaf of
@@ -289,12 +297,12 @@ class OfflineDataset(DatasetSummary):
                 :class:`~iql_torchrl.data.GoalOrigins`; give the ``discount`` of the config.
             actor: that of the policy's goals, by default uniform over the future as in OGBench. None:
                 the values' goals, which saves an evaluation of the target critics and of V.
-            reached: None: where all numbers are equal; a number: within that Euclidean distance; or a
+            reached: None: if all numbers are equal; a number: within that Euclidean distance; or a
                 function of two batches of goals that gives bools ``(B,)``.
             rewards: at the goal, and elsewhere; ``(1.0, 0.0)`` is the other usual choice.
             name: of the leaf with the goal; a leaf of that name is replaced.
 
-        A goal has the statistics of the part that it comes from; a function's goals have their own.
+        A goal has the statistics of the part that it comes from; those of a function are measured.
 
         Raises ``DatasetError`` on a goal that the observations lack, ``ValueError`` on other settings.
         """
@@ -313,9 +321,9 @@ class OfflineDataset(DatasetSummary):
     def split(self, fraction: float, seed: int) -> tuple[OfflineDataset, OfflineDataset]:
         """Two datasets of complete episodes, the first with ``fraction`` of them, drawn at random.
 
-        Both keep this dataset's order, episode numbers, statistics and reward map, so that numbers
-        from one mean the same in the other. Both are copies in memory. Raises ``DatasetError``
-        where one side would be empty.
+        Both keep this dataset's order, episode numbers, statistics and reward scaling, so that numbers
+        from one mean the same in the other. Both are copies in memory. Raises ``DatasetError`` if one
+        side would be empty.
         """
         count = len(self.episode_lengths)
         first = round(fraction * count)
@@ -328,10 +336,10 @@ class OfflineDataset(DatasetSummary):
         return self._part(chosen), self._part(~chosen)
 
     def _part(self, episodes: NDArray[np.bool_]) -> OfflineDataset:
-        rows = torch.from_numpy(np.flatnonzero(np.repeat(episodes, self.episode_lengths)))
+        kept = torch.from_numpy(np.flatnonzero(np.repeat(episodes, self.episode_lengths)))
         return replace(
             self,
-            transitions=self.transitions[rows],
+            transitions=self.transitions[kept],
             episode_returns=self.episode_returns[episodes],
             episode_lengths=self.episode_lengths[episodes],
         )
@@ -339,84 +347,79 @@ class OfflineDataset(DatasetSummary):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class RelabelledDataset(DatasetSummary):
-    """A log whose batches have goals: what ``OfflineDataset.relabelled`` returns.
+    """A dataset whose batches have goals: what ``OfflineDataset.relabelled`` returns.
 
     ``make_agent``, ``OfflineTrainer`` and populations take it. ``make_env`` gives observations with
-    goals: a ``data.GoalEnv``, or the log's own environment where that has such a leaf.
+    goals: a ``data.GoalEnv``, or the environment of ``dataset`` if that has such a leaf.
 
-    Attributes: ``log``, the rows without goals; ``relabelling``, the settings; ``history``, of windows.
+    Attributes: ``dataset``, without goals; ``relabelling``, the settings; ``history``, of windows.
     ``episode_returns`` are NaN, because rewards depend on goals.
     """
 
-    log: OfflineDataset
+    dataset: OfflineDataset
     relabelling: Relabelling
     history: History | None = None
     jumps: str = "error"
 
     @classmethod
-    def of(cls, log: OfflineDataset, how: Relabelling) -> RelabelledDataset:
+    def of(cls, dataset: OfflineDataset, how: Relabelling) -> RelabelledDataset:
         """Raises as ``OfflineDataset.relabelled``."""
-        space, whole = how.goal_space(lambda key: log.transitions[key][:2]), log.observation_space
-        observed = {"observation": whole} if how.plain else getattr(whole, "spaces", {})
+        space = how.goal_space(lambda key: dataset.transitions[key][:2])
+        whole: Any = dataset.observation_space
+        observed = {"observation": whole} if how.wraps else whole.spaces
         old = observed.get(how.name)
-        if old is not None and (how.plain or (old.shape, old.dtype) != (space.shape, space.dtype)):
+        if old is not None and (how.wraps or (old.shape, old.dtype) != (space.shape, space.dtype)):
             raise DatasetError(
-                f"{log.name}: {how.name!r} is {describe_space(old)} already, and the goals are "
+                f"{dataset.name}: {how.name!r} is {describe_space(old)} already, and the goals are "
                 f"{describe_space(space)}; choose another name=."
             )
         statistics: dict[Any, ObservationStatistics] = {
-            ("observation", "observation") if how.plain else key: each
-            for key, each in log.statistics.items()
+            ("observation", "observation") if how.wraps else key: each
+            for key, each in dataset.statistics.items()
         }
-        goal = _goal_statistics(log, how, space)
+        goal = _goal_statistics(dataset, how, space)
         statistics |= {} if goal is None else {("observation", how.name): goal}
-        env = (
-            log.env
-            if old is not None or log.env is None
-            else partial(_goal_env, log.env, how, space)
-        )
-        described = {each.name: getattr(log, each.name) for each in fields(DatasetSummary)} | {
+        described = {each.name: getattr(dataset, each.name) for each in fields(DatasetSummary)}
+        if old is None and dataset.env is not None:
+            described["env"] = partial(_goal_env, dataset.env, how, space)
+        described |= {
             "observation_space": gym.spaces.Dict({**observed, how.name: space}),
             "statistics": statistics,
-            "episode_returns": np.full(len(log.episode_lengths), np.nan),
+            "episode_returns": np.full(len(dataset.episode_lengths), np.nan),
             "reward_map": RewardMap(),
-            "env": env,
         }
-        return cls(**described, log=log, relabelling=how)
+        return cls(**described, dataset=dataset, relabelling=how)
 
     @property
     def masked(self) -> bool:
-        return self.log.masked
+        return self.dataset.masked
 
     def range_of(self, key: Key) -> tuple[float, float]:
-        how, side = self.relabelling, key[:1] if key[0] == "next" else ()
-        inside = key[len(side) :]
-        if inside == ("observation", how.name):
-            low, high = how.of(lambda leaf: self.log.transitions[leaf]).aminmax()
-            return float(low), float(high)
-        if how.plain and inside == ("observation", "observation"):
-            inside = inside[:1]
-        return self.log.range_of((*side, *inside))
+        stored = self.relabelling.source_key(key)
+        if stored is not None:
+            return self.dataset.range_of(stored)
+        low, high = self.relabelling.of(lambda leaf: self.dataset.transitions[leaf]).aminmax()
+        return float(low), float(high)
 
     def sketch(self) -> NDArray[np.int64]:
-        return self.log.sketch()
+        return self.dataset.sketch()
 
     def fingerprint(self) -> dict[str, str]:
-        return self.log.fingerprint() | {"goals": str(self.relabelling)}
+        return self.dataset.fingerprint() | {"goals": str(self.relabelling)}
 
     @property
     def transitions(self) -> NoReturn:
         """Always raises ``DatasetError``, because goals are drawn for batches."""
         raise DatasetError(
-            f"{self.name}: its goals are drawn for batches, and this needs all rows in one table. Use "
-            "replay_buffer(batch_size), or .log for the rows without goals."
+            f"{self.name}: its goals are drawn for batches, and this needs all transitions at once. "
+            "Use replay_buffer(batch_size), or .dataset for the transitions without goals."
         )
 
     def chunks(self, size: int, **windows: Any) -> NoReturn:
         """Always raises ``DatasetError``, because a goal may be reached within a chunk."""
         raise DatasetError(
             f"{self.name}: chunks of {size} actions cannot be made of a dataset with goals, which may "
-            "be reached within a chunk. Choose action_chunk=1, or the log's own rewards (.log)."
+            "be reached within a chunk. Choose action_chunk=1, or the recorded rewards (.dataset)."
         )
 
     def windows(
@@ -428,12 +431,12 @@ class RelabelledDataset(DatasetSummary):
     def device_sampler(
         self, batch_size: int, device: torch.device | str | None = None, seed: int | None = None
     ) -> GoalSampler:
-        """A ``GoalSampler`` of the log's rows; ``replay_buffer`` is the same."""
-        rows: Any = self.log
+        """A ``GoalSampler`` of the transitions; ``replay_buffer`` is the same."""
+        source: Any = self.dataset
         if (form := self.history) is not None:
-            rows = rows.windows(form.length, stack=form.stack, jumps=self.jumps)
-        source = rows.device_sampler(batch_size, device, seed)
-        return GoalSampler(source, self.episode_lengths, self.relabelling, form)
+            source = source.windows(form.length, stack=form.stack, jumps=self.jumps)
+        sampler = source.device_sampler(batch_size, device, seed)
+        return GoalSampler(sampler, self.episode_lengths, self.relabelling, form)
 
     replay_buffer = device_sampler
 
@@ -443,14 +446,14 @@ def _goal_env(make_env: Any, how: Relabelling, space: gym.Space[Any]) -> gym.Env
 
 
 def _goal_statistics(
-    log: OfflineDataset, how: Relabelling, space: gym.Space[Any]
+    dataset: OfflineDataset, how: Relabelling, space: gym.Space[Any]
 ) -> ObservationStatistics | None:
     if callable(how.goal):
         total = StatisticsAccumulator(space.shape or ())
-        for rows in torch.arange(len(log)).split(65_536):
-            total.update(how.of(lambda key, rows=rows: log.transitions[key][rows]))  # type: ignore[misc]
+        for some in torch.arange(len(dataset)).split(65_536):
+            total.update(how.of(lambda key, some=some: dataset.transitions[key][some]))  # type: ignore[misc]
         return total.result()
-    part = log.statistics.get("observation" if how.plain else how.path)
+    part = dataset.statistics.get("observation" if how.wraps else how.path)
     if part is None:
         return None
     still = torch.zeros(part.mean.numel())

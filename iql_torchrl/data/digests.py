@@ -1,4 +1,4 @@
-"""Digests of data: whether two tables are the same, and whether two logs have episodes in common."""
+"""Digests of data: equal transitions, and episodes that two datasets have in common."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from tensordict import TensorDictBase
 IntArray = NDArray[np.int64]
 
 SKETCH = 2048
-ROWS_AT_ONCE = 65_536
+AT_ONCE = 65_536  # transitions
 
 
 def digest(parts: Iterable[bytes]) -> str:
-    """128-bit BLAKE2b of bytes that come in parts, as hexadecimal digits."""
+    """128-bit BLAKE2b digest of bytes that come in parts, as hexadecimal digits."""
     total = hashlib.blake2b(digest_size=16)
     for part in parts:
         total.update(part)
@@ -28,15 +28,13 @@ def fingerprint(transitions: TensorDictBase) -> dict[str, str]:
     """Per leaf, by name: dtype, shape and a 128-bit BLAKE2b digest of its bytes.
 
     Digests are equal exactly if all values are equal bit for bit. Reads every byte once, about a
-    second per gigabyte; memory-mapped tables are read in pieces.
+    second per gigabyte; memory-mapped transitions are read in parts.
     """
     digests = {}
     for name in sorted(transitions.keys(include_nested=True, leaves_only=True), key=str):
         values = transitions.get(name)
-        flat = (
-            rows.detach().cpu().contiguous().view(-1) for rows in torch.split(values, ROWS_AT_ONCE)
-        )
-        content = digest(rows.view(torch.uint8).numpy().tobytes() for rows in flat)
+        parts = (part.detach().cpu().contiguous().view(-1) for part in values.split(AT_ONCE))
+        content = digest(part.view(torch.uint8).numpy().tobytes() for part in parts)
         key = name if isinstance(name, str) else ".".join(name)
         dtype = str(values.dtype).removeprefix("torch.")
         digests[key] = f"{dtype} {tuple(values.shape)} {content}"
@@ -46,22 +44,22 @@ def fingerprint(transitions: TensorDictBase) -> dict[str, str]:
 def episode_digests(
     transitions: TensorDictBase, returns: NDArray[np.float64], lengths: IntArray
 ) -> IntArray:
-    """One 64-bit number per episode, ``(E,)``: equal for equal episodes of any two logs.
+    """One 64-bit number per episode, ``(E,)``: equal for equal episodes of any two datasets.
 
-    BLAKE2b of the length, of the first and last row's observations and actions, and of the raw
-    return to four significant digits, so that it is the same under another reward map.
+    BLAKE2b digest of the length, of the first and last transition's observation and action, and of the
+    raw return to four significant digits, so that it is the same under another reward scaling.
     """
     ends = np.cumsum(lengths) - 1
-    columns = transitions.select("observation", "action")
-    table = columns[np.stack([ends - lengths + 1, ends], 1).reshape(-1)]
+    selected = transitions.select("observation", "action")
+    both = selected[np.stack([ends - lengths + 1, ends], 1).reshape(-1)]
     parts = [lengths.astype(np.int64)[:, None].view(np.uint8)]
-    for key in sorted(table.keys(include_nested=True, leaves_only=True), key=str):
-        values = table.get(key).cpu().contiguous().numpy()
+    for key in sorted(both.keys(include_nested=True, leaves_only=True), key=str):
+        values = both.get(key).cpu().contiguous().numpy()
         parts.append(np.ascontiguousarray(values).reshape(len(ends), -1).view(np.uint8))
     joined = np.concatenate(parts, axis=1)
     digests = [
-        hashlib.blake2b(row.tobytes() + f"{value:.3e}".encode(), digest_size=8).digest()
-        for row, value in zip(joined, returns, strict=True)
+        hashlib.blake2b(episode.tobytes() + f"{value:.3e}".encode(), digest_size=8).digest()
+        for episode, value in zip(joined, returns, strict=True)
     ]
     return np.frombuffer(b"".join(digests), np.int64)
 
@@ -69,25 +67,20 @@ def episode_digests(
 def sketch_of(digests: IntArray) -> IntArray:
     """The ``SKETCH`` smallest of ``digests``, ascending; all of them if there are fewer.
 
-    Enough to estimate the share of another log's episodes that this log contains (Broder 1997, "On
+    Enough to estimate the share of another dataset's episodes that this one contains (Broder 1997, "On
     the resemblance and containment of documents").
     """
     result: IntArray = np.sort(digests)[:SKETCH]
     return result
 
 
-def digest_of_sketch(sketch: IntArray) -> str:
-    """Of a sketch: equal for logs of equal episodes."""
-    return digest([sketch.astype("<i8").tobytes()])
-
-
 def shared_share(sketch: IntArray, digests: IntArray) -> float:
-    """Share of the episodes ``digests`` that are in the log of ``sketch``, beyond coincidence.
+    """Share of the episodes ``digests`` that are in the dataset of ``sketch``, beyond coincidence.
 
-    Where a log repeats itself (few states, few rewards), episodes of independent logs are equal by
-    chance: as often as an episode of the sketched log equals another one of it (Good 1953, "The
-    population frequencies of species and the estimation of population parameters"). A share within
-    three standard errors of that is 0. In [0, 1]; 0 where nothing can be compared.
+    If episodes repeat (few states, few rewards), those of independent datasets are equal by chance: as
+    often as an episode of the sketched dataset equals another one of it (Good 1953, "The population
+    frequencies of species and the estimation of population parameters"). A share within three standard
+    errors of that is 0. In [0, 1]; 0 if nothing can be compared.
     """
     limit = np.iinfo(np.int64).max if len(sketch) < SKETCH else sketch[-1]
     compared = digests[digests <= limit]

@@ -1,7 +1,7 @@
-"""Goals for logs without a task: what was reached later is what was wanted.
+"""Goals for datasets without a task: what was reached later is what was wanted.
 
-Rows get goals that rows of the log reach (hindsight, Andrychowicz et al. 2017, arXiv:1707.01495).
-Defaults are those of GCIVL and GCIQL in OGBench (Park et al. 2025, arXiv:2410.20092;
+Transitions get goals that the dataset reaches (hindsight, Andrychowicz et al. 2017,
+arXiv:1707.01495). Defaults are those of GCIVL and GCIQL in OGBench (Park et al. 2025, arXiv:2410.20092;
 ``impls/utils/datasets.py`` of github.com/seohongpark/ogbench, commit 1d41409).
 """
 
@@ -18,30 +18,30 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from numpy.typing import NDArray
-from tensordict import TensorDict
 from torch import Tensor
 
-from iql_torchrl.data.replay import DeviceSampler, nested_entry
-from iql_torchrl.data.schema import DatasetError, Key, leaf_spaces
+from iql_torchrl.data.codec import leaf_spaces
+from iql_torchrl.data.replay import DeviceSampler, nested
+from iql_torchrl.data.schema import DONE, REWARD, TERMINATED, TRUNCATED, DatasetError, Key
 from iql_torchrl.descriptions import describe_space
 from iql_torchrl.networks import History, stack_frames
 
 GoalChoice: TypeAlias = str | Sequence[int] | Callable[[Any], Tensor] | None
 Reached: TypeAlias = float | Callable[[Tensor, Tensor], Tensor] | None
-#: Below it a batch has the entries that the policy's loss reads in place of those of the same name.
+#: Below this key a batch has the entries that the policy's loss reads in place of the others.
 FOR_ACTOR = "for_actor"
-RAW = 2**53  # whole numbers below it, divided by it, are uniform on [0, 1) in float64
+RAW = 2**53  # integers below it, divided by it, are uniform on [0, 1) in float64
 
 
 @dataclass(frozen=True)
 class GoalOrigins:
-    """The distribution of the goal of a row t whose trajectory has its last row at T.
+    """Distribution of the goal of a transition t whose episode has its last transition at T.
 
-    The goal is that of row t with probability ``current``; of a row drawn uniformly from the log with
-    probability ``random``; and with probability ``future`` that of row ``min(t + D, T)`` with
-    ``P(D = k) = (1 - discount) discount**(k - 1)``, k >= 1 (so T has all the mass beyond it). With
-    ``discount=None`` the future is uniform on t + 1 to T. The future of row T is T itself. The state
-    that follows row T is no goal, as in OGBench.
+    The goal is what t observes with probability ``current``; what a transition drawn uniformly from the
+    dataset observes with probability ``random``; and with probability ``future`` what ``min(t + D, T)``
+    observes, with ``P(D = k) = (1 - discount) discount**(k - 1)``, k >= 1 (so T has all the mass beyond
+    it). With ``discount=None`` the future is uniform on t + 1 to T. The future of T is T itself. The
+    next observation of T is never a goal, as in OGBench.
 
     Raises ``ValueError`` unless the three are probabilities with sum 1 and the discount is in [0, 1).
     """
@@ -60,20 +60,20 @@ class GoalOrigins:
         if self.discount is not None and not 0 <= self.discount < 1:
             raise ValueError(f"discount is {self.discount}; expected None or a number in [0, 1).")
 
-    def choose(self, rows: Tensor, last: Tensor, count: int, raw: Tensor) -> Tensor:
-        """Rows of the goals ``(B,)`` of ``rows`` with ends ``last``, in a log of ``count`` rows.
+    def choose(self, numbers: Tensor, last: Tensor, count: int, raw: Tensor) -> Tensor:
+        """The transitions ``(B,)`` of which ``numbers``, in episodes with ends ``last``, get the goals.
 
-        ``raw``: int64 ``(2, B)``, random numbers below ``RAW``.
+        ``count``: transitions of the dataset. ``raw``: int64 ``(2, B)``, random numbers below ``RAW``.
         """
         origin = raw[0].double() / RAW
         if self.discount is None:
-            ahead = 1 + raw[1] % (last - rows).clamp(min=1)
+            ahead = 1 + raw[1] % (last - numbers).clamp(min=1)
         else:
             log = math.log(self.discount) if self.discount else -math.inf
             ahead = 1 + (torch.log1p(-(raw[1].double() / RAW)) / log).long()
-        future = torch.minimum(rows + ahead, last)
+        future = torch.minimum(numbers + ahead, last)
         other = torch.where(origin < self.current + self.future, future, raw[1] % count)
-        return torch.where(origin < self.current, rows, other)
+        return torch.where(origin < self.current, numbers, other)
 
 
 ACTOR_ORIGINS = GoalOrigins(0.0, 1.0, 0.0, discount=None)
@@ -81,7 +81,7 @@ ACTOR_ORIGINS = GoalOrigins(0.0, 1.0, 0.0, discount=None)
 
 @dataclass(frozen=True, kw_only=True)
 class Relabelling:
-    """The settings of ``OfflineDataset.relabelled``; ``space`` is that of the log's observations."""
+    """The settings of ``OfflineDataset.relabelled``; ``space`` is that of its observations."""
 
     space: gym.Space[Any]
     goal: GoalChoice
@@ -92,17 +92,26 @@ class Relabelling:
     rewards: tuple[float, float]
 
     @property
-    def plain(self) -> bool:
-        """Whether the log's observations are no Dict: then they become ``"observation"`` of one."""
+    def wraps(self) -> bool:
+        """True if the dataset's observations are not a Dict: they become ``"observation"`` of one."""
         return not isinstance(self.space, spaces.Dict)
 
     @property
     def path(self) -> Key:
-        """The leaf of the log that has the goal, where no function reads all leaves."""
+        """The leaf of the dataset that has the goal, unless a function reads all leaves."""
         return ("observation", *(self.goal.split(".") if isinstance(self.goal, str) else ()))
 
+    def source_key(self, key: Key) -> Key | None:
+        """The dataset's key of an entry of a batch; None for the goal."""
+        side, inside = (key[:1], key[1:]) if key[0] == "next" else ((), key)
+        if inside == ("observation", self.name):
+            return None
+        if self.wraps and inside == ("observation", "observation"):
+            inside = inside[:1]
+        return (*side, *inside)
+
     def pick(self, leaf: Any) -> Any:
-        """The goal ``(..., *G)`` of the leaf at ``path``: itself, or the chosen places of it."""
+        """The goal ``(..., *G)`` of the leaf at ``path``: the leaf, or the chosen places of it."""
         whole = self.goal is None or isinstance(self.goal, str)
         return leaf if whole else leaf[..., list(self.goal)]  # type: ignore[arg-type]
 
@@ -111,13 +120,11 @@ class Relabelling:
         if not callable(self.goal):
             picked: Tensor = self.pick(leaf(self.path))
             return picked
-        nested: dict[str, Any] = {}
-        for key in leaf_spaces(self.space):
-            nested_entry(nested, key, leaf(key))
-        return self.goal(nested["observation"])
+        leaves = nested({key: leaf(key) for key in leaf_spaces(self.space)})
+        return self.goal(leaves["observation"])
 
     def is_reached(self, achieved: Tensor, goal: Tensor) -> Tensor:
-        """Bool ``(B,)``."""
+        """Compare the goals that observations reach with those that are wanted: bool ``(B,)``."""
         if callable(self.reached):
             return self.reached(achieved, goal)
         if self.reached is None:
@@ -126,18 +133,18 @@ class Relabelling:
         return gap.square().sum(1) <= self.reached**2
 
     def with_goal(self, observation: Any, goal: Any) -> dict[str, Any]:
-        return {**({"observation": observation} if self.plain else observation), self.name: goal}
+        return {**({"observation": observation} if self.wraps else observation), self.name: goal}
 
-    def goal_space(self, rows: Callable[[Key], Tensor]) -> gym.Space[Any]:
-        """The space of the goals, of functions from leaves of some rows; raises ``DatasetError``."""
+    def goal_space(self, leaf_of: Callable[[Key], Tensor]) -> gym.Space[Any]:
+        """The space of the goals; a function's from some observations. Raises ``DatasetError``."""
         leaves = leaf_spaces(self.space)
         if callable(self.goal):
-            given = self.of(rows)
-            if given.is_floating_point() and len(given) == len(rows(next(iter(leaves)))):
+            given = self.of(leaf_of)
+            if given.is_floating_point() and len(given) == len(leaf_of(next(iter(leaves)))):
                 return spaces.Box(-np.inf, np.inf, tuple(given.shape[1:]), np.float32)
             raise DatasetError(
                 f"goal is a function that gives {given.dtype} {tuple(given.shape)}; expected floats "
-                "(B, ...) for B observations. Name the leaf where goals are categories or images."
+                "(B, ...) for B observations. Name the leaf if goals are categories or images."
             )
         leaf = leaves.get(self.path)
         if self.goal is None or isinstance(self.goal, str):
@@ -160,20 +167,20 @@ class Relabelling:
 
 
 class GoalSampler(DeviceSampler):
-    """Rows of the sampler ``source`` with goals that are drawn for each batch.
+    """Transitions of the sampler ``source`` with goals that are drawn for each batch.
 
     Observations on both sides of ``next`` have the goal as one more leaf; ``reward``, ``terminated``
-    and ``done`` are those of the goal. With ``relabelling.actor`` there is a second goal of each row,
+    and ``done`` are those of the goal. With ``relabelling.actor`` each transition has a second goal,
     for the policy's loss, below ``"for_actor"``. Goals are gathered from the stored observations.
 
-    ``indices`` has the rows' numbers and random numbers that choose their goals, drawn on the device;
-    ``gather`` is a function of these, so that a program may contain it. Functions in ``relabelling``
-    must be traceable for that.
+    ``indices`` has the numbers of the transitions and random numbers that choose their goals, drawn on
+    the device; ``gather`` is a function of these, so that a program may contain it. Functions in
+    ``relabelling`` must be traceable for that.
 
     Args:
         source: its generator is used; with a ``WindowSampler``, of windows ``history``, the goal is
             repeated in each window.
-        lengths: rows of each trajectory, ``(E,)``.
+        lengths: transitions of each episode, ``(E,)``.
     """
 
     def __init__(
@@ -195,35 +202,32 @@ class GoalSampler(DeviceSampler):
         return out
 
     def goal_rows(self, indices: Tensor) -> list[Tensor]:
-        """The rows ``(B,)`` whose goals ``gather(indices)`` has: for values, and for the policy."""
+        """The transitions ``(B,)`` whose goals ``gather(indices)`` has: for values, for the policy."""
         last, raw = self.last.index_select(0, indices[0]), indices[1:].split(2)
         chosen = zip(self.origins, raw, strict=True)
         return [origin.choose(indices[0], last, self.rows, part) for origin, part in chosen]
 
-    def gather(self, indices: Tensor) -> TensorDict:
-        size = [indices.shape[1]]
-        return TensorDict(self.entries(indices), batch_size=size, device=self.device)
-
-    def entries(self, indices: Tensor) -> dict[str, Any]:
-        how, nested = self.relabelling, self.source.entries(indices[0])
-        rows = [indices[0], *self.goal_rows(indices)]
-        achieved, *goals = (how.of(partial(self._leaf, rows=each)) for each in rows)
-        reached = how.is_reached(achieved, goals[0]).unsqueeze(1)
-        after, (at_goal, elsewhere) = nested["next"], how.rewards
-        after["reward"] = torch.full_like(after["reward"], elsewhere).masked_fill(reached, at_goal)
-        after["terminated"], after["done"] = reached, reached | after["truncated"]
+    def entries(self, indices: Tensor) -> dict[Key, Tensor]:
+        how, entries = self.relabelling, self.source.entries(indices[0])
+        chosen = [indices[0], *self.goal_rows(indices)]
+        achieved, *goals = (how.of(partial(self._leaf, numbers=each)) for each in chosen)
+        reached, (at_goal, elsewhere) = how.is_reached(achieved, goals[0]).unsqueeze(1), how.rewards
+        reward = torch.full_like(entries[REWARD], elsewhere).masked_fill(reached, at_goal)
+        entries |= {REWARD: reward, TERMINATED: reached, DONE: reached | entries[TRUNCATED]}
         of_values, *of_actor = map(self._windows, goals)
-        for side in (nested, after):
-            side["observation"] = how.with_goal(side["observation"], of_values)
-        for goal in of_actor:
-            own = {"observation": {how.name: goal}}
-            nested[FOR_ACTOR] = {**own, "next": own}
-        return nested
+        sides: tuple[Key, ...] = ("observation",), ("next", "observation")
+        for side in sides:
+            if how.wraps:
+                entries[(*side, "observation")] = entries.pop(side)
+            entries[(*side, how.name)] = of_values
+            for goal in of_actor:
+                entries[(FOR_ACTOR, *side, how.name)] = goal
+        return entries
 
-    def _leaf(self, key: Key, rows: Tensor | None = None) -> Tensor:
+    def _leaf(self, key: Key, numbers: Tensor | None = None) -> Tensor:
         column = self.source.column(key)
         assert column is not None
-        return column if rows is None else column.index_select(0, rows)
+        return column if numbers is None else column.index_select(0, numbers)
 
     def _windows(self, goal: Tensor) -> Tensor:
         if self.history is None:
@@ -233,24 +237,22 @@ class GoalSampler(DeviceSampler):
 
     def column(self, key: Key) -> Tensor | None:
         """As for ``source``; of a goal all that may be drawn, None with a function."""
-        name, how = (key,) if isinstance(key, str) else tuple(key), self.relabelling
-        side, inside = (name[:1], name[1:]) if name[0] == "next" else ((), name)
-        if inside == ("observation", how.name):
-            return None if callable(how.goal) else how.pick(self._leaf(how.path))
-        if how.plain and inside == ("observation", "observation"):
-            inside = inside[:1]
-        return self.source.column((*side, *inside))
+        how = self.relabelling
+        stored = how.source_key((key,) if isinstance(key, str) else tuple(key))
+        if stored is not None:
+            return self.source.column(stored)
+        return None if callable(how.goal) else how.pick(self._leaf(how.path))
 
 
 class GoalEnv(gym.Wrapper[Any, Any, Any, Any]):
     """``env`` with a goal in each observation, as in the batches of a relabelled dataset.
 
     The goal is ``reset(options={"goal": goal})``, in the form in which the environment observes it;
-    else that of the observation ``info["goal"]`` of its reset, as in OGBench. Other options are the
-    environment's. Success is ``info["success"]`` or ``info["is_success"]`` of the environment, else
-    whether the goal is reached; it ends the episode. Rewards are the relabelling's.
+    else what the observation ``info["goal"]`` of its reset reaches, as in OGBench. The environment
+    gets other options. Success is its ``info["success"]`` or ``info["is_success"]``; without these an
+    episode succeeds when the goal is reached. Success ends the episode. Rewards are the relabelling's.
 
-    Raises ``ValueError`` where there is no goal, or one of another shape.
+    Raises ``ValueError`` without a goal, and on a goal of another shape.
     """
 
     def __init__(
@@ -258,8 +260,8 @@ class GoalEnv(gym.Wrapper[Any, Any, Any, Any]):
     ) -> None:
         super().__init__(env)
         self.relabelling, self._space = relabelling, goal_space
-        own: Any = env.observation_space
-        parts = relabelling.with_goal(own if relabelling.plain else own.spaces, goal_space)
+        space: Any = env.observation_space
+        parts = relabelling.with_goal(space if relabelling.wraps else space.spaces, goal_space)
         self.observation_space = spaces.Dict(parts)
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:

@@ -15,12 +15,18 @@ from tensordict import TensorDictBase
 from torchrl.data import ReplayBuffer, Storage
 
 from iql_torchrl.data.build import build
+from iql_torchrl.data.codec import UNCHANGED
 from iql_torchrl.data.dataset import Description, OfflineDataset
 from iql_torchrl.data.readers.d3rlpy import D3rlpyBuffer
-from iql_torchrl.data.readers.environments import EnvLike, env_maker, recorded_env
+from iql_torchrl.data.readers.environments import (
+    EnvLike,
+    adapted_env,
+    env_maker,
+    recorded_env,
+)
 from iql_torchrl.data.readers.huggingface import HuggingFaceTable
-from iql_torchrl.data.readers.opening import open_source
-from iql_torchrl.data.readers.source import ReadOptions, joined_env
+from iql_torchrl.data.readers.options import ReadOptions
+from iql_torchrl.data.readers.source import open_source
 from iql_torchrl.data.reuse import load_or_build
 from iql_torchrl.data.saved import is_saved, open_saved
 from iql_torchrl.data.scaling import known_scores
@@ -30,10 +36,10 @@ SourceLike: TypeAlias = (
     "str | Path | minari.MinariDataset | Mapping[str, Any] | TensorDictBase | ReplayBuffer"
     " | Storage | D3rlpyBuffer | HuggingFaceTable | Sequence[Any]"
 )
-#: Options that cannot change a table that is built already.
+#: Options that cannot change a dataset that is built already.
 FIXED = (
     "memmap", "concatenate", "limit", "columns", "clip_actions", "max_episode_steps",
-    "reward_offset", "observation_space", "action_space",
+    "reward_offset", "observation_space", "action_space", "autoreset",
 )  # fmt: skip
 
 
@@ -50,6 +56,7 @@ def load_dataset(
     dtype: torch.dtype = torch.float32,
     clip_actions: bool = False,
     max_episode_steps: int | None = None,
+    autoreset: bool | None = None,
     reference_scores: tuple[float, float] | str | None = None,
     observation_space: gym.Space[Any] | None = None,
     action_space: gym.Space[Any] | None = None,
@@ -129,8 +136,8 @@ def load_dataset(
         env=env, reward=reward, columns={} if columns is None else columns,
         reward_offset=reward_offset, concatenate=concatenate, limit=limit, dtype=dtype,
         clip_actions=clip_actions, max_episode_steps=max_episode_steps,
-        observation_space=observation_space, action_space=action_space, download=download,
-        progress=progress,
+        observation_space=observation_space, action_space=action_space, autoreset=autoreset,
+        download=download, progress=progress,
     )  # fmt: skip
     if is_saved(source):
         for name in FIXED:
@@ -159,7 +166,7 @@ def dataset_fields(
     maker, spec = None if env is None else env_maker(env), description.env_spec
     if maker is None and spec is not None:
         maker = partial(recorded_env, spec)
-    if maker and description.joined:
-        maker = partial(joined_env, maker, description.joined)
+    if maker and description.adaptation != UNCHANGED:
+        maker = partial(adapted_env, maker, description.adaptation)
     scores = known_scores(reference_scores) or description.reference_scores
     return vars(description) | {"env": maker, "reference_scores": scores}

@@ -1,4 +1,4 @@
-"""Sampling from a table of transitions: TorchRL's replay buffer, and a sampler on a device."""
+"""Sampling of transitions: TorchRL's replay buffer, and a sampler on a device."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torchrl.data import (
 from iql_torchrl.config import check_whole
 from iql_torchrl.data.schema import EPISODE, Key
 
-Part = tuple[Key, torch.Size]  # key, and shape of one row
+Part = tuple[Key, torch.Size]  # key, and shape of one transition
 
 
 def replay_buffer(
@@ -32,35 +32,31 @@ def replay_buffer(
 ) -> TensorDictReplayBuffer:
     """A TorchRL buffer over ``transitions`` ``(N,)``, uniform with replacement by default.
 
-    ``device``: of the storage; None leaves the table on its device, without a copy.
-    ``seed``: of its own generator, which is on the storage's device, where TorchRL draws indices;
-    None draws from torch's global one. ``capacity=None``: the buffer
-    holds the dataset and nothing can be written to it; a number at least N makes a copy with room
-    for online data. ``kwargs`` go to ``TensorDictReplayBuffer`` (``sampler``, ``transform``,
-    ``prefetch``, ``pin_memory``, ...).
+    ``device``: of the storage; None leaves the transitions on their device, without a copy.
+    ``seed``: of the buffer's generator, which is on the storage's device, where TorchRL draws indices;
+    None draws from torch's global generator. ``capacity=None``: nothing can be written to the buffer;
+    an integer, at least N, makes a copy with room for online data. ``kwargs`` go to
+    ``TensorDictReplayBuffer`` (``sampler``, ``transform``, ``prefetch``, ``pin_memory``, ...).
     """
     check_whole(batch_size=batch_size)
-    rows = transitions.batch_size[0]
     where = device_of(transitions) if device is None else torch.device(device)
     generator = None if seed is None else generator_on(where, seed)
+    made: dict[str, Any]
     if capacity is None:
-        table = transitions if device is None else transitions.to(where)
-        return TensorDictReplayBuffer(
-            storage=TensorStorage(table, device=where), writer=ImmutableDatasetWriter(),
-            batch_size=batch_size, generator=generator, **kwargs,
-        )  # fmt: skip
-    if capacity < rows:
-        raise ValueError(f"capacity: expected at least the {rows} transitions, got {capacity}")
-    storage = LazyTensorStorage(capacity, device=where)
-    buffer = TensorDictReplayBuffer(
-        storage=storage, batch_size=batch_size, generator=generator, **kwargs
-    )
-    buffer.extend(transitions.clone())
+        stored = transitions if device is None else transitions.to(where)
+        made = {"storage": TensorStorage(stored, device=where), "writer": ImmutableDatasetWriter()}
+    elif capacity < (count := len(transitions)):
+        raise ValueError(f"capacity: expected at least the {count} transitions, got {capacity}")
+    else:
+        made = {"storage": LazyTensorStorage(capacity, device=where)}
+    buffer = TensorDictReplayBuffer(batch_size=batch_size, generator=generator, **made, **kwargs)
+    if capacity is not None:
+        buffer.extend(transitions.clone())
     return buffer
 
 
 def device_of(transitions: TensorDictBase) -> torch.device:
-    """The device of the rows; a TensorDict that names none may hold tensors of any."""
+    """The device of the transitions; a TensorDict without a device may hold tensors of any."""
     if transitions.device is not None:
         return transitions.device
     leaves = transitions.values(include_nested=True, leaves_only=True)
@@ -68,7 +64,7 @@ def device_of(transitions: TensorDictBase) -> torch.device:
 
 
 def generator_on(device: torch.device, seed: int | None) -> torch.Generator:
-    """A generator on ``device``; torch draws there from no other."""
+    """A generator on ``device``, which torch needs to draw there; None seeds it from the system."""
     generator = torch.Generator(device=device)
     if seed is None:
         generator.seed()
@@ -82,24 +78,28 @@ def leaf_keys(transitions: TensorDictBase) -> list[Key]:
     return [(name,) if isinstance(name, str) else tuple(name) for name in names]
 
 
-def nested_entry(nested: dict[str, Any], key: Key, values: Tensor) -> None:
-    """Put ``values`` into nested dicts under ``key``."""
-    for name in key[:-1]:
-        nested = nested.setdefault(name, {})
-    nested[key[-1]] = values
+def nested(entries: Mapping[Key, Tensor]) -> dict[str, Any]:
+    """Nested dicts of entries by key, from which a ``TensorDict`` is made fastest."""
+    result: dict[str, Any] = {}
+    for key, values in entries.items():
+        inside = result
+        for name in key[:-1]:
+            inside = inside.setdefault(name, {})
+        inside[key[-1]] = values
+    return result
 
 
 class DeviceSampler:
     """Uniform batches, with replacement, from transitions that are stored on one device.
 
-    Indices are drawn and rows gathered on ``device``; nothing waits for the host. Fields of one
-    dtype lie in one matrix, so a batch is one gather per dtype and its fields are views of it. The
-    episode numbers, which no loss reads, are left behind.
+    Indices are drawn and transitions gathered on ``device``; nothing waits for the host. Entries of one
+    dtype are in one matrix, so a batch is one gather per dtype and its entries are views of it. The
+    episode numbers, which no loss reads, are left out.
 
     Args:
         transitions: batch ``(N,)``; copied, so later changes to it are not seen.
-        batch_size: rows per ``sample()``.
-        device: None keeps the transitions' own (CPU if it has none).
+        batch_size: transitions per ``sample()``.
+        device: None keeps that of the transitions (the CPU if they have none).
         seed: of ``generator``, which is on ``device``; None seeds it from the system.
     """
 
@@ -130,13 +130,13 @@ class DeviceSampler:
         self.write(transitions, 0)
 
     def write(self, transitions: TensorDictBase, start: int) -> None:
-        """Copy ``transitions`` ``(M,)`` over the rows ``start`` to ``start + M``."""
+        """Copy ``transitions`` ``(M,)`` to the places ``start`` to ``start + M``."""
         count = int(transitions.batch_size[0])
         for (key, _), column in self._columns([t[start : start + count] for t in self.tables]):
             column.copy_(transitions.get(key).reshape(count, -1))
 
     def _columns(self, tables: list[Tensor]) -> list[tuple[Part, Tensor]]:
-        """The fields of packed rows ``(B, width)``, one tensor for each table, as views of them."""
+        """The entries of packed transitions ``(B, width)``, one tensor per table, as views of them."""
         return [
             (part, column)
             # a subclass may have further tables
@@ -155,32 +155,31 @@ class DeviceSampler:
         self.generator.set_state(state["generator"].cpu())
 
     def index_shape(self, batch_size: int) -> tuple[int, ...]:
-        """The shape of ``indices(batch_size)``."""
+        """Shape of ``indices(batch_size)``."""
         return (batch_size,)
 
     def draw(self, out: Tensor) -> Tensor:
-        """``out``, of that shape, with the indices of a new batch."""
+        """Fill ``out``, of that shape, with the indices of a new batch; return it."""
         return out.random_(self.rows, generator=self.generator)
 
     def indices(self, batch_size: int | None = None) -> Tensor:
-        """Row numbers of a batch, int64 ``(batch_size,)`` on the device."""
+        """Numbers of a batch's transitions, int64 ``(batch_size,)`` on the device."""
         shape = self.index_shape(self.batch_size if batch_size is None else batch_size)
         return self.draw(torch.empty(shape, dtype=torch.int64, device=self.device))
 
     def gather(self, indices: Tensor) -> TensorDict:
-        """The rows numbered by ``indices`` ``(B,)``."""
-        return TensorDict(self.entries(indices), batch_size=[len(indices)], device=self.device)
+        """The transitions numbered by ``indices``, in a batch of its last dimension."""
+        entries = nested(self.entries(indices))
+        return TensorDict(entries, batch_size=indices.shape[-1:], device=self.device)
 
-    def entries(self, indices: Tensor) -> dict[str, Any]:
-        """The entries of the rows numbered by ``indices`` ``(B,)``, as nested dicts."""
-        nested: dict[str, Any] = {}
+    def entries(self, indices: Tensor) -> dict[Key, Tensor]:
+        """The entries of the transitions numbered by ``indices`` ``(B,)``, by key."""
         packed = self.tables[: len(self._parts)]
-        for (key, shape), values in self._columns([t.index_select(0, indices) for t in packed]):
-            nested_entry(nested, key, values.reshape(len(indices), *shape))
-        return nested
+        columns = self._columns([table.index_select(0, indices) for table in packed])
+        return {key: values.reshape(len(indices), *shape) for (key, shape), values in columns}
 
     def column(self, key: Key) -> Tensor | None:
-        """All rows of one entry, ``(N, ...)``, as a view; None where there is none."""
+        """One entry of all transitions, ``(N, ...)``, as a view; None if they lack it."""
         name = (key,) if isinstance(key, str) else tuple(key)
         for (part, shape), values in self._columns(self.tables):
             if part == name:
@@ -188,15 +187,16 @@ class DeviceSampler:
         return None
 
     def sample(self, batch_size: int | None = None) -> TensorDict:
-        """A fresh batch ``(batch_size,)``."""
+        """A new batch ``(batch_size,)``."""
         return self.gather(self.indices(batch_size))
 
 
 class MemberSampler(DeviceSampler):
-    """A batch of its own for every run of a population: ``(members, batch_size)``.
+    """Independent batches for the members of a population: ``(members, batch_size)``.
 
-    One stream of indices serves all; a run's batches are not those it would draw alone. ``part``: the
-    runs whose batches are gathered, by default all; indices are drawn for all ``members``.
+    One stream of indices serves all; a member's batches are not those that it would draw alone.
+    ``part``: the members whose batches are gathered, by default all; indices are drawn for all
+    ``members``.
     """
 
     def __init__(
@@ -213,6 +213,6 @@ class MemberSampler(DeviceSampler):
         self.members, self.part = members, range(members) if part is None else part
 
     def gather(self, indices: Tensor) -> TensorDict:
-        own = indices.view(self.members, -1)[self.part.start : self.part.stop]
-        rows: TensorDict = super().gather(own.reshape(-1)).view(len(self.part), -1)
-        return rows
+        chosen = indices.view(self.members, -1)[self.part.start : self.part.stop]
+        batch: TensorDict = super().gather(chosen.reshape(-1)).view(chosen.shape)
+        return batch

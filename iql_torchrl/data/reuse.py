@@ -1,4 +1,4 @@
-"""A memory-mapped table that is reused while its source and the options stay the same."""
+"""A memory-mapped dataset that is reused while its source and the options stay the same."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from tensordict import TensorDict
 
 from iql_torchrl.data.dataset import Description
 from iql_torchrl.data.digests import digest
-from iql_torchrl.data.readers.opening import open_source, source_files
-from iql_torchrl.data.readers.source import ReadOptions
+from iql_torchrl.data.readers.opening import source_files
+from iql_torchrl.data.readers.options import ReadOptions
+from iql_torchrl.data.readers.source import open_source
 from iql_torchrl.data.saved import (
     RECORD,
     Location,
-    Log,
-    folder_lock,
+    SavedDataset,
     is_sharded,
-    read_log,
-    write_log,
+    read_record,
+    write_dataset,
 )
 from iql_torchrl.data.schema import DatasetError
-from iql_torchrl.files import make_folder
+from iql_torchrl.files import folder_lock, make_folder
 
 #: A file up to ``WHOLE`` bytes is digested completely; of a larger one so many blocks of so many
 #: bytes are. Many files share these numbers.
@@ -37,55 +37,54 @@ BLOCKS, BLOCK = 64, 64 * 2**10
 def load_or_build(
     source: Any, folder: Path, options: ReadOptions
 ) -> tuple[TensorDict, Description]:
-    """The table in ``folder`` if it was built from the same, or else of a new build.
+    """Return the dataset in ``folder`` if it was built from the same source and options, else build it.
 
     Other processes and threads that use the folder wait meanwhile (see ``folder_lock``), so that they
-    cannot replace the table before it is returned.
+    cannot replace the dataset before it is returned.
     """
     built_from = identity(source, options)
     if not os.path.isdir(folder):  # one that is there may be opened without the right to write
         make_folder("memmap", folder, above=True, error=DatasetError)
     folder = folder.resolve()  # a link stays one
     with folder_lock(folder):
-        log = _reusable(folder, built_from)
-        if log is None:
+        saved = _reusable(folder, built_from)
+        if saved is None:
             make_folder("memmap", folder, above=True, error=DatasetError)
             opened = open_source(source, options)
             edges = np.array([0, len(opened.episode_lengths)])
-            log = write_log(opened, folder, edges, options, built_from)
-        with log.rows(0, log.description.reward_map, contents=False) as table:
-            return table, log.description
+            saved = write_dataset(opened, folder, edges, options, built_from)
+        return saved.load(saved.description.reward_map)
 
 
-def _reusable(folder: Path, built_from: dict[str, Any]) -> Log | None:
-    """The log of ``folder`` if it was built from the same; None where it is to be built.
+def _reusable(folder: Path, built_from: dict[str, Any]) -> SavedDataset | None:
+    """The dataset in ``folder`` if it was built from the same; None if it is to be built.
 
-    Raises ``DatasetError`` where the folder contains anything else, which is never overwritten.
+    Raises ``DatasetError`` if the folder contains anything else, which is never overwritten.
     """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
-    log = None
+    saved = None
     if (folder / RECORD).is_file() and not is_sharded(folder):
         try:
-            log = read_log(Location(str(folder)))
-            log.check(contents=False)
+            saved = read_record(Location(str(folder)))
+            saved.check(contents=False)
         except DatasetError:
             return None  # Written by another version, or damaged: it is built again.
-    if log is None or log.source is None:
+    if saved is None or saved.source is None:
         raise DatasetError(
             f"memmap={folder}: exists and was not made by load_dataset; choose another path."
         )
-    return log if built_from["files"] and log.source == built_from else None
+    return saved if built_from["files"] and saved.source == built_from else None
 
 
 def identity(source: Any, options: ReadOptions) -> dict[str, Any]:
-    """Everything that a built table depends on: size, time and content of each file, and the options.
+    """Everything that a dataset depends on: size, time and content of each file, and the options.
 
     The content is a 128-bit BLAKE2b digest. A file larger than 16 MiB is sampled: 64 blocks of
     64 KiB, the first and the last of them at its ends and the others evenly between, so that a
     file of any size is digested in milliseconds. A change between the blocks of such a file is
-    noticed by size and time only. Where there are n files, each gets an n-th of both numbers, but
-    at least one block and 3 blocks. Without files (data in memory) a built table is never reused.
+    noticed by size and time only. Each of n files gets an n-th of both numbers, but at least one
+    block and 3 blocks. Without files (data in memory) a dataset is never reused.
     """
     files = source_files(source, options)
     records = [

@@ -1,20 +1,18 @@
-"""Logs on disk: one format for memory-mapped tables and for shards, written whole and verified.
+"""Datasets on disk: one format for memory-mapped datasets and for shards, written whole and verified.
 
-A folder has ``RECORD`` (everything but the rows, and the size and digest of each file), ``EPISODES``
-(returns and lengths of all episodes) and one folder for each shard: a file for each entry of
-consecutive whole episodes. The table that ``load_dataset(memmap=FOLDER)`` writes is a log of one shard.
-A folder is opened without its source, on any machine. Only the files that the record names are read.
+A folder has ``RECORD`` (everything but the transitions, and the size and digest of each file),
+``EPISODES`` (returns and lengths of all episodes) and one folder for each shard of consecutive whole
+episodes, with a file for each entry. ``load_dataset(memmap=FOLDER)`` writes a dataset of one shard. A
+folder is opened without its source, on any machine. Only the files that the record names are read.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import glob
 import io
 import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +20,7 @@ from dataclasses import astuple, dataclass, field, replace
 from functools import partial
 from operator import methodcaller
 from pathlib import Path
-from typing import IO, Any, TypeGuard
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -33,27 +31,28 @@ from numpy.typing import NDArray
 from tensordict import MemoryMappedTensor, TensorDict
 
 from iql_torchrl.data.build import BLOCK_BYTES, DiskTables, build, file_name, row_bytes
+from iql_torchrl.data.codec import Adaptation
 from iql_torchrl.data.dataset import Description
 from iql_torchrl.data.digests import digest, episode_digests, sketch_of
-from iql_torchrl.data.readers.source import ReadOptions, Source
+from iql_torchrl.data.readers.options import ReadOptions
+from iql_torchrl.data.readers.source import Source
 from iql_torchrl.data.scaling import ObservationStatistics, RewardMap, known_scores, reward_map
 from iql_torchrl.data.schema import REWARD, DatasetError, Field, Key, Layout
 from iql_torchrl.descriptions import one_line
-from iql_torchrl.files import FULL, leads_below, whole_file
+from iql_torchrl.files import FULL, atomic_folder, atomic_write, is_safe_relative_path
 
 RECORD, EPISODES = "built.json", "episodes.npz"
-FORMAT = 3  # of ``RECORD``
-STAGING = "[a-z0-9_]{8}"  # the end of a name that ``tempfile`` makes
+FORMAT = 4  # of ``RECORD``
 READ_AT_ONCE = 16 * 2**20
 
 
 @dataclass(frozen=True)
 class Location:
-    """A folder of a log: on this machine, or at an address whose files are copied when needed.
+    """The folder of a dataset: on this machine, or at an address whose files are copied when needed.
 
     ``name``: a path, or an address of ``fsspec`` (``s3://``, ``https://``, ...), with the
     ``storage_options`` of its file system. ``cache``: the folder in which copies of an address's files
-    stay, by their digests; None deletes each copy when its rows are in memory.
+    stay, by their digests; None deletes each copy when its transitions are in memory.
     """
 
     name: str
@@ -65,14 +64,14 @@ class Location:
         return "://" not in self.name
 
     def read(self, file: str) -> bytes:
-        """The content of a file; raises ``FileNotFoundError``, and ``DatasetError`` of an address."""
+        """Return a file's content; raise ``FileNotFoundError``, and ``DatasetError`` for an address."""
         if self.is_local:
             return Path(self.name, file).read_bytes()
         content: bytes = self.call("cat_file", file)
         return content
 
     def call(self, method: str, file: str, *arguments: str) -> Any:
-        """A method of the file system; what these raise, of many types, as one sentence."""
+        """Call a method of the file system; its errors, of many types, become one sentence."""
         try:
             system, path = url_to_fs(self.name, **self.storage_options)
             return getattr(system, method)(f"{str(path).rstrip('/')}/{file}", *arguments)
@@ -88,7 +87,7 @@ class Location:
 
 @dataclass(frozen=True)
 class Shard:
-    """One shard: its folder, its rows, and a digest of the content of its files."""
+    """One shard: its folder, its number of transitions, and a digest of the content of its files."""
 
     folder: str
     rows: int
@@ -96,13 +95,13 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Log:
+class SavedDataset:
     """What the record of a folder says.
 
-    ``description``: with the map of the rewards in the files. ``files``: by path, the size and the
-    digest of each. ``ranges``: smallest and largest number of each entry over all rows, of rewards
-    before any map. ``sketch``: see ``digests.sketch_of``. ``source``: the ``identity`` of what it was
-    built from, None where the folder is never built again.
+    ``description``: with the reward scaling of the files. ``files``: size and digest of each, by path.
+    ``ranges``: smallest and largest number of each entry over all transitions, of rewards before
+    any scaling. ``sketch``: see ``digests.sketch_of``. ``source``: the ``identity`` of what the dataset
+    was built from; None if the folder is never built again.
     """
 
     location: Location
@@ -115,9 +114,9 @@ class Log:
     source: dict[str, Any] | None
 
     def reward_map(self, reward: Any) -> RewardMap:
-        """The map that ``reward`` asks for.
+        """The reward scaling that ``reward`` asks for.
 
-        Raises ``DatasetError`` where that is another one and the stored rewards are not raw.
+        Raises ``DatasetError`` if it differs from that of the files and these are not raw.
         """
         name, stored = self.location.name, self.description.reward_map
         try:
@@ -126,18 +125,23 @@ class Log:
             raise DatasetError(f"{name}: {error}") from None
         if change != stored and stored != RewardMap():
             raise DatasetError(
-                f"{name}: its rewards were mapped with reward={stored.scale, stored.shift} when it was "
-                f"built, and reward={reward!r} is another map; pass the first, or build it with raw "
-                "rewards, to which any map can be applied."
+                f"{name}: was built with rewards scaled by reward={stored.scale, stored.shift}, and "
+                f"reward={reward!r} is another scaling; pass the first, or build it with raw rewards, "
+                "to which any scaling can be applied."
             )
         return change
 
-    @contextlib.contextmanager
-    def rows(self, number: int, change: RewardMap, *, contents: bool) -> Iterator[TensorDict]:
-        """Inside, the memory-mapped rows of a shard, with rewards by the map ``change``.
+    def load(self, change: RewardMap) -> tuple[TensorDict, Description]:
+        """The memory-mapped transitions of a folder of one shard, and their description."""
+        with self.shard(0, change, contents=False) as transitions:
+            return transitions, replace(self.description, reward_map=change)
 
-        The sizes of its files are checked, and with ``contents`` every byte. Those of a folder of this
-        machine stay mapped afterwards. Raises ``DatasetError``.
+    @contextlib.contextmanager
+    def shard(self, number: int, change: RewardMap, *, contents: bool) -> Iterator[TensorDict]:
+        """Yield the memory-mapped transitions of a shard, with rewards scaled by ``change``.
+
+        Checks the sizes of the files, and with ``contents`` every byte. Files of this machine stay
+        mapped afterwards. Raises ``DatasetError``.
         """
         shard, place = self.shards[number], self.location
         with contextlib.ExitStack() as stack:
@@ -148,22 +152,22 @@ class Log:
                 key: self._file(f"{shard.folder}/{file_name(key)}", copies, contents)
                 for key in self.layout
             }
-            table = _mapped_rows(paths, self.layout, shard.rows)
+            transitions = _mapped(paths, self.layout, shard.rows)
             if change != self.description.reward_map:
-                raw = table[REWARD]
-                table[REWARD] = change.forward(raw.double()).to(raw.dtype)
-            yield table
+                raw = transitions[REWARD]
+                transitions[REWARD] = change.forward(raw.double()).to(raw.dtype)
+            yield transitions
 
     def check(self, *, contents: bool) -> int:
-        """Check all files of a folder of this machine; their number of bytes."""
+        """Check all files of a folder of this machine; return their number of bytes."""
         for name in self.files:
             self._file(name, None, contents)
         return sum(size for size, _ in self.files.values())
 
     def _file(self, name: str, copies: str | Path | None, contents: bool) -> Path:
-        """Where a file is, or its copy in the folder ``copies``: of the size in the record.
+        """The path of a file, or of its copy in the folder ``copies``; checks the size.
 
-        Bytes are compared with ``contents``, and those of a new copy.
+        Compares the bytes with the digest if ``contents``, and always those of a new copy.
         """
         place = self.location
         try:
@@ -172,7 +176,7 @@ class Log:
                 self._check(name, path, contents)
             else:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                with whole_file(path) as temporary:
+                with atomic_write(path) as temporary:
                     place.call("get_file", name, str(temporary))
                     self._check(name, temporary, contents=True)
             return path
@@ -190,22 +194,27 @@ class Log:
             raise damaged(self.location, reason)
 
 
-def _mapped_rows(paths: Mapping[Key, Path], layout: Layout, rows: int) -> TensorDict:
-    """A table of memory-mapped files, of which each has exactly ``rows`` rows."""
-    table = {}
+def _mapped(paths: Mapping[Key, Path], layout: Layout, rows: int) -> TensorDict:
+    """Transitions of memory-mapped files, each of exactly ``rows`` rows."""
+    entries = {}
     for key, (shape, dtype) in layout.items():
         size = torch.Size((rows, *shape))
-        table[key] = (
+        entries[key] = (
             MemoryMappedTensor.from_filename(str(paths[key]), dtype, size)
             if size.numel()
             else torch.empty(size, dtype=dtype)
         )
-    return TensorDict({}, batch_size=[rows]).update(table)
+    return TensorDict({}, batch_size=[rows]).update(entries)
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return digest(iter(partial(file.read, READ_AT_ONCE), b""))
 
 
 # -- writing
 
-#: How the record has each entry of a ``Description`` that is no array: to JSON, and back.
+#: How the record has each entry of a ``Description`` that is not an array: to JSON, and back.
 FORMS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
     "name": (str, str),
     "observation_space": (serialize_space, deserialize_space),
@@ -217,158 +226,112 @@ FORMS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
         lambda known: [(key, *vars(each).values()) for key, each in known.items()],
         lambda saved: {
             key if isinstance(key, str) else tuple(key): ObservationStatistics(
-                torch.tensor(mean, dtype=torch.float32), torch.tensor(std, dtype=torch.float32),
+                torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64),
                 tuple(constant), count,
             )
             for key, mean, std, constant, count in saved
         },
     ),
-    **dict.fromkeys(("joined", "notes", "warnings"), (tuple, tuple)),
+    "adaptation": (vars, lambda saved: Adaptation(**saved)),
+    **dict.fromkeys(("notes", "warnings"), (tuple, tuple)),
 }  # fmt: skip
 
 
-def write_log(
+def write_dataset(
     source: Source,
     folder: Path,
     edges: NDArray[np.int64],
     options: ReadOptions,
     built_from: dict[str, Any] | None = None,
-) -> Log:
+) -> SavedDataset:
     """Read ``source`` once, in bounded memory, into a folder that is complete or absent.
 
-    Shard n has the episodes ``edges[n]`` to ``edges[n + 1]``. Raises ``DatasetError`` where the disk is
-    or becomes full.
-    """
-    layout, lengths = source.layout(options.dtype), source.episode_lengths
-    starts = np.concatenate([[0], np.cumsum(lengths)])
-    first = starts[edges]
-    names = [f"shard-{number:05d}" for number in range(len(edges) - 1)]
-    shards = list(zip(names, np.diff(first).tolist(), strict=True))
-    with _staged_folder(folder, source.rows * row_bytes(layout)) as staging:
-        files = DiskTables(layout, first, [staging / name for name in names])
-        _, description = build(source, options, files)
-        returns, sketches = description.episode_returns, []
-        np.savez(staging / EPISODES, returns=returns, lengths=lengths)
-        at_once = max(1, int(BLOCK_BYTES / row_bytes(layout) / lengths.mean()))  # episodes
-        for number, (name, rows) in enumerate(shards):
-            paths = {key: staging / name / file_name(key) for key in layout}
-            for begin in range(edges[number], edges[number + 1], at_once):
-                end = min(begin + at_once, edges[number + 1])
-                # a mapping for each part: pages of a mapping count as memory of the process
-                table = _mapped_rows(paths, layout, rows)
-                part = table[starts[begin] - first[number] : starts[end] - first[number]]
-                digests = episode_digests(part, returns[begin:end], lengths[begin:end])
-                sketches.append(sketch_of(digests))
-                del table, part
-        record = {
-            "format": FORMAT,
-            "source": built_from,
-            **{name: form(getattr(description, name)) for name, (form, _) in FORMS.items()},
-            "shards": shards,
-            "files": {
-                path.relative_to(staging).as_posix(): (path.stat().st_size, _file_digest(path))
-                for path in sorted(staging.rglob("*"))
-                if path.is_file()
-            },
-            "entries": [
-                (key, shape, str(dtype).removeprefix("torch."), files.ranges[key])
-                for key, (shape, dtype) in layout.items()
-            ],
-            "sketch": sketch_of(np.concatenate(sketches)),
-        }
-        (staging / RECORD).write_text(json.dumps(record, default=methodcaller("tolist")))
-    return read_log(Location(str(folder)))
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return digest(iter(partial(file.read, READ_AT_ONCE), b""))
-
-
-@contextlib.contextmanager
-def _staged_folder(folder: Path, needed: int) -> Iterator[Path]:
-    """A temporary folder, which takes the place of ``folder`` when the block ends without an error.
-
-    Raises ``DatasetError`` with the needed and the free space where the disk is or becomes full.
+    Shard n has the episodes ``edges[n]`` to ``edges[n + 1]``. Raises ``DatasetError`` with the needed
+    and the free space if the disk is or becomes full.
     """
     parent = folder.absolute().parent
+    needed = source.rows * row_bytes(source.layout(options.dtype))
     try:
         if needed > shutil.disk_usage(parent).free:
             raise OSError(errno.ENOSPC, "nothing was written")
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=parent) as temporary:
-            new = Path(temporary) / "new"
-            new.mkdir()
-            yield new
-            if folder.exists():
-                os.rename(folder, Path(temporary) / "old")
-            os.rename(new, folder)
+        with atomic_folder(folder) as staging:
+            _write(source, staging, edges, options, built_from)
     except OSError as error:
         if error.errno not in FULL:
             raise
         free = shutil.disk_usage(parent).free
         raise DatasetError(
-            f"{folder}: the table needs {needed:,} bytes and {free:,} are free on the disk of {parent} "
-            f"({error.strerror}). Make room, choose a folder on another disk, or read less with "
-            "limit=. A table that exists already stays until the new one is complete."
+            f"{folder}: the dataset needs {needed:,} bytes and {free:,} are free on the disk of "
+            f"{parent} ({error.strerror}). Make room, choose a folder on another disk, or read less "
+            "with limit=. A dataset that exists already stays until the new one is complete."
         ) from error
+    return read_record(Location(str(folder)))
 
 
-@contextlib.contextmanager
-def folder_lock(folder: Path) -> Iterator[None]:
-    """Hold the lock ``.<name>.lock`` next to ``folder`` (``fcntl.flock``); waits for it.
-
-    The holder deletes the lock file, and first what a killed build of the folder has left. Nothing is
-    locked or deleted where ``fcntl`` is missing, where the parent of the folder is read-only, and on
-    file systems without locks.
-    """
-    path, file = folder.absolute().parent / f".{folder.name}.lock", None
-    with contextlib.suppress(OSError, ImportError):  # of fcntl on Windows
-        file = _locked(path)
-    try:
-        # a build has the lock as long as its temporary folder exists
-        for left in path.parent.glob(f".{glob.escape(folder.name)}-*") if file is not None else ():
-            if re.fullmatch(STAGING, left.name.removeprefix(f".{folder.name}-")):
-                shutil.rmtree(left, ignore_errors=True)
-        yield
-    finally:
-        if file is not None:
-            path.unlink(missing_ok=True)
-            file.close()
-
-
-def _locked(path: Path) -> IO[str]:
-    import fcntl
-
-    while True:
-        with contextlib.ExitStack() as closing:
-            file = closing.enter_context(path.open("a"))
-            fcntl.flock(file, fcntl.LOCK_EX)
-            with contextlib.suppress(FileNotFoundError):  # the holder before has deleted it
-                if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                    closing.pop_all()
-                    return file
+def _write(
+    source: Source, staging: Path, edges: NDArray[np.int64], options: ReadOptions, built_from: Any
+) -> None:
+    layout, lengths = source.layout(options.dtype), source.episode_lengths
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    first = starts[edges]
+    names = [f"shard-{number:05d}" for number in range(len(edges) - 1)]
+    shards = list(zip(names, np.diff(first).tolist(), strict=True))
+    files = DiskTables(layout, first, [staging / name for name in names])
+    _, description = build(source, options, files)
+    returns, sketches = description.episode_returns, []
+    np.savez(staging / EPISODES, returns=returns, lengths=lengths)
+    at_once = max(1, int(BLOCK_BYTES / row_bytes(layout) / lengths.mean()))  # episodes
+    for number, (name, rows) in enumerate(shards):
+        paths = {key: staging / name / file_name(key) for key in layout}
+        for begin in range(edges[number], edges[number + 1], at_once):
+            end = min(begin + at_once, edges[number + 1])
+            # a mapping for each part: pages of a mapping count as memory of the process
+            part = _mapped(paths, layout, rows)[starts[begin] - first[number] :][
+                : starts[end] - starts[begin]
+            ]
+            sketches.append(
+                sketch_of(episode_digests(part, returns[begin:end], lengths[begin:end]))
+            )
+            del part
+    record = {
+        "format": FORMAT,
+        "source": built_from,
+        **{name: form(getattr(description, name)) for name, (form, _) in FORMS.items()},
+        "shards": shards,
+        "files": {
+            path.relative_to(staging).as_posix(): (path.stat().st_size, _file_digest(path))
+            for path in sorted(staging.rglob("*"))
+            if path.is_file()
+        },
+        "entries": [
+            (key, shape, str(dtype).removeprefix("torch."), files.ranges[key])
+            for key, (shape, dtype) in layout.items()
+        ],
+        "sketch": sketch_of(np.concatenate(sketches)),
+    }
+    (staging / RECORD).write_text(json.dumps(record, default=methodcaller("tolist")))
 
 
 # -- reading
 
 
-def read_log(location: Location) -> Log:
-    """The log at ``location``; reads no rows.
+def read_record(location: Location) -> SavedDataset:
+    """Read the record of the dataset at ``location``, and no transitions.
 
-    Raises ``DatasetError`` where the record is absent, of another version, or damaged.
+    Raises ``DatasetError`` if the record is absent, of another version, or damaged.
     """
     try:
-        saved = json.loads(location.read(RECORD))
-        if saved.get("format") != FORMAT:
+        record = json.loads(location.read(RECORD))
+        if record.get("format") != FORMAT:
             raise DatasetError(
                 f"{location.name}: was built by another version of this package; build it again."
             )
         with np.load(io.BytesIO(location.read(EPISODES))) as episodes:
-            log = _log(location, saved, episodes["returns"], episodes["lengths"])
+            saved = _parse(location, record, episodes["returns"], episodes["lengths"])
     except FileNotFoundError as error:
         name = EPISODES if EPISODES in str(error) else RECORD
         raise DatasetError(
-            f"{location.name}: {name} is missing: no folder of a built table or of shards, an "
+            f"{location.name}: {name} is missing: not a folder of a built dataset or of shards, an "
             "incomplete one, or one of an older version; copy it again, or build it with python -m "
             "iql_torchrl.data build SOURCE FOLDER [--shards N]."
         ) from None
@@ -377,52 +340,55 @@ def read_log(location: Location) -> Log:
     except Exception as error:  # a damaged file can raise nearly anything
         reason = f"{RECORD} or {EPISODES} cannot be read: {one_line(error)}"
         raise damaged(location, reason) from error
-    names = [name for file, (_, digest) in log.files.items() for name in (file, digest)]
-    if outside := [name for name in names if not leads_below(name)]:
+    names = [name for file, (_, digest) in saved.files.items() for name in (file, digest)]
+    if outside := [name for name in names if not is_safe_relative_path(name)]:
         raise DatasetError(
-            f"{location.name}: it names the file {outside[0]!r}; expected a path below its own "
+            f"{location.name}: it names the file {outside[0]!r}; expected a path below the dataset's "
             "folder. The record is damaged or not from this package: build it again."
         )
-    rows, expected = sum(s.rows for s in log.shards), int(log.description.episode_lengths.sum())
+    rows, expected = sum(s.rows for s in saved.shards), int(saved.description.episode_lengths.sum())
     if rows != expected:
-        raise damaged(location, f"its shards have {rows} rows in place of {expected}")
-    return log
+        raise damaged(location, f"its shards have {rows} transitions in place of {expected}")
+    return saved
 
 
-def _log(
-    location: Location, saved: Mapping[str, Any], returns: NDArray[Any], lengths: NDArray[Any]
-) -> Log:
-    """What a record says; it may be damaged."""
-    entries = {tuple(key): rest for key, *rest in saved["entries"]}
+def _parse(
+    location: Location, record: Mapping[str, Any], returns: NDArray[Any], lengths: NDArray[Any]
+) -> SavedDataset:
+    """What a record says; a damaged one raises any error."""
+    entries = {tuple(key): rest for key, *rest in record["entries"]}
     layout = {key: Field(tuple(s), getattr(torch, d)) for key, (s, d, _) in entries.items()}
-    files = {name: (int(size), str(digest)) for name, (size, digest) in saved["files"].items()}
+    files = {name: (int(size), str(digest)) for name, (size, digest) in record["files"].items()}
+    described = {name: form(record[name]) for name, (_, form) in FORMS.items()}
+    dtype, statistics = layout[REWARD].dtype, described["statistics"]
+    described["statistics"] = {key: each.to(dtype) for key, each in statistics.items()}
     shards = []
-    for name, rows in saved["shards"]:
-        own = {file: content for file, (_, content) in files.items() if file.startswith(f"{name}/")}
-        shards.append(Shard(name, rows, digest([json.dumps(own, sort_keys=True).encode()])))
-    return Log(
+    for name, rows in record["shards"]:
+        inside = {file: c for file, (_, c) in files.items() if file.startswith(f"{name}/")}
+        shards.append(Shard(name, rows, digest([json.dumps(inside, sort_keys=True).encode()])))
+    return SavedDataset(
         location,
         Description(
             episode_returns=returns,
             episode_lengths=lengths,
-            dtype=layout[REWARD].dtype,
-            **{name: form(saved[name]) for name, (_, form) in FORMS.items()},
+            dtype=dtype,
+            **described,
         ),
         files,
         tuple(shards),
         layout,
         ranges={key: (low, high) for key, (_, _, (low, high)) in entries.items()},
-        sketch=np.array(saved["sketch"], np.int64),
-        source=saved["source"],
+        sketch=np.array(record["sketch"], np.int64),
+        source=record["source"],
     )
 
 
 def verify(folder: str | Path) -> int:
-    """Compare every byte of a built table or of shards with its digest; the number of bytes.
+    """Compare every byte of a dataset on disk with its digest; return the number of bytes.
 
     About a second per gigabyte. Raises ``DatasetError`` naming the first file that differs.
     """
-    return read_log(Location(str(folder))).check(contents=True)
+    return read_record(Location(str(folder))).check(contents=True)
 
 
 def damaged(location: Location, reason: str) -> DatasetError:
@@ -435,7 +401,7 @@ def damaged(location: Location, reason: str) -> DatasetError:
 
 
 def is_saved(source: Any) -> TypeGuard[str | Path]:
-    """Whether ``source`` is the path of a folder of a built table or of shards, complete or not."""
+    """True if ``source`` is the path of a folder of a built dataset or of shards, complete or not."""
     # the last one is of older versions
     names = (RECORD, f"shard-00000/{file_name(REWARD)}", "shards.json")
     # os.path: a text may be too long for a path.
@@ -443,28 +409,26 @@ def is_saved(source: Any) -> TypeGuard[str | Path]:
 
 
 def is_sharded(source: Any) -> bool:
-    """Whether ``source`` is the path of a folder of several shards."""
+    """True if ``source`` is the path of a folder of several shards."""
     return is_saved(source) and Path(source, "shard-00001").is_dir()
 
 
 def open_saved(folder: Path, reward: Any, dtype: torch.dtype) -> tuple[TensorDict, Description]:
-    """The table and the description of a folder of one shard.
+    """The transitions and the description of a folder of one shard.
 
     Raises ``DatasetError`` with one sentence: several shards, an incomplete or damaged folder, another
-    ``dtype``, or another reward map where rewards were mapped by the build.
+    ``dtype``, or another reward scaling if the build scaled the rewards.
     """
-    log = read_log(Location(str(folder)))
-    if len(log.shards) > 1:
+    saved = read_record(Location(str(folder)))
+    if len(saved.shards) > 1:
         raise DatasetError(
-            f"{folder}: a folder of shards, whose rows are not loaded at once; open it with "
+            f"{folder}: a folder of shards, whose transitions are not loaded at once; open it with "
             f"iql_torchrl.data.load_shards({str(folder)!r})."
         )
-    stored = log.description.dtype
+    stored = saved.description.dtype
     if stored != dtype:
         raise DatasetError(
             f"{folder}: was built with dtype={stored} and dtype={dtype} is asked for; pass "
             f"dtype={stored}, or build it again."
         )
-    change = log.reward_map(reward)
-    with log.rows(0, change, contents=False) as table:
-        return table, replace(log.description, reward_map=change)
+    return saved.load(saved.reward_map(reward))

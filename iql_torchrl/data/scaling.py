@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -85,15 +85,26 @@ def _pair(values: Any) -> bool:
 class ObservationStatistics:
     """Mean and standard deviation of one observation key over all rows, shape of one row.
 
-    float32, accumulated in float64; the deviation is that of the rows (divided by N). ``constant``:
-    flat indices of columns that never change; their ``std`` is 1, to avoid a division by zero.
-    ``count``: rows.
+    float64 for rows of float64, else float32; accumulated in float64; the deviation is that of the
+    rows (divided by N). ``constant``: flat indices of columns that never change; their ``std`` is 1, to
+    avoid a division by zero. ``count``: rows.
     """
 
     mean: Tensor
     std: Tensor
     constant: tuple[int, ...]
     count: int
+
+    @classmethod
+    def of(cls, rows: Tensor) -> ObservationStatistics:
+        """Those of rows ``(N, *shape)``, N at least 1."""
+        total = StatisticsAccumulator(tuple(rows.shape[1:]))
+        total.update(rows)
+        return total.result()
+
+    def to(self, dtype: torch.dtype) -> ObservationStatistics:
+        """The same numbers in another dtype of floats."""
+        return replace(self, mean=self.mean.to(dtype), std=self.std.to(dtype))
 
 
 class StatisticsAccumulator:
@@ -107,11 +118,13 @@ class StatisticsAccumulator:
     def __init__(self, shape: tuple[int, ...]) -> None:
         size = math.prod(shape)
         self.shape, self.count = shape, 0
+        self.dtype: type[np.floating[Any]] = np.float32
         self.mean, self.squares = np.zeros(size), np.zeros(size)
         self.low, self.high = np.full(size, np.inf), np.full(size, -np.inf)
 
     def update(self, values: Tensor) -> None:
         """Adds rows ``(B, *shape)``, at least one."""
+        self.dtype = np.float64 if values.dtype == torch.float64 else np.float32
         rows = values.detach().cpu().numpy().reshape(len(values), -1).astype(np.float64)
         self.low = np.minimum(self.low, rows.min(axis=0))
         self.high = np.maximum(self.high, rows.max(axis=0))
@@ -126,10 +139,10 @@ class StatisticsAccumulator:
 
     def result(self) -> ObservationStatistics:
         still = self.low == self.high
-        std = np.sqrt(self.squares / max(self.count, 1)).astype(np.float32)
-        # The deviation of a column that changes by less than float32's resolution may be zero.
-        std[still | (std == 0)] = 1.0
-        mean = np.where(still, self.low, self.mean).astype(np.float32)
+        std = np.sqrt(self.squares / max(self.count, 1)).astype(self.dtype)
+        # Below the smallest normal number a deviation may count as 0 where it is divided by.
+        std[still | (std < np.finfo(self.dtype).tiny)] = 1.0
+        mean = np.where(still, self.low, self.mean).astype(self.dtype)
         return ObservationStatistics(
             mean=torch.from_numpy(mean).reshape(self.shape),
             std=torch.from_numpy(std).reshape(self.shape),
@@ -161,6 +174,13 @@ REFERENCE_RETURNS: dict[str, tuple[float, float]] = {
     "kitchen": (0.0, 4.0),
 }
 
+#: Attributes with the returns of a random policy and of an expert; the last two are Minari's.
+REFERENCE_NAMES = (
+    ("random", "expert"),
+    ("minimum", "maximum"),
+    ("ref_min_score", "ref_max_score"),
+)
+
 
 def normalised_score(
     returns: ArrayLike, reference_scores: tuple[float, float]
@@ -175,8 +195,11 @@ def normalised_score(
     return 100.0 * (np.asarray(returns, dtype=np.float64) - low) / (high - low)
 
 
-def known_scores(scores: tuple[float, float] | str | None) -> tuple[float, float] | None:
-    """``(random, expert)``, or those of a task of ``REFERENCE_RETURNS``; ``DatasetError`` otherwise."""
+def known_scores(scores: Any) -> tuple[float, float] | None:
+    """``(random, expert)`` from that pair, a task of ``REFERENCE_RETURNS``, or an object with both.
+
+    The object has them under one of ``REFERENCE_NAMES``. Raises ``DatasetError`` for anything else.
+    """
     if scores is None:
         return None
     if isinstance(scores, str):
@@ -185,9 +208,14 @@ def known_scores(scores: tuple[float, float] | str | None) -> tuple[float, float
                 f"reference_scores: {scores!r} is not among {', '.join(REFERENCE_RETURNS)}."
             )
         return REFERENCE_RETURNS[scores]
-    if not _pair(scores) or not scores[0] < scores[1]:
+    pair = scores
+    for names in REFERENCE_NAMES:
+        if all(hasattr(scores, name) for name in names):
+            pair = [getattr(scores, name) for name in names]
+    if not _pair(pair) or not pair[0] < pair[1]:
         raise DatasetError(
-            "reference_scores: expected two returns (random, expert), the second greater, or a "
-            f"task's name, got {scores!r}."
+            "reference_scores must be two finite returns (random, expert), the second greater, the "
+            "name of a task, or an object with two such attributes "
+            f"({' or '.join(map(' and '.join, REFERENCE_NAMES))}); got {scores!r}."
         )
-    return float(scores[0]), float(scores[1])
+    return float(pair[0]), float(pair[1])

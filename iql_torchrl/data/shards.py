@@ -1,4 +1,4 @@
-"""Logs that are larger than one memory: written as shards, opened anywhere, sampled a few at a time."""
+"""Datasets that are larger than one memory: written as shards, opened anywhere, sampled in parts."""
 
 from __future__ import annotations
 
@@ -20,23 +20,22 @@ from iql_torchrl.config import check_whole
 from iql_torchrl.data.dataset import DatasetSummary, OfflineDataset
 from iql_torchrl.data.load import SourceLike, dataset_fields
 from iql_torchrl.data.readers.environments import EnvLike
-from iql_torchrl.data.readers.opening import open_source
-from iql_torchrl.data.readers.source import ReadOptions
+from iql_torchrl.data.readers.options import ReadOptions
+from iql_torchrl.data.readers.source import open_source
 from iql_torchrl.data.replay import DeviceSampler
 from iql_torchrl.data.saved import (
     Location,
-    Log,
+    SavedDataset,
     Shard,
-    folder_lock,
     is_saved,
-    read_log,
-    write_log,
+    read_record,
+    write_dataset,
 )
 from iql_torchrl.data.schema import MASK, REWARD, DatasetError, Key
 from iql_torchrl.descriptions import one_line
-from iql_torchrl.files import make_folder
+from iql_torchrl.files import folder_lock, make_folder
 
-#: How many shards are loaded by default; all of them where there are fewer.
+#: How many shards are loaded by default, at most.
 LOADED = 4
 
 
@@ -48,45 +47,45 @@ def build_shards(
     env: EnvLike | None = None,
     **options: Any,
 ) -> ShardedDataset:
-    """Read ``source`` once, in bounded memory, and write it as ``shards`` tables and one record.
+    """Read ``source`` once, in bounded memory, and write it as ``shards`` shards and one record.
 
-    Every shard has whole episodes in the source's order, and a number of rows that differs from
-    rows / ``shards`` by at most the longest episode. The checks of all rows, the statistics, the
-    reward map and the notes are those of the whole log, by the code of ``load_dataset``, so they
-    are equal to its. Memory: blocks of 64 MiB, and 16 bytes for each episode.
+    Every shard has whole episodes in the source's order, and a number of transitions that differs from
+    the mean by at most the longest episode. Checks, statistics, the reward scaling and the notes are
+    those of the whole dataset, by the code of ``load_dataset``. Memory: blocks of 64 MiB, and 16
+    bytes for each episode.
 
     ``folder`` must not exist; it is complete or absent. ``load_shards(folder)`` opens it, here and on
     any machine or store to which it is copied. ``options`` are those of ``load_dataset``, without
     ``memmap`` and ``reference_scores``.
 
     Raises ``DatasetError`` as ``load_dataset`` does; on ``shards`` below 1 or above the number of
-    episodes; and where ``folder`` has files or does not fit on the disk.
+    episodes; and if ``folder`` has files or does not fit on the disk.
     """
     if isinstance(shards, bool) or not isinstance(shards, int) or shards < 1:
-        raise DatasetError(f"shards: expected a whole number, at least 1, got {shards!r}.")
+        raise DatasetError(f"shards: expected an integer, at least 1, got {shards!r}.")
     if is_saved(source):
         raise DatasetError(
-            f"{source}: is a built table already; build shards from the source that it was built from."
+            f"{source}: is a built dataset already; build shards from the source of that dataset."
         )
     read, folder = ReadOptions(env=env, **options), Path(folder)
     make_folder("folder", folder, above=True, error=DatasetError)
     folder = folder.resolve()  # a link stays one
-    table = open_source(source, read)
-    edges = episodes_of_shards(table.episode_lengths, shards, table.name)
+    opened = open_source(source, read)
+    edges = episodes_of_shards(opened.episode_lengths, shards, opened.name)
     with folder_lock(folder):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise DatasetError(
                 f"{folder}: exists already; choose another path, or delete it first."
             )
-        change = write_log(table, folder, edges, read).description.reward_map
+        change = write_dataset(opened, folder, edges, read).description.reward_map
     return load_shards(folder, env=env, reward=(change.scale, change.shift))
 
 
 def episodes_of_shards(lengths: NDArray[np.int64], shards: int, name: str) -> NDArray[np.int64]:
     """Edges ``(shards + 1,)``: shard n has the episodes ``edges[n]`` to ``edges[n + 1]``.
 
-    An edge is at the end of an episode that is nearest to an equal part of the rows; every shard has
-    an episode at least.
+    An edge is the end of an episode that is nearest to an equal part of the transitions; every shard
+    has an episode at least.
     """
     if shards > len(lengths):
         raise DatasetError(
@@ -111,58 +110,58 @@ def load_shards(
     """Open what ``build_shards`` wrote; only the record and the episodes' returns are read.
 
     Args:
-        location: the folder, or an address that ``fsspec`` opens: ``s3://bucket/log``,
-            ``gs://bucket/log``, ``https://...``, ``file:///...``.
-        env: as for ``load_dataset``; by default what the log records.
-        reward: as for ``load_dataset``, with the episode returns of the whole log; applied where the
-            shards were built with raw rewards.
+        location: the folder, or an address that ``fsspec`` opens: ``s3://bucket/dataset``,
+            ``gs://bucket/dataset``, ``https://...``, ``file:///...``.
+        env: as for ``load_dataset``; by default what the dataset records.
+        reward: as for ``load_dataset``, with the episode returns of the whole dataset; can be chosen if
+            the shards were built with raw rewards.
         reference_scores: as for ``load_dataset``.
         cache: of an address, a folder in which copies of shards stay, so that later passes and runs
-            do not copy them again. By default a copy is deleted when its rows are in memory.
+            do not copy them again. By default a copy is deleted when its transitions are in memory.
         storage_options: of an address, for its file system.
 
     Warns with ``DatasetWarning`` as ``load_dataset`` does.
 
     Raises ``DatasetError``: no record; a record of another version, or damaged; an address that cannot
-    be reached; another reward map than that of the build.
+    be reached; another reward scaling than that of the build.
     """
     name = str(location).rstrip("/") or "/"
     place = Location(name, None if cache is None else Path(cache), dict(storage_options or {}))
-    log = read_log(place)
-    described = replace(log.description, reward_map=log.reward_map(reward))
+    saved = read_record(place)
+    described = replace(saved.description, reward_map=saved.reward_map(reward))
     fields = dataset_fields(described, env, reference_scores)
-    return ShardedDataset(**fields, shards=log.shards, log=log)
+    return ShardedDataset(**fields, shards=saved.shards, saved=saved)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class ShardedDataset(DatasetSummary):
-    """A log in shards, of which only the record is read until rows are sampled.
+    """A dataset in shards, of which only the record is read until batches are sampled.
 
     ``make_agent``, ``OfflineTrainer`` and ``agent.push_to_hub`` take it as they take an
-    ``OfflineDataset``. What needs all rows at once (``split``, ``windows``, populations, estimates
-    without an environment) refuses it.
+    ``OfflineDataset``. What needs all transitions at once (``split``, ``windows``, populations,
+    estimates without an environment) refuses it.
 
     Attributes:
-        shards: folder, rows and digest of each shard.
-        log: the record, its location, and the layout and ranges of the stored rows.
+        shards: folder, number of transitions and digest of each shard.
+        saved: the record, its location, and the layout and ranges of the stored transitions.
     """
 
     shards: tuple[Shard, ...]
-    log: Log
+    saved: SavedDataset
     _verified: set[int] = field(default_factory=set, init=False, compare=False)
 
     @property
     def masked(self) -> bool:
-        return MASK in self.log.layout
+        return MASK in self.saved.layout
 
     def range_of(self, key: Key) -> tuple[float, float]:
-        low, high = self.log.ranges[key]
-        if key == REWARD:  # written down before any map
+        low, high = self.saved.ranges[key]
+        if key == REWARD:  # written down before any scaling
             low, high = sorted(map(self.reward_map.forward, (low, high)))
         return low, high
 
     def sketch(self) -> NDArray[np.int64]:
-        return self.log.sketch
+        return self.saved.sketch
 
     def fingerprint(self) -> dict[str, str]:
         """The digest of each shard, from the record; a shard is compared when it is first loaded."""
@@ -170,7 +169,7 @@ class ShardedDataset(DatasetSummary):
 
     @property
     def transitions(self) -> NoReturn:
-        """Always raises ``DatasetError``, because the rows are never all in one table."""
+        """Always raises ``DatasetError``, because the transitions are never all in memory."""
         raise DatasetError(self._in_shards("this"))
 
     def __getattr__(self, name: str) -> NoReturn:
@@ -180,22 +179,22 @@ class ShardedDataset(DatasetSummary):
 
     def _in_shards(self, what: str) -> str:
         return (
-            f"{self.name}: is a log in {len(self.shards)} shards, and {what} needs all rows in one "
-            "table; use replay_buffer(batch_size) for batches, or load_dataset of the log itself "
-            "where that fits into memory, or of a part of it (limit=)."
+            f"{self.name}: is a dataset in {len(self.shards)} shards, and {what} needs all transitions "
+            "at once; use replay_buffer(batch_size) for batches, or load_dataset of its source if that "
+            "fits into memory, or of a part of it (limit=)."
         )
 
     @contextlib.contextmanager
     def shard(self, number: int) -> Iterator[TensorDict]:
-        """Inside, the memory-mapped transitions ``(rows,)`` of one shard, with mapped rewards.
+        """Yield the memory-mapped transitions of one shard, with scaled rewards.
 
-        The first time, all its bytes are compared with their checksums. Raises ``DatasetError`` on a
+        The first time, all its bytes are compared with their digests. Raises ``DatasetError`` on a
         shard that is missing, truncated or of other content, or cannot be reached.
         """
         unseen = number not in self._verified
-        with self.log.rows(number, self.reward_map, contents=unseen) as table:
+        with self.saved.shard(number, self.reward_map, contents=unseen) as transitions:
             self._verified.add(number)
-            yield table
+            yield transitions
 
     def replay_buffer(
         self,
@@ -264,14 +263,14 @@ class Rotation:
 
 
 class ShardedReplay(DeviceSampler):
-    """Batches of rows that are drawn uniformly, with replacement, from the loaded shards.
+    """Batches that are drawn uniformly, with replacement, from the loaded shards.
 
-    A loaded shard is drawn from in proportion to its rows. After every ``replace_every`` batches the
-    shard that was loaded first is replaced by the next of a random order (:class:`Rotation`), in which
-    each pass has every shard once; a thread reads that shard meanwhile. So a batch has rows of
-    ``loaded`` shards only. Every shard stays for ``replace_every * loaded`` batches, so over many
-    passes all rows are drawn equally often where the shards have equally many rows. More loaded
-    shards and more frequent replacement are closer to uniform batches of the whole log.
+    A loaded shard is drawn from in proportion to its transitions. After every ``replace_every`` batches
+    the shard that was loaded first is replaced by the next of a random order (:class:`Rotation`), in
+    which each pass has every shard once; a thread reads that shard meanwhile. So a batch comes from
+    ``loaded`` shards only. Every shard stays for ``replace_every * loaded`` batches, so in many passes
+    all transitions are drawn equally often if the shards have equally many. More loaded shards and more
+    frequent replacement are closer to uniform batches of the whole dataset.
 
     Memory: ``loaded + 1`` times the largest shard, and once more while a shard is compared and copied.
 
@@ -280,16 +279,16 @@ class ShardedReplay(DeviceSampler):
 
     Args:
         dataset: what ``load_shards`` returned.
-        batch_size: rows per ``sample()``.
-        device: of the loaded rows and of the batches; by default the CPU.
-        seed: of the rows' generator and of the order of the shards; None takes one from the system.
-        loaded: how many shards are loaded at a time; by default 4, or all where there are fewer. With
+        batch_size: transitions per ``sample()``.
+        device: of the loaded transitions and of the batches; by default the CPU.
+        seed: of the batches' generator and of the order of the shards; None takes one from the system.
+        loaded: how many shards are loaded at a time; by default 4, or all if there are fewer. With
             all shards loaded nothing is replaced.
         replace_every: batches between two replacements.
 
-    ``rows`` and ``len`` are of the loaded shards together.
+    ``rows`` and ``len`` count the transitions of the loaded shards together.
 
-    The state has the positions in the order and the generator, and no rows: after
+    The state has the positions in the order and the generator, and no transitions: after
     ``load_state_dict`` the batches continue bit for bit.
 
     Raises ``ValueError`` on ``loaded`` above the number of shards, and on numbers below 1;
@@ -322,7 +321,7 @@ class ShardedReplay(DeviceSampler):
         rows = len(self._slots) * self._capacity
         zeros = {  # as views of one number
             key: torch.zeros((), dtype=entry.dtype).expand(rows, *entry.shape)
-            for key, entry in dataset.log.layout.items()
+            for key, entry in dataset.saved.layout.items()
         }
         blank = TensorDict({}, batch_size=[rows]).update(zeros)
         super().__init__(blank, batch_size, device="cpu" if device is None else device, seed=seed)
@@ -333,14 +332,14 @@ class ShardedReplay(DeviceSampler):
         self._load_all()
 
     def sample(self, batch_size: int | None = None) -> TensorDict:
-        """A fresh batch ``(batch_size,)``, on ``device``."""
+        """A new batch ``(batch_size,)``, on ``device``."""
         if self._since == self.replace_every:
             self._replace()
         self._since += 1
         return super().sample(batch_size)
 
     def draw(self, out: Tensor) -> Tensor:
-        """The places of a batch's rows in the table of the loaded shards."""
+        """The places of a batch's transitions among those of the loaded shards."""
         super().draw(out)
         return out.add_(self._shift[torch.bucketize(out, self._ends, right=True)])
 
@@ -356,8 +355,8 @@ class ShardedReplay(DeviceSampler):
         self._use_loaded()
 
     def _load(self, number: int, slot: int) -> None:
-        with self.dataset.shard(number) as rows:
-            self.write(rows, slot * self._capacity)
+        with self.dataset.shard(number) as transitions:
+            self.write(transitions, slot * self._capacity)
 
     def _use_loaded(self) -> None:
         """Draw from the loaded shards, and let the thread write the next one into the other slot."""
@@ -379,7 +378,7 @@ class ShardedReplay(DeviceSampler):
                     self._load(number, self._slots[-1])
                 except Exception as error:
                     raise DatasetError(
-                        f"{self.dataset.log.location.name}: shard {number} could not be read, nor a "
+                        f"{self.dataset.saved.location.name}: shard {number} could not be read, nor a "
                         f"second time ({type(error).__name__}: {one_line(error)}). The next batch "
                         "tries again; nothing of the loaded shards is lost."
                     ) from error
@@ -397,16 +396,16 @@ class ShardedReplay(DeviceSampler):
         }  # fmt: skip
 
     def check_state(self, state: Mapping[str, Any]) -> None:
-        """Raise ``ValueError`` where ``state`` is of another number of shards or other settings."""
+        """Raise ``ValueError`` if ``state`` is of another number of shards or of other settings."""
         compared = [
             ("shards", state["rotation"]["shards"], self.rotation.shards),
             ("loaded", state["loaded"], self.loaded),
             ("replace_every", state["replace_every"], self.replace_every),
         ]
-        for name, saved, own in compared:
-            if saved != own:
+        for name, saved, present in compared:
+            if saved != present:
                 raise ValueError(
-                    f"the state is of a replay with {name} = {saved}, and this one has {own}; "
+                    f"the state is of a replay with {name} = {saved}, and this one has {present}; "
                     "build it with the same, so that the batches continue as they would have."
                 )
 
@@ -414,7 +413,7 @@ class ShardedReplay(DeviceSampler):
         """Continue where ``state`` was saved. Raises ``ValueError`` as ``check_state`` does."""
         self.check_state(state)
         if self._coming is not None:
-            self._coming.exception()  # wait; its rows are not used
+            self._coming.exception()  # wait; its shard is not used
         super().load_state_dict(state)
         self.rotation.load_state_dict(state["rotation"])
         self._since = int(state["since"])

@@ -1,22 +1,20 @@
-"""Spaces of observations and actions in other forms: flat, stacked, as features; and their checks."""
+"""Spaces of observations in other forms: stacked, as features; and checks of their categories."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
 import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium import spaces
-from gymnasium.wrappers import TransformAction
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 
 from iql_torchrl import networks
 from iql_torchrl.data.scaling import ObservationStatistics
-from iql_torchrl.data.schema import DatasetError, Key
+from iql_torchrl.data.schema import Key
 from iql_torchrl.descriptions import describe_space
 
 KINDS = "expected Box, Discrete, MultiDiscrete, MultiBinary, or a Dict of them."
@@ -24,28 +22,6 @@ SMALLEST_IMAGE = 8  # pixels; what is smaller is a table of numbers
 
 Name = TypeVar("Name")
 Limits: TypeAlias = dict[Key, tuple[int, ...]]
-
-
-def flat_action_space(space: gym.Space[Any], name: str) -> spaces.Box:
-    """The Box ``(A,)`` of the flattened actions of the dataset ``name``.
-
-    Raises ``DatasetError`` for another space than a Box.
-    """
-    if not isinstance(space, spaces.Box):
-        raise DatasetError(
-            f"{name}: the actions are {describe_space(space)}; flatten_actions is for a Box."
-        )
-    flat = spaces.flatten_space(space)
-    assert isinstance(flat, spaces.Box)
-    return flat
-
-
-def flat_action_env(make_env: Callable[[], gym.Env[Any, Any]], name: str) -> gym.Env[Any, Any]:
-    """The environment of ``make_env`` with actions ``(A,)`` in place of ``(*shape)``."""
-    env = make_env()
-    space = env.action_space
-    flat = flat_action_space(space, name)
-    return TransformAction(env, partial(spaces.unflatten, space), flat)
 
 
 def stacked_space(space: gym.Space[Any], length: int) -> gym.Space[Any]:
@@ -96,13 +72,15 @@ def is_vector(space: gym.Space[Any]) -> bool:
 
 
 def is_image(space: gym.Space[Any]) -> bool:
-    """Whether a space is one of images.
+    """True for a space of images, or of stacks of images.
 
-    A Box of three dimensions, at least 8 x 8 beside the channels, of uint8, or of floats in [0, 1].
+    A Box of three dimensions, at least 8 x 8 beside the channels, of uint8, or of floats in [0, 1]; or
+    of four dimensions of which the last three are so: ``(k, H, W, C)``, as Gymnasium's
+    ``FrameStackObservation`` gives.
     """
-    if not isinstance(space, spaces.Box) or len(space.shape) != 3:
+    if not isinstance(space, spaces.Box) or len(space.shape) not in (3, 4):
         return False
-    if sorted(space.shape)[1] < SMALLEST_IMAGE:
+    if sorted(space.shape[-3:])[1] < SMALLEST_IMAGE:
         return False
     fraction = bool((space.low == 0).all() and (space.high == 1).all())
     return space.dtype == np.uint8 or (np.issubdtype(space.dtype, np.floating) and fraction)

@@ -26,8 +26,8 @@ from iql_torchrl.evaluation.policy_input import (
     stacked,
 )
 from iql_torchrl.networks import History, chunk_of, history_of
+from iql_torchrl.tolerance import outside_bounds
 
-ACTION_TOLERANCE = 1e-6
 Moments = Sequence[tuple[int, int]]
 
 
@@ -286,9 +286,10 @@ def environment_actions(actions: Tensor, space: spaces.Space[Any], moments: Mome
     """The policy's actions ``(B, ...)``, checked, each in the form that the environment accepts.
 
     ``moments`` are the ``(episode, step)`` of each row, for messages. For Discrete: Python
-    integers, from indices counted from zero or the largest of n values. For Box: arrays in the
-    space's dtype, clipped where they exceed a bound by at most 1e-6 (relative beyond 1). Raises
-    ``ValueError`` for an action that is NaN, infinite, out of bounds or of the wrong shape.
+    integers, from indices counted from zero or the largest of n values. For MultiDiscrete: arrays,
+    from indices counted from zero. For Box: arrays in the space's dtype, clipped where they exceed a
+    bound by rounding (``tolerance.outside_bounds``). Raises ``ValueError`` for an action that is NaN,
+    infinite, out of bounds or of the wrong shape.
     """
     actions = actions.detach().cpu()
     values = (actions.double() if actions.is_floating_point() else actions).numpy()
@@ -300,19 +301,23 @@ def environment_actions(actions: Tensor, space: spaces.Space[Any], moments: Mome
     if isinstance(space, spaces.Discrete):
         _refuse(np.isnan(values), values, moments, "is NaN; look for NaN in its parameters")
         return _discrete_actions(values, space, moments)
-    if not isinstance(space, spaces.Box):
+    if not isinstance(space, spaces.Box | spaces.MultiDiscrete):
         raise ValueError(
-            f"the action space must be Box or Discrete, found {describe_space(space)}; wrap the "
-            "environment"
+            f"the action space must be Box, Discrete or MultiDiscrete, found {describe_space(space)}; "
+            "wrap the environment"
         )
-    if values.shape[1:] != space.shape:
+    categories = isinstance(space, spaces.MultiDiscrete)
+    integers = np.issubdtype(values.dtype, np.integer)
+    if values.shape[1:] != space.shape or (categories and not integers):
         raise ValueError(
-            f"policy output 'action' must have shape {(len(moments), *space.shape)} for "
-            f"{describe_space(space)}, found {values.shape}"
+            f"policy output 'action' must have shape {(len(moments), *space.shape)}"
+            f"{' and integers' if categories else ''} for {describe_space(space)}, found "
+            f"{values.dtype} of shape {values.shape}"
         )
-    low, high = space.low.astype(np.float64), space.high.astype(np.float64)
-    excess = [ACTION_TOLERANCE * np.maximum(1.0, np.abs(bound)) for bound in (low, high)]
-    outside = (values < low - excess[0]) | (values > high + excess[1])
+    if isinstance(space, spaces.MultiDiscrete):
+        outside = (values < 0) | (values >= space.nvec)
+        _refuse(outside, values, moments, f"is not in 0 <= index < n of {describe_space(space)}")
+        return list((values + space.start).astype(space.dtype))
     bounds = f"the bounds {bounds_in_words(space.low, space.high)}"
     finite = np.isfinite(values)
     _refuse(~finite, values, moments, f"is not finite; it must be within {bounds}")
@@ -320,8 +325,9 @@ def environment_actions(actions: Tensor, space: spaces.Space[Any], moments: Mome
         "bound the policy, or wrap the environment in gymnasium.wrappers.ClipAction or "
         "RescaleAction if that is how the data was recorded"
     )
+    outside = outside_bounds(values, space.low, space.high)
     _refuse(outside, values, moments, f"is outside {bounds}; {advice}")
-    return list(np.clip(values, low, high).astype(space.dtype))
+    return list(np.clip(values, space.low, space.high).astype(space.dtype))
 
 
 def _discrete_actions(values: NDArray[Any], space: spaces.Discrete, moments: Moments) -> list[int]:

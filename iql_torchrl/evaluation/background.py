@@ -20,7 +20,8 @@ import torch
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
-from iql_torchrl.evaluation.result import Evaluation, reference_pair
+from iql_torchrl.data.scaling import known_scores
+from iql_torchrl.evaluation.result import Evaluation
 from iql_torchrl.evaluation.rollout import check_arguments, evaluate
 from iql_torchrl.processes import (
     CallTimeout,
@@ -107,7 +108,7 @@ class BackgroundEvaluation:
             num_envs=num_envs,
             seed=seed,
             goals=goals,
-            reference_scores=reference_pair(reference_scores),
+            reference_scores=known_scores(reference_scores),
             deterministic=deterministic,
             max_steps=max_steps,
             device=where,

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,12 +10,6 @@ from numpy.typing import NDArray
 from iql_torchrl.evaluation.statistics import bootstrap_interval, standard_error, wilson_interval
 
 FloatArray = NDArray[np.float64]
-
-REFERENCE_NAMES = (
-    ("random", "expert"),
-    ("minimum", "maximum"),
-    ("ref_min_score", "ref_max_score"),
-)
 
 
 @dataclass(frozen=True)
@@ -78,26 +70,3 @@ class Evaluation:
                 rates = enumerate(self.goal_success_rates)
                 result |= {f"success_rate_goal_{n}": float(rate) for n, rate in rates}
         return result
-
-
-def reference_pair(reference_scores: Any) -> tuple[float, float] | None:
-    """``(random, expert)`` from any of the forms that :func:`evaluate` takes."""
-    if reference_scores is None:
-        return None
-    pair = reference_scores if isinstance(reference_scores, tuple | list) else ()
-    for names in REFERENCE_NAMES:
-        if all(hasattr(reference_scores, name) for name in names):
-            pair = [getattr(reference_scores, name) for name in names]
-            break
-    if len(pair) != 2:
-        raise ValueError(
-            f"reference_scores must be None, (random, expert) or an object with attributes "
-            f"{' or '.join(map(str, REFERENCE_NAMES))}, got {reference_scores!r}"
-        )
-    random, expert = float(pair[0]), float(pair[1])
-    if not (math.isfinite(random) and math.isfinite(expert) and expert > random):
-        raise ValueError(
-            f"reference_scores must be finite with expert > random, got random={random}, "
-            f"expert={expert}"
-        )
-    return random, expert

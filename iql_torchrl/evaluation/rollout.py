@@ -18,6 +18,7 @@ import torch
 from tensordict.nn import TensorDictModuleBase
 
 from iql_torchrl.config.knobs import check_whole
+from iql_torchrl.data.scaling import known_scores, normalised_score
 from iql_torchrl.evaluation.acting import (
     as_in_evaluation,
     check_policy,
@@ -29,7 +30,7 @@ from iql_torchrl.evaluation.acting import (
     remember,
 )
 from iql_torchrl.evaluation.policy_input import action_mask, needs_mask, stacked
-from iql_torchrl.evaluation.result import Evaluation, reference_pair
+from iql_torchrl.evaluation.result import Evaluation
 from iql_torchrl.networks import chunk_of, history_of
 
 SUCCESS_KEYS = ("success", "is_success")
@@ -65,8 +66,7 @@ def evaluate(
 
     Discrete actions may be indices counted from zero, ``(B,)`` or ``(B, 1)``, or one value per
     action, ``(B, n)``, of which the largest is taken (one-hot included). Box actions must be
-    finite and lie within the bounds; an excess up to 1e-6 (relative to bounds beyond 1) is
-    clipped.
+    finite and lie within the bounds; an excess by rounding is clipped.
 
     Args:
         policy: a TensorDict module; its training mode is restored afterwards.
@@ -80,9 +80,9 @@ def evaluate(
         goals: options of ``env.reset``, one dict for each of G goals: ``{"goal": ...}`` for a
             ``data.GoalEnv``, ``{"task_id": 1}`` in OGBench, ``{"goal_cell": ...}`` in
             gymnasium-robotics' mazes. Episode ``e`` has goal ``e % G``.
-        reference_scores: None, ``(random, expert)`` mean returns, or an object with both under
-            such names (``random, expert``; ``minimum, maximum``; Minari's ``ref_min_score,
-            ref_max_score``).
+        reference_scores: None, ``(random, expert)`` mean returns, a task of ``REFERENCE_RETURNS``,
+            or an object with both under such names (``random, expert``; ``minimum, maximum``;
+            Minari's ``ref_min_score, ref_max_score``).
         deterministic: take the distribution's deterministic sample; if False, sample (results
             then depend on ``num_envs``).
         max_steps: end an episode after that many steps and count its return so far. Without it,
@@ -95,21 +95,19 @@ def evaluate(
             one the environment accepts.
     """
     check_arguments(policy, make_env, episodes, num_envs, seed, max_steps, goals)
-    references = reference_pair(reference_scores)
+    references = known_scores(reference_scores)
     where, seed = policy_device(policy, device), int(seed)
     with ExitStack() as stack:
         slots = _make_slots(policy, make_env, min(num_envs, episodes), stack)
         stack.enter_context(as_in_evaluation(policy, where, deterministic=deterministic, seed=seed))
         finished = sorted(_run(policy, slots, episodes, seed, goals, max_steps, where))
     _, totals, lengths, successes = zip(*finished, strict=True)
-    returns, scores = np.array(totals, dtype=np.float64), None
-    if references is not None:
-        scores = 100.0 * (returns - references[0]) / (references[1] - references[0])
+    returns = np.array(totals, dtype=np.float64)
     return Evaluation(
         returns=returns,
         lengths=np.array(lengths, dtype=np.int64),
         successes=None if None in successes else np.array(successes, dtype=np.bool_),
-        scores=scores,
+        scores=None if references is None else normalised_score(returns, references),
         goals=None if goals is None else np.arange(episodes) % len(goals),
     )
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from iql_torchrl.files import whole_file
+from iql_torchrl.files import atomic_write
 from iql_torchrl.report.tables import EVALUATION
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     FigureCanvasAgg(figure)
-    with whole_file(Path(path)) as temporary, warnings.catch_warnings():
+    with atomic_write(Path(path)) as temporary, warnings.catch_warnings():
         # a letter that the font lacks is drawn as a box
         warnings.filterwarnings("ignore", "Glyph .* missing from")
         figure.savefig(temporary, format="png", dpi=DPI)

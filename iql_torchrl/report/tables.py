@@ -13,7 +13,7 @@ from typing import Any
 from iql_torchrl.data import OfflineDataset
 from iql_torchrl.evaluation.result import Evaluation
 from iql_torchrl.evaluation.statistics import standard_error
-from iql_torchrl.files import whole_file
+from iql_torchrl.files import atomic_write
 from iql_torchrl.losses.loss import DIAGNOSTICS, LOSSES, POLICY_VALUE_GAP
 
 WIDEST_LABEL = 48
@@ -74,7 +74,7 @@ def write_rows(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]]) 
 
 
 def _write(path: Path, names: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    with whole_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+    with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(names), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)

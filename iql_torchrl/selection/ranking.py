@@ -16,7 +16,7 @@ from gymnasium import spaces
 
 from iql_torchrl.data import OfflineDataset
 from iql_torchrl.evaluation.statistics import rank_correlations
-from iql_torchrl.files import whole_file
+from iql_torchrl.files import atomic_write
 from iql_torchrl.selection.episodes import Episodes, read_logs
 from iql_torchrl.selection.fitted_q import FittedQ, fitted_q_evaluation
 from iql_torchrl.selection.importance_sampling import importance_sampling
@@ -114,7 +114,7 @@ class Ranking:
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Replace ``path`` by :meth:`to_dict`; on an error ``path`` does not change."""
-        with whole_file(Path(path)) as temporary:
+        with atomic_write(Path(path)) as temporary:
             temporary.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
 
     @classmethod
@@ -132,7 +132,7 @@ class Ranking:
         """Replace ``path`` by one line per member, best first; unknown numbers stay empty."""
         rows = self.to_dict()["rows"]
         with (
-            whole_file(Path(path)) as temporary,
+            atomic_write(Path(path)) as temporary,
             temporary.open("w", newline="", encoding="utf-8") as file,
         ):
             writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")

@@ -16,7 +16,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from torchrl.checkpoint import CheckpointRotation
 
-from iql_torchrl.files import PREFIX, SUFFIX, make_folder, whole_file, write_json
+from iql_torchrl.files import PREFIX, SUFFIX, atomic_write, make_folder, write_json
 from iql_torchrl.report.figures import draw
 from iql_torchrl.report.tables import write_csv
 
@@ -75,7 +75,7 @@ class RunFolder:
                 stacklevel=4,
             )
         try:
-            with whole_file(user) as temporary:
+            with atomic_write(user) as temporary:
                 temporary.write_text(f"process {os.getpid()} on {platform.node()}")
             yield
         finally:

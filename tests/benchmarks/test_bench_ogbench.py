@@ -7,6 +7,7 @@ import re
 from dataclasses import replace
 
 import bench_ogbench
+import make_ogbench
 import pytest
 import torch
 from extras import needs
@@ -14,7 +15,6 @@ from gymnasium.wrappers import TimeLimit
 from scipy import stats
 
 from iql_torchrl import PRESETS, OfflineDataset
-from iql_torchrl.data.builtin import OGBENCH_LOCAL, ogbench
 
 
 def finished(task, method, *seeds):
@@ -51,7 +51,7 @@ def test_every_task_can_be_made_and_every_method_is_a_config():
     needs("mujoco")
     options = bench_ogbench._options([])
     for task in bench_ogbench.TASKS.values():
-        assert task.made() in OGBENCH_LOCAL
+        assert task.made() in make_ogbench.RECIPES
         for method in bench_ogbench.METHODS:
             config = bench_ogbench.configure(options, task, method)
             assert (config.updates, config.hidden) == (1_000_000, (512, 512, 512, 512))
@@ -107,7 +107,7 @@ def short_episodes(monkeypatch):
 def test_a_small_run(tmp_path, monkeypatch, capsys, short_episodes):
     needs("ogbench")
     monkeypatch.setenv("OGBENCH_DATASETS_PATH", str(tmp_path))
-    monkeypatch.setattr(ogbench, "ROWS", 21)
+    monkeypatch.setattr(make_ogbench, "ROWS", 21)
     numbers = {"seeds": 2, "updates": 4, "points": 2, "width": 8, "layers": 1, "episodes": 1,
                "envs": 1, "made-episodes": 2}  # fmt: skip
     options = ["--tasks", "cube-single", "--methods", *bench_ogbench.METHODS]

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 
 import bench_ogbench_goals
+import make_ogbench
 import pytest
 from extras import needs
 from scipy import stats
-
-from iql_torchrl.data.builtin import OGBENCH_LOCAL, ogbench
 
 
 def test_the_summary_has_means_of_goals_and_seeds_of_the_last_evaluation():
@@ -30,14 +29,14 @@ def test_settings_are_those_of_the_published_agent():
     assert (config.actor_objective, config.bc_weight) == ("ddpg_bc", 0.0015)  # alpha / 2
     assert (config.critic_lr, config.value_lr, config.actor_lr) == (3e-4, 3e-4, 3e-4)
     assert (config.layer_norm, config.activation, config.polyak) == (True, "gelu", 0.005)
-    assert f"{bench_ogbench_goals.ROWS}-local" in OGBENCH_LOCAL
+    assert f"{bench_ogbench_goals.ROWS}-local" in make_ogbench.RECIPES
 
 
 @pytest.mark.slow
 def test_a_small_run(tmp_path, monkeypatch, capsys):
     needs("ogbench")
     monkeypatch.setenv("OGBENCH_DATASETS_PATH", str(tmp_path))
-    monkeypatch.setattr(ogbench, "ROWS", 21)
+    monkeypatch.setattr(make_ogbench, "ROWS", 21)
     numbers = {"seeds": 2, "updates": 4, "points": 2, "width": 8, "layers": 1, "batch-size": 8,
                "episodes": 1, "made-episodes": 2}  # fmt: skip
     options = ["--result", "trial", f"--output={tmp_path}"]

@@ -1,4 +1,4 @@
-"""Chunks of actions: contents and ends by hand, jumps, histories, sampling, memory and refusals."""
+"""Chunks of actions: contents and ends by hand, discontinuities, histories, sampling, refusals."""
 
 import numpy as np
 import pytest
@@ -14,12 +14,12 @@ from iql_torchrl.data import Chunks, DatasetError, DatasetWarning, WindowSampler
 NO, YES = False, True
 
 
-def table(*lengths, terminated=(), marks=None):
-    """As ``counted``, and the action of row n is n + 1; ``marks``: rows that terminate besides."""
+def table(*lengths, terminated=(), flags=None):
+    """As ``counted``, and the action of row n is n + 1; ``flags``: rows that terminate besides."""
     rows = counted(*lengths, terminated=terminated)
     count = len(rows["reward"])
     rows["action"] = np.arange(1, count + 1, dtype=np.float32)[:, None]
-    for row in marks or ():
+    for row in flags or ():
         rows["terminated"][row] = True
     return load_dataset(rows, action_space=spaces.Box(0, 99, (1,)))
 
@@ -52,7 +52,7 @@ def test_chunks_that_meet_ends_by_hand():
 
 
 def test_a_termination_inside_an_episode_ends_a_chunk():
-    data = table(5, marks=[1])
+    data = table(5, flags=[1])
     chunks = Chunks(data.transitions, np.array([5]), 3)  # one episode, which continues after row 1
     assert [shown(chunks, row)[2:5] for row in range(4)] == [
         ([YES, YES, NO], [0, 1, 0], 2),
@@ -62,12 +62,12 @@ def test_a_termination_inside_an_episode_ends_a_chunk():
     ]
 
 
-def test_a_jump_ends_a_chunk_only_where_it_is_allowed():
+def test_a_discontinuity_ends_a_chunk_only_where_it_is_allowed():
     rows = counted(4)
     rows["next_observation"][1] = (50, -50)
     with pytest.warns(DatasetWarning, match="not the following row's observation in 1 rows"):
         data = load_dataset(rows)
-    with pytest.raises(DatasetError, match="first row 1, the next observation is not"):
+    with pytest.raises(DatasetError, match="first transition 1, the next observation is not"):
         data.chunks(2)
     chunks = data.chunks(2, jumps="restart")
     assert chunks.count.tolist() == [2, 1, 2, 1]
@@ -76,7 +76,7 @@ def test_a_jump_ends_a_chunk_only_where_it_is_allowed():
 
 
 def by_loops(data, size):
-    """Rewards, masks and places of the last row of each chunk, from the plain rows."""
+    """Rewards, masks and places of the last row of each chunk."""
     done = data.transitions["next", "done"].squeeze(1).tolist()
     reward = data.transitions["next", "reward"].squeeze(1).tolist()
     result = []
@@ -114,7 +114,7 @@ def test_chunks_equal_loops_and_windows(lengths, size, history, ended):
             assert torch.equal(batch["next", name][row], plain["next", name][last])
 
 
-def test_chunks_of_one_action_are_the_plain_rows():
+def test_chunks_of_one_action_are_the_transitions():
     data = table(3, 2, terminated=[0])
     batch, plain = data.chunks(1)[:], data.transitions
     assert {*batch.keys(True, True)} == {*plain.keys(True, True), "chunk_mask"}
@@ -144,7 +144,7 @@ def test_nothing_is_stored_several_times():
     assert chunks.chunks["rewards",].data_ptr() == data.transitions["next", "reward"].data_ptr()
     held = sum(tensor.nbytes for tensor in chunks.device_sampler(4).tables)
     rows = data.transitions.exclude(("next", "observation"), "collector")
-    places = 3 * 8 * len(data)  # first, own_place, count
+    places = 3 * 8 * len(data)  # first, final_place, count
     ends = 2 * 2 * 4  # next observations of two episodes
     plain = sum(value.nbytes for value in rows.values(True, True))
     assert held == plain + places + ends

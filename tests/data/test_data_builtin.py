@@ -1,5 +1,6 @@
 """Built-in datasets: real Minari data, the same each time, complete or not written at all."""
 
+import io
 import os
 import shutil
 import sys
@@ -131,6 +132,15 @@ def test_a_dataset_made_meanwhile_is_kept(root, monkeypatch):
     assert minari.load_dataset(PENDULUM).total_episodes == 2
     with pytest.raises(ValueError, match="already exists"):
         make_dataset(PENDULUM, episodes=1)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_progress_bar_is_for_terminals(root, monkeypatch, terminal):
+    text = io.StringIO()
+    text.isatty = lambda: terminal
+    monkeypatch.setattr(sys, "stderr", text)
+    make_dataset(PENDULUM, episodes=1)
+    assert ("pendulum/mixed-v0" in text.getvalue()) == terminal
 
 
 def test_misuse_is_named(root):

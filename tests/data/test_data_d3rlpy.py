@@ -1,6 +1,7 @@
 """d3rlpy's files and buffers, compared with the transitions that d3rlpy itself makes of them."""
 
 import itertools
+import tracemalloc
 import warnings
 from types import SimpleNamespace
 
@@ -11,6 +12,8 @@ import torch
 from small_logs import SHARED, assert_counted, counted, first, marked, refused, save, shared
 
 from iql_torchrl.data import DatasetWarning, load_dataset
+from iql_torchrl.data.readers.d3rlpy import open_d3rlpy_file
+from iql_torchrl.data.readers.options import ReadOptions
 
 FILE = SHARED / "d3rlpy_pendulum_replay.h5"
 LENGTHS = (4, 1, 6, 3)
@@ -67,6 +70,33 @@ def test_several_observations_become_a_dict_and_discrete_actions_categories(tmp_
     assert dataset.action_spec.n == 3
 
 
+def test_a_file_is_read_one_episode_after_the_other(tmp_path, monkeypatch):
+    """Twenty episodes of 1 MB: with 2 MB kept, the slices of 1.5 MB need about 6 MB, not 20."""
+    monkeypatch.setattr("iql_torchrl.data.readers.arrays.KEPT_BYTES", 2**21)
+    episodes = [
+        {
+            "observations": np.full((256, 1024), number, np.float32),
+            "actions": np.full((256, 1), number, np.float32),
+            "rewards": np.arange(256, dtype=np.float32)[:, None],
+            "terminated": number == 3,
+        }
+        for number in range(20)
+    ]
+    path = dump(tmp_path / "d.h5", episodes)
+    tracemalloc.start()
+    columns = open_d3rlpy_file(path, ReadOptions()).columns
+    for start in range(0, 5120, 384):
+        expected = np.arange(start, min(start + 384, 5120))
+        observations = columns["observations"][start : start + 384]
+        assert np.array_equal(observations[:, 1023], expected // 256)
+        assert columns["rewards"][start : start + 384][:, 0].tolist() == (expected % 256).tolist()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8e6
+    assert np.flatnonzero(columns["terminals"][:]).tolist() == [3 * 256 + 255]
+    assert np.flatnonzero(columns["timeouts"][:])[:4].tolist() == [255, 511, 767, 1279]
+
+
 def lacking(name):
     return lambda file: file.pop(name)
 
@@ -120,7 +150,7 @@ def test_buffers_have_the_rows_of_their_episodes():
     buffer = Buffer(recorded())
     assert_counted(load_dataset(buffer), LENGTHS, [1, 3])
     del buffer.episodes[2].terminated
-    refused("Buffer: its episodes have no mark 'terminated'|method dump", buffer)
+    refused("Buffer: its episodes have no flag 'terminated'|method dump", buffer)
     discrete = SimpleNamespace(action_space=SimpleNamespace(name="DISCRETE"), action_size=7)
     picker = MultiStepTransitionPicker()
     buffer = Buffer(recorded(discrete=True), dataset_info=discrete, transition_picker=picker)

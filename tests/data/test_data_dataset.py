@@ -1,6 +1,7 @@
 """A dataset: its text, parts, reward maps, scores, statistics, and categories from any start."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -27,7 +28,7 @@ def test_a_dataset_is_four_lines_and_mapped_rewards_and_notes_are_named():
         "  raw return: mean 5.25, 3 to 7.5",
     ]
     text = repr(replace(load_dataset(rows, reward=(2.0, -1.0)), notes=("a", "b")))
-    assert "mean 5.25, 3 to 7.5, rewards mapped by RewardMap(scale=2.0, shift=-1.0)" in text
+    assert "mean 5.25, 3 to 7.5, rewards scaled by RewardMap(scale=2.0, shift=-1.0)" in text
     assert text.endswith("  notes: 2, see print_notes()")
 
 
@@ -63,14 +64,16 @@ def test_reward_maps_invert():
     assert normalised_score([0.0, 5.0], (0.0, 10.0)).tolist() == [0.0, 50.0]
     with pytest.raises(ValueError, match="expected two different returns"):
         normalised_score([0.0], (1.0, 1.0))
-    for scores in ([10, 0], [1.0, 1.0]):  # random, expert
+    for scores in ([10, 0], [1.0, 1.0], object()):  # random, expert
         refused("the second greater", LOG, reference_scores=scores)
+    known = SimpleNamespace(ref_min_score=-2, ref_max_score=8)  # as Minari has them
+    assert load_dataset(LOG, reference_scores=known).normalised_score(3.0) == 50.0
 
 
 @pytest.mark.parametrize("last", [[5.0, 5.0], [7.0, 7.0], [5.0, 6.0]])
 def test_a_column_is_constant_only_over_all_blocks(last, monkeypatch):
     """In blocks of two rows; the second column never changes. NumPy's numbers over all rows."""
-    monkeypatch.setattr("iql_torchrl.data.build.BLOCK", 2)
+    monkeypatch.setattr("iql_torchrl.data.build.CHUNK", 2)
     rows = np.array([[5.0, 1.0], [8.0, 1.0], *([x, 1.0] for x in last)], np.float32)
     data = {name: values[:4] for name, values in LOG.items()}
     following = rows + np.float32([1, 0])

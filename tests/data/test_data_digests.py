@@ -1,4 +1,4 @@
-"""Episodes of one log are recognised in another, whatever happened to rewards, order and size."""
+"""Episodes of one dataset are recognised in another, whatever happened to rewards, order and size."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ def share(one, other):
     return shared_share(sketch_of(one.episode_digests()), other.episode_digests())
 
 
-def test_one_number_an_episode_whatever_the_reward_map_and_the_order():
+def test_one_number_an_episode_whatever_the_reward_scaling_and_the_order():
     table = steps(50, 0)
     raw = load_dataset(table).episode_digests()
     assert (raw.shape, raw.dtype, len(np.unique(raw))) == ((50,), np.int64, 50)
@@ -61,7 +61,7 @@ def test_parts_of_a_dict_observation_and_categories_count():
     assert equal.tolist() == [False, True, True, True]
 
 
-def test_parts_of_one_log_share_nothing():
+def test_parts_of_one_dataset_share_nothing():
     one, other = load_dataset(steps(300, 0)).split(0.5, 0)
     assert share(one, other) == share(other, one) == 0
     assert share(one, one) == 1
@@ -75,16 +75,16 @@ def test_parts_of_one_log_share_nothing():
 
 @pytest.mark.parametrize("reward", ["raw", "return_range"])
 def test_a_share_of_continuous_episodes(reward):
-    common, own, fresh = (steps(episodes, seed) for episodes, seed in ((90, 0), (300, 1), (210, 2)))
-    one = load_dataset(joined(common, own), reward=reward)
+    sizes = ((90, 0), (300, 1), (210, 2))
+    common, other, fresh = (steps(episodes, seed) for episodes, seed in sizes)
+    one = load_dataset(joined(common, other), reward=reward)
     assert share(one, load_dataset(joined(fresh, common))) == pytest.approx(0.3)
 
 
 def test_a_share_of_episodes_that_repeat_themselves():
-    log = random_mdp().log(uniform(), episodes=1400, seed=3)
-    fresh, rest = log.split(350 / 1400, 0)
-    common, own = rest.split(150 / 1050, 0)
-    ends = [part.episode_digests() for part in (fresh, common, own)]
+    fresh, rest = random_mdp().log(uniform(), episodes=1400, seed=3).split(350 / 1400, 0)
+    parts = fresh, *rest.split(150 / 1050, 0)
+    ends = [part.episode_digests() for part in parts]
     mixed = np.concatenate(ends[:2])
     seen = shared_share(sketch_of(np.concatenate(ends[1:])), mixed)
     assert seen == pytest.approx(0.3, abs=0.05)
@@ -92,8 +92,8 @@ def test_a_share_of_episodes_that_repeat_themselves():
 
 
 @pytest.mark.parametrize(("fraction", "episodes"), [(0.95, 3000), (0.1, 3000), (0.5, 60)])
-def test_coincidences_with_a_log_of_another_size(fraction, episodes):
-    """A large log holds more of the repeated episodes than a small one of itself."""
+def test_coincidences_with_a_dataset_of_another_size(fraction, episodes):
+    """A large dataset has more of the repeated episodes than a small part of it."""
     one, other = random_mdp().log(uniform(), episodes=episodes, seed=4).split(fraction, 0)
     assert share(one, other) < 0.05
     common = other.split(0.4, 0)[0]
@@ -101,11 +101,11 @@ def test_coincidences_with_a_log_of_another_size(fraction, episodes):
     assert shared_share(sketch_of(both), other.episode_digests()) > 0.15
 
 
-def test_logs_larger_than_the_sketch_and_empty_ones():
+def test_datasets_larger_than_the_sketch_and_empty_ones():
     episodes = 3 * SKETCH
-    common, own = steps(int(0.3 * episodes), 0, 1), steps(int(0.7 * episodes), 1, 1)
+    common, rest = steps(int(0.3 * episodes), 0, 1), steps(int(0.7 * episodes), 1, 1)
     fresh = steps(int(0.7 * episodes), 2, 1)
-    one, other = load_dataset(joined(common, own)), load_dataset(joined(common, fresh))
+    one, other = load_dataset(joined(common, rest)), load_dataset(joined(common, fresh))
     sketch = sketch_of(one.episode_digests())
     np.testing.assert_array_equal(sketch, np.sort(one.episode_digests())[:SKETCH])
     assert shared_share(sketch, other.episode_digests()) == pytest.approx(0.3, abs=0.05)

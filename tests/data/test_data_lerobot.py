@@ -2,6 +2,7 @@
 
 import json
 import sys
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from small_logs import assert_counted, counted, first, marked, png, refused, sav
 
 from iql_torchrl.data import load_dataset
 
-needs("pyarrow")
+pa, pq = needs("pyarrow"), needs("pyarrow.parquet")
 
 LENGTHS, BEGINS = (4, 2, 5), (0, 4, 6)
 KEPT, FOLLOWING = [0, 1, 2, 4, 5, 6, 7, 8, 9], [1, 2, 3, 5, 5, 7, 8, 9, 10]
@@ -34,7 +35,7 @@ def columns_of(rows):
         "next.reward": log["reward"],
         "next.done": log["terminated"] | log["truncated"],
         "next.success": log["terminated"],
-        "timestamp": STEP / 10,
+        "timestamp": np.float32(STEP / 10),
         "frame_index": STEP,
         "episode_index": EPISODE,
         "index": np.arange(11),
@@ -43,14 +44,18 @@ def columns_of(rows):
     return {key: list(values[rows]) for key, values in columns.items()}
 
 
-def video(path, frames, codec="libx264rgb"):
+def video(path, frames, milliseconds=None, codec="libx264rgb"):
+    """A video of ``frames``; without ``milliseconds``, their times, 10 frames a second."""
     av = needs("av")
     path.parent.mkdir(parents=True, exist_ok=True)
+    times = np.arange(len(frames)) * 100 if milliseconds is None else milliseconds
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=10, options={"qp": "0"})
+        stream = container.add_stream(codec, rate=1000, options={"qp": "0"})
         stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "rgb24"
-        for values in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(values, format="rgb24")))
+        for values, time in zip(frames, times, strict=True):
+            frame = av.VideoFrame.from_ndarray(values, format="rgb24")
+            frame.pts, frame.time_base = int(time), Fraction(1, 1000)
+            container.mux(stream.encode(frame))
         container.mux(stream.encode())
 
 
@@ -96,11 +101,11 @@ def layout(folder, *, version=3, videos=False, drop=()):
     return folder
 
 
-def assert_frames(dataset):
+def assert_frames(dataset, expected=FRAMES):
     for rows, frames in ((dataset.transitions, KEPT), (dataset.transitions["next"], FOLLOWING)):
         pictures = rows["observation", "images", "top"]
         assert pictures.dtype == torch.uint8
-        assert np.array_equal(pictures.numpy(), FRAMES[frames])
+        assert np.array_equal(pictures.numpy(), expected[frames])
 
 
 @pytest.mark.parametrize("version", [2, 3])
@@ -114,7 +119,7 @@ def test_every_value(version, videos, tmp_path):
 
 
 def test_text_paths_small_pieces_and_memory_mapped_tables(tmp_path, monkeypatch):
-    monkeypatch.setattr("iql_torchrl.data.readers.episodes.CHUNK_BYTES", 2 * FRAMES[0].nbytes)
+    monkeypatch.setattr("iql_torchrl.data.build.CHUNK_BYTES", 2 * FRAMES[0].nbytes)
     monkeypatch.setattr("iql_torchrl.data.readers.lerobot.PART_BYTES", 3 * FRAMES[0].nbytes)
     folder = layout(tmp_path / "push", videos=True)
     for _ in range(2):  # the second time from the table
@@ -131,6 +136,97 @@ def test_chosen_leaves_marks_and_rewards(tmp_path):
     assert marked(load_dataset(folder, columns={"terminated": "next.done"})) == ([3, 5, 10], [])
     columns = {"terminated": None, "observation": "observation.state"}
     assert_counted(load_dataset(folder, columns=columns), LENGTHS)
+
+
+# -- videos whose frames are not one a row
+
+#: Videos of episode 0 and 1 together, and of episode 2, in the layout of version 3.
+FIRST, SECOND = (("videos", TOP, "chunk-000", f"file-{number:03d}.mp4") for number in range(2))
+#: Frames that belong to no row.
+EXTRA = np.full((3, 16, 24, 3), 255, np.uint8)
+
+
+def edit(folder, *place, **values):
+    """Columns of a Parquet file in other values; None leaves one out."""
+    path = folder.joinpath(*place)
+    table = pq.read_table(path)
+    for name, column in values.items():
+        number, field = table.schema.get_field_index(name), table.schema.field(name)
+        table = table.remove_column(number)
+        if column is not None:
+            table = table.add_column(number, field, pa.array(column, field.type))
+    pq.write_table(table, path)
+
+
+def times(folder, **values):
+    edit(folder, "data", "chunk-000", "file-001.parquet", **values)
+
+
+def descriptions(folder, **values):
+    values = {f"videos/{TOP}/{key}": column for key, column in values.items()}
+    edit(folder, "meta", "episodes", "chunk-000", "file-000.parquet", **values)
+
+
+@pytest.mark.parametrize("rounding", [[0] * 5, [1, -1, 2, 0, -2], [24, -20, 24, 0, -24]])
+@pytest.mark.parametrize("begin", [0, 300])
+def test_frames_have_the_times_of_their_rows(begin, rounding, tmp_path):
+    """The rows of episode 2 need five frames; the video has one before and three after them."""
+    folder = layout(tmp_path / "push", videos=True)
+    milliseconds = begin + np.array([0, *(100 + np.arange(0, 500, 100) + rounding), 600, 700, 800])
+    video(folder.joinpath(*SECOND), np.concatenate([EXTRA[:1], FRAMES[6:], EXTRA]), milliseconds)
+    descriptions(folder, from_timestamp=[0.0, 0.4, begin / 1000 + 0.1])
+    assert_frames(load_dataset(folder, columns=SOLVED))
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_a_video_that_begins_with_the_timestamp_of_its_rows(version, tmp_path):
+    folder = layout(tmp_path / "push", version=version, videos=True)
+    place = ["chunk-000", TOP, "episode_000002.mp4"] if version == 2 else SECOND[1:]
+    video(folder.joinpath("videos", *place), FRAMES[6:], 300 + np.arange(5) * 100)
+    refused("has no frame at 0 s, the time of row 6 (episode 2)|at 0.3 s", folder, columns=SOLVED)
+    name = "episode_000002" if version == 2 else "file-001"
+    later = np.arange(5) / 10 + 0.3
+    edit(folder, "data", "chunk-000", f"{name}.parquet", timestamp=later)
+    assert_frames(load_dataset(folder, columns=SOLVED))
+
+
+def test_rows_that_were_left_out_take_their_frames_with_them(tmp_path):
+    """By count, the rows at 0.1 s and later would have the pictures of the step before."""
+    folder = layout(tmp_path / "push", videos=True)
+    frames = np.insert(FRAMES[6:], 1, EXTRA[0], axis=0)
+    video(folder.joinpath(*SECOND), frames, np.arange(6) * 100)
+    times(folder, timestamp=[0.0, 0.2, 0.3, 0.4, 0.5])
+    assert_frames(load_dataset(folder, columns=SOLVED))
+
+
+@pytest.mark.parametrize("missing", ["timestamp", "frame_index"])
+def test_without_timestamps_rows_have_the_times_of_their_numbers(missing, tmp_path):
+    folder = layout(tmp_path / "push", videos=True, drop=["timestamp", missing])
+    video(folder.joinpath(*SECOND), np.concatenate([FRAMES[6:], EXTRA]))
+    assert_frames(load_dataset(folder, columns=SOLVED))
+
+
+def test_episodes_in_any_order_in_a_video(tmp_path):
+    folder = layout(tmp_path / "push", videos=True)
+    video(folder.joinpath(*FIRST), FRAMES[[4, 5, 0, 1, 2, 3]])
+    descriptions(folder, from_timestamp=[0.2, 0.0, 0.0])
+    assert_frames(load_dataset(folder, columns=SOLVED))
+
+
+def lose_a_frame(folder):
+    """One frame is lost, and three more follow: 38 frames by count, of which most are wrong."""
+    frames, milliseconds = np.concatenate([FRAMES[6:], EXTRA]), np.arange(8) * 100
+    video(folder.joinpath(*SECOND), np.delete(frames, 2, 0), np.delete(milliseconds, 2))
+
+
+def delay_a_frame(folder):
+    video(folder.joinpath(*SECOND), FRAMES[6:], [0, 100, 227, 300, 400])
+
+
+def lose_timestamps(folder):
+    """An H.264 stream without a container."""
+    video(folder / "stream.h264", FRAMES[6:], codec="libx264rgb")
+    (folder / "stream.h264").rename(folder.joinpath(*SECOND))
 
 
 # -- bad folders
@@ -184,7 +280,6 @@ def depth(folder):
     info(features={"observation.images.depth": feature})(folder)
 
 
-VIDEO = ("videos", TOP, "chunk-000", "file-000.mp4")
 BAD = [
     (without("observation.state", TOP), "no column for observation"),
     (without("action"), "no column for action"),
@@ -201,9 +296,31 @@ BAD = [
     (edited(damage("meta", "info.json")), "info.json|not complete JSON"),
     (edited(lambda f: (f / "meta" / "info.json").write_text("[]")), "info.json|has a list"),
     (edited(shrink_video, videos=True), "frames of shape (8, 24, 3)|the first video (16, 24, 3)"),
-    (edited(lambda f: f.joinpath(*VIDEO).unlink(), videos=True), "file-000.mp4|episode 0|missing"),
-    (edited(damage(*VIDEO), videos=True), "file-000.mp4|cannot be decoded"),
-    (edited(shorten_video, videos=True), "file-001.mp4|ends before frame 3"),
+    (edited(lambda f: f.joinpath(*FIRST).unlink(), videos=True), "file-000.mp4|episode 0|missing"),
+    (edited(damage(*FIRST), videos=True), "file-000.mp4|cannot be decoded"),
+    (
+        edited(shorten_video, videos=True),
+        "file-001.mp4: has no frame at 0.3 s, the time of row 9 (episode 2)|nearest one is at 0.2 s",
+    ),
+    (
+        edited(lose_a_frame, videos=True),
+        "file-001.mp4: has no frame at 0.2 s, the time of row 8 (episode 2)|within 0.025 s",
+    ),
+    (edited(delay_a_frame, videos=True), "no frame at 0.2 s|nearest one is at 0.227 s"),
+    (edited(lose_timestamps, videos=True), "file-001.mp4: has frames without timestamps"),
+    (
+        edited(lambda f: times(f, timestamp=[0.0, 0.1, 0.1, 0.2, 0.3]), videos=True),
+        "file-001.mp4: rows 7 and 8 have the times 0.1 and 0.1 s|timestamp",
+    ),
+    (
+        edited(lambda f: descriptions(f, from_timestamp=[0.0, 0.3, 0.0]), videos=True),
+        "file-000.mp4: rows 3 and 4 have the times 0.3 and 0.3 s|from_timestamp",
+    ),
+    (
+        edited(lambda f: descriptions(f, from_timestamp=None), videos=True),
+        "episode 0|/from_timestamp|video_path|Download",
+    ),
+    (edited(lambda f: times(f, timestamp=[np.nan] * 5), videos=True), "no frame at nan s|row 6"),
     (edited(describe_wrongly, videos=True, version=2), "episode 2|5 rows|the length 6"),
     (
         edited(lambda f: (f / "meta" / "episodes.jsonl").unlink(), videos=True, version=2),

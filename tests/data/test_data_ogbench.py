@@ -190,9 +190,9 @@ def test_evaluations_report_success_and_other_processes_make_the_environment(fol
         (
             CUBE,
             'ogbench.download_datasets(["cube-single-play-v0"], "{folder}")|OGBENCH_DATASETS_PATH|'
-            "python -m iql_torchrl.data make ogbench/cube-single-play-local",
+            "python benchmarks/make_ogbench.py cube-single-play-local",
         ),
-        (CUBE.replace("v0", "local"), "Make it: python -m iql_torchrl.data make ogbench/cube"),
+        (CUBE.replace("v0", "local"), "Make it, in a clone|make_ogbench.py cube-single-play-local"),
         # without the number of a task
         ("ogbench/scene-play-singletask-v0", "there is no file {folder}/scene-play-v0.npz"),
     ],

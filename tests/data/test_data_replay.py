@@ -1,4 +1,4 @@
-"""Buffers and samplers of rows in memory."""
+"""Buffers and samplers of transitions in memory."""
 
 import pytest
 import torch

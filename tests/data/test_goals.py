@@ -18,7 +18,7 @@ LENGTHS = (6, 4, 1, 2)
 
 
 @pytest.fixture
-def log():
+def dataset():
     return load_dataset(counted(*LENGTHS, terminated=[0]))
 
 
@@ -86,11 +86,11 @@ def pmf(origin: GoalOrigins, row: int, end: int, count: int) -> list[float]:
 
 
 @pytest.mark.parametrize("discount", [0.7, 0.0, None])
-def test_goals_have_the_distribution_of_the_definition(log, discount):
+def test_goals_have_the_distribution_of_the_definition(dataset, discount):
     """Chi-square of 10^5 pairs of row and goal; two lists of goals are independent."""
     values, actor = GoalOrigins(0.2, 0.5, 0.3, discount), GoalOrigins(0.1, 0.85, 0.05, 0.9)
-    sampler = log.relabelled(discount=discount, actor=actor).device_sampler(100_000, seed=1)
-    indices, rows = sampler.indices(), len(log)
+    sampler = dataset.relabelled(discount=discount, actor=actor).device_sampler(100_000, seed=1)
+    indices, rows = sampler.indices(), len(dataset)
     chosen = sampler.goal_rows(indices)
     ends = np.repeat(np.cumsum(LENGTHS) - 1, LENGTHS)
     assert torch.equal(sampler.last, torch.as_tensor(ends))
@@ -123,38 +123,38 @@ def ogbench_goals(rows, ends, origin, rng):
     return np.array(goals)
 
 
-def test_goals_have_the_distribution_of_a_sampler_by_loops(log):
+def test_goals_have_the_distribution_of_a_sampler_by_loops(dataset):
     """Two samples of 10^5: the distances within a trajectory, and the shares of other trajectories."""
     origin = GoalOrigins(discount=0.8)
-    sampler = log.relabelled(discount=0.8).device_sampler(100_000, seed=2)
+    sampler = dataset.relabelled(discount=0.8).device_sampler(100_000, seed=2)
     indices, ends = sampler.indices(), np.repeat(np.cumsum(LENGTHS) - 1, LENGTHS)
-    rows, own = indices[0].numpy(), sampler.goal_rows(indices)[0].numpy()
+    rows, drawn = indices[0].numpy(), sampler.goal_rows(indices)[0].numpy()
     others = ogbench_goals(rows, ends, origin, np.random.default_rng(3))
     counts = [
         np.bincount(np.where(ends[goals] == ends[rows], goals - rows + 6, 12), minlength=13)
-        for goals in (own, others)
+        for goals in (drawn, others)
     ]
     counts = np.array([each for each in zip(*counts, strict=True) if sum(each)]).T
     assert stats.chi2_contingency(counts).pvalue > 1e-3
 
 
-def test_a_batch_is_a_function_of_its_indices_and_of_the_generator(log):
-    relabelled = log.relabelled()
+def test_a_batch_is_a_function_of_its_indices_and_of_the_generator(dataset):
+    relabelled = dataset.relabelled()
     first, second = (relabelled.replay_buffer(16, seed=5) for _ in range(2))
     out = torch.zeros(second.index_shape(16), dtype=torch.int64)
     for _ in range(3):
         assert (first.sample() == second.gather(second.draw(out))).all()
     first.load_state_dict(second.state_dict())
     assert (first.sample(4) == second.sample(4)).all()
-    shared = log.relabelled(actor=None).device_sampler(16, seed=5)
+    shared = dataset.relabelled(actor=None).device_sampler(16, seed=5)
     assert shared.index_shape(16) == (3, 16)
     assert "for_actor" not in shared.sample()
 
 
-def test_nothing_is_stored_twice(log):
-    plain, sampler = log.device_sampler(4), log.relabelled().device_sampler(4)
+def test_nothing_is_stored_twice(dataset):
+    plain, sampler = dataset.device_sampler(4), dataset.relabelled().device_sampler(4)
     more = sum(t.nbytes for t in sampler.tables) - sum(t.nbytes for t in plain.tables)
-    assert more == 8 * len(log)  # the ends of the trajectories
+    assert more == 8 * len(dataset)  # the ends of the trajectories
 
 
 # -- what a goal is
@@ -188,9 +188,9 @@ def test_a_leaf_is_the_goal(mixed):
     )
     assert torch.equal(batch["next", "terminated"], goal == achieved)
     assert torch.equal(batch["next", "reward"], (goal == achieved).float() - 1)
-    logged, own = mixed.statistics, relabelled.statistics
-    assert own["observation", "desired_goal"] == logged["observation", "achieved_goal"]
-    assert {*own} == {*logged}
+    before, after = mixed.statistics, relabelled.statistics
+    assert after["observation", "desired_goal"] == before["observation", "achieved_goal"]
+    assert {*after} == {*before}
     cell = mixed.relabelled("cell", rewards=(1, 0))
     assert cell.observation_space["goal"] == mixed.observation_space["cell"]
     sampler = cell.device_sampler(64, seed=0)
@@ -206,30 +206,30 @@ def test_a_leaf_is_the_goal(mixed):
     )
 
 
-def test_places_of_a_vector_and_functions_are_goals(log):
-    places = log.relabelled([1])
+def test_places_of_a_vector_and_functions_are_goals(dataset):
+    places = dataset.relabelled([1])
     space = places.observation_space["goal"]
     assert space.shape == (1,)
     batch = places.device_sampler(64, seed=0).sample()
     assert batch["observation", "goal"].shape == (64, 1)
     assert bool((batch["observation", "goal"] <= 0).all())
-    statistics = log.statistics["observation"]
-    own = places.statistics["observation", "goal"]
-    assert torch.equal(own.mean, statistics.mean[1:])
-    assert torch.equal(own.std, statistics.std[1:])
+    statistics = dataset.statistics["observation"]
+    goal_statistics = places.statistics["observation", "goal"]
+    assert torch.equal(goal_statistics.mean, statistics.mean[1:])
+    assert torch.equal(goal_statistics.std, statistics.std[1:])
     assert torch.equal(places.statistics["observation", "observation"].mean, statistics.mean)
 
     def negated(observation):
         return -observation[:, 1:]
 
-    function = log.relabelled(negated, reached=2.0)
+    function = dataset.relabelled(negated, reached=2.0)
     batch = function.device_sampler(256, seed=0).sample()
     goal, here = batch["observation", "goal"], batch["observation", "observation"][:, :1]
     assert torch.equal(batch["next", "terminated"], (goal - here).abs() <= 2)
-    own = function.statistics["observation", "goal"]
-    torch.testing.assert_close(own.mean, statistics.mean[:1])
-    torch.testing.assert_close(own.std, statistics.std[:1])
-    batch = log.relabelled(reached=lambda one, other: one[:, 0] > other[:, 0])
+    goal_statistics = function.statistics["observation", "goal"]
+    torch.testing.assert_close(goal_statistics.mean, statistics.mean[:1])
+    torch.testing.assert_close(goal_statistics.std, statistics.std[:1])
+    batch = dataset.relabelled(reached=lambda one, other: one[:, 0] > other[:, 0])
     batch = batch.device_sampler(256, seed=0).sample()
     above = batch["observation", "observation"][:, 0] > batch["observation", "goal"][:, 0]
     assert torch.equal(batch["next", "terminated"].squeeze(1), above)
@@ -251,9 +251,9 @@ def test_the_goal_is_repeated_in_windows(mixed):
             assert torch.equal(window[key].reshape(32, 3, 1), expected)
 
 
-def test_the_dataset_describes_its_batches(log):
-    relabelled = log.relabelled()
-    assert len(relabelled) == len(log)
+def test_the_dataset_describes_its_batches(dataset):
+    relabelled = dataset.relabelled()
+    assert len(relabelled) == len(dataset)
     assert "Dict of 'goal', 'observation'" in str(relabelled)
     assert np.isnan(relabelled.episode_returns).all()
     low, high = relabelled.range_of(("next", "observation", "observation"))
@@ -263,15 +263,15 @@ def test_the_dataset_describes_its_batches(log):
         each.fingerprint()["goals"]
         for each in (
             relabelled,
-            log.relabelled(current=0.3, future=0.4),
-            log.relabelled(reached=1.0),
+            dataset.relabelled(current=0.3, future=0.4),
+            dataset.relabelled(reached=1.0),
         )
     ]
     assert all(one != other for one, other in itertools.combinations(prints, 2))
     assert prints[0] == load_dataset(counted(*LENGTHS)).relabelled().fingerprint()["goals"]
 
 
-def test_a_log_without_rewards_can_be_relabelled():
+def test_a_dataset_without_rewards_can_be_relabelled():
     rows = counted(3, 2)
     del rows["reward"]
     with pytest.raises(DatasetError, match=r"no column for reward .*columns={'reward': None}"):
@@ -281,34 +281,36 @@ def test_a_log_without_rewards_can_be_relabelled():
     assert data.relabelled().device_sampler(8).sample()["next", "reward"].shape == (8, 1)
 
 
-def test_wrong_goals_are_refused(log, mixed, tmp_path):
+def test_wrong_goals_are_refused(dataset, mixed, tmp_path):
     for wrong in ("place", "observation.x", [2], [], [-1]):
         with pytest.raises(DatasetError, match=r"goal is .*places of a vector such as \[0, 1\]"):
-            log.relabelled(wrong)
+            dataset.relabelled(wrong)
     with pytest.raises(DatasetError, match="goal is 'missing', and the observations are Dict of"):
         mixed.relabelled("missing")
     with pytest.raises(DatasetError, match=r"gives torch.int64 \(2,\); expected floats"):
         mixed.relabelled(lambda observation: observation["cell"])
     with pytest.raises(DatasetError, match=r"'observation' is Box .* already, and the goals are"):
-        log.relabelled(name="observation")
+        dataset.relabelled(name="observation")
     with pytest.raises(DatasetError, match=r"'cell' is Discrete.*choose another name="):
         mixed.relabelled("achieved_goal", name="cell")
     with pytest.raises(
         ValueError, match=r"\(0.5, 0.5, 0.3\); expected probabilities whose sum is 1"
     ):
-        log.relabelled(current=0.5)
+        dataset.relabelled(current=0.5)
     with pytest.raises(ValueError, match=r"discount is 1\.0; expected None or a number in"):
-        log.relabelled(discount=1.0)
+        dataset.relabelled(discount=1.0)
     for wrong in (-1.0, float("nan")):
         with pytest.raises(ValueError, match=r"reached is .*; expected None, a distance"):
-            log.relabelled(reached=wrong)
-    with pytest.raises(DatasetError, match=r"goals are drawn for batches.*\.log for the rows"):
-        _ = log.relabelled().transitions
+            dataset.relabelled(reached=wrong)
+    with pytest.raises(
+        DatasetError, match=r"goals are drawn for batches.*\.dataset for the transitions"
+    ):
+        _ = dataset.relabelled().transitions
     shards = build_shards(counted(3, 2), tmp_path / "shards", 2)
-    with pytest.raises(AttributeError, match="relabelled needs all rows in one table"):
+    with pytest.raises(AttributeError, match="relabelled needs all transitions at once"):
         shards.relabelled()
 
 
-def test_chunks_of_a_dataset_with_goals_are_refused(log):
+def test_chunks_of_a_dataset_with_goals_are_refused(dataset):
     with pytest.raises(DatasetError, match=r"chunks of 3 actions .* Choose action_chunk=1"):
-        log.relabelled().chunks(3)
+        dataset.relabelled().chunks(3)

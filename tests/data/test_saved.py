@@ -1,13 +1,13 @@
-"""Logs on disk: equal to those in memory, copied, verified, refused, built again, and reused."""
+"""Datasets on disk: equal to those in memory, copied, verified, refused, built again, and reused."""
 
 import errno
-import fcntl
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,14 +15,16 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock, Timeout
 from small_logs import SPACES, flip, in_shards, numbered, refused, save
 
 from iql_torchrl.data import DatasetWarning, build_shards, load_dataset, load_shards
 from iql_torchrl.data.__main__ import main
-from iql_torchrl.data.saved import folder_lock, verify
+from iql_torchrl.data.saved import verify
+from iql_torchrl.files import folder_lock
 
 LENGTHS = [10] * 20
-#: Of ``numbered``: 2 x 3 observations, 2 actions and a reward of 4 bytes, 3 marks, the episode's 8.
+#: Of ``numbered``: 2 x 3 observations, 2 actions and a reward of 4 bytes, 3 flags, the episode's 8.
 ROW_BYTES = 2 * 3 * 4 + 2 * 4 + 4 + 3 + 8
 
 
@@ -33,7 +35,7 @@ def archive(tmp_path):
 
 @pytest.fixture
 def built(archive, tmp_path):
-    """A table, at another place than where it was built and without its source."""
+    """A dataset, at another place than where it was built and without its source."""
     assert main(["build", str(archive), str(tmp_path / "first")]) == 0
     archive.unlink()
     (tmp_path / "other").mkdir()
@@ -59,15 +61,15 @@ def test_a_folder_that_is_a_link_is_built_where_it_leads(archive, tmp_path):
         (large / name).mkdir(parents=True)
         (home / name).symlink_to(large / name)
     for limit in (50, 100):  # built, and built again
-        log = load_dataset(archive, memmap=home / "table", limit=limit)
-        assert len(load_dataset(large / "table")) == len(log) == limit
+        dataset = load_dataset(archive, memmap=home / "table", limit=limit)
+        assert len(load_dataset(large / "table")) == len(dataset) == limit
     build_shards(archive, home / "shards", 2)
     assert len(load_shards(large / "shards")) == sum(LENGTHS)
     assert all((home / name).is_symlink() for name in ("table", "shards"))
     assert sorted(path.name for path in large.iterdir()) == ["shards", "table"]
 
 
-# -- a table that is opened
+# -- a dataset that is opened
 
 
 @pytest.mark.parametrize("reward", ["raw", "return_range", "minus_one", (0.5, 2.0)])
@@ -117,7 +119,7 @@ def test_the_command_builds_and_verifies(tmp_path, capsys, shards):
         assert "exists already; choose another path" in capsys.readouterr().err
     # a flipped bit that the sizes do not show
     flip(folder / f"shard-0000{shards - 1}" / "action.memmap")
-    (load_dataset if shards == 1 else load_shards)(folder)  # opening reads no rows
+    (load_dataset if shards == 1 else load_shards)(folder)  # opening reads no transitions
     refused(f"shard-0000{shards - 1}/action.memmap has another content", folder, verify)
     assert main(["verify", str(folder)]) == 1
     assert "another content" in capsys.readouterr().err
@@ -164,7 +166,7 @@ DAMAGE = [
     (rewrite(observation_space=None), "built.json", "built.json | cannot be read"),
     (rewrite(format=2), "built.json", "built by another version of this package; build it again"),
     (rewrite(reference_scores=[1.0, 1.0]), "built.json", "the second greater"),
-    (rewrite(shards=[]), "built.json", "0 rows in place of 200"),
+    (rewrite(shards=[]), "built.json", "0 transitions in place of 200"),
     (older_table, "built.json", "built by another version of this package; build it again"),
     (drop, "episodes.npz", "episodes.npz is missing"),
     (cut, "episodes.npz", "incomplete or damaged"),
@@ -176,7 +178,7 @@ DAMAGE = [
 
 OLD = "or one of an older version; copy it again, or build it"
 NO_RECORD = [
-    (drop, "built.json", "built.json is missing: no folder of a built table or of shards"),
+    (drop, "built.json", "built.json is missing: not a folder of a built dataset or of shards"),
     (older_shards, "built.json", OLD),
 ]
 
@@ -184,13 +186,13 @@ NO_RECORD = [
 @pytest.mark.parametrize(("damage", "name", "words"), [*DAMAGE, *NO_RECORD])
 def test_incomplete_and_damaged_folders_get_one_sentence(built, damage, name, words):
     damage(built / name)
-    for read in (load_dataset, load_shards)[: 1 if "shard-" in name else 2]:  # reads no rows
+    for read in (load_dataset, load_shards)[: 1 if "shard-" in name else 2]:  # reads no transitions
         message = refused(words, built, read)
         assert str(built) in message or message.startswith("reference_scores")
 
 
 @pytest.mark.parametrize(("damage", "name", "words"), DAMAGE)
-def test_damaged_tables_are_built_again_from_their_source(archive, tmp_path, damage, name, words):
+def test_damaged_datasets_are_built_again_from_their_source(archive, tmp_path, damage, name, words):
     table = tmp_path / "table"
     whole = load_dataset(archive, memmap=table).transitions.clone()  # Not a view of the files.
     damage(table / name)
@@ -209,7 +211,7 @@ def test_names_in_a_record_lead_below_the_folder(tmp_path, name):
     for files in ({**saved["files"], name: [1, "0"]}, {**saved["files"], "x": [1, name]}):
         rewrite(files=files)(record)
         for opened in (load_shards, verify, load_dataset):
-            refused("expected a path below its own folder", tmp_path / "shards", opened)
+            refused("expected a path below the dataset's folder", tmp_path / "shards", opened)
 
 
 def test_only_files_of_the_record_are_read(tmp_path):
@@ -242,19 +244,19 @@ def test_options_that_only_a_build_can_follow_are_refused(built, options, words)
     refused("loaded alone", [built, built])
 
 
-def test_rewards_that_the_build_mapped_are_not_mapped_again(archive, tmp_path):
+def test_rewards_that_the_build_scaled_are_not_scaled_again(archive, tmp_path):
     load_dataset(archive, reward="minus_one", memmap=tmp_path / "table")
     rewards = load_dataset(tmp_path / "table", reward="minus_one").transitions["next", "reward"]
     np.testing.assert_array_equal(rewards.squeeze(-1).numpy(), numbered(LENGTHS)["reward"] - 1)
-    refused("mapped with reward=(1.0, -1.0)", tmp_path / "table")
+    refused("scaled by reward=(1.0, -1.0)", tmp_path / "table")
     equal = save(tmp_path / "equal.npz", numbered(LENGTHS) | {"reward": np.ones(200, np.float32)})
     load_dataset(equal, memmap=tmp_path / "equal")
     refused("equal: |return_range", tmp_path / "equal", reward="return_range")
 
 
-def test_other_folders_are_no_tables_and_never_overwritten(archive, tmp_path):
+def test_other_folders_are_never_overwritten(archive, tmp_path):
     (tmp_path / "mine").mkdir()
-    refused("built.json is missing: no folder of a built table or", tmp_path / "mine", verify)
+    refused("built.json is missing: not a folder of a built dataset or", tmp_path / "mine", verify)
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     build_shards(archive, tmp_path / "shards", 1)
     build_shards(archive, tmp_path / "two", 2)
@@ -262,7 +264,7 @@ def test_other_folders_are_no_tables_and_never_overwritten(archive, tmp_path):
     for name in ("mine", "shards", "two"):
         refused("not made by load_dataset", archive, memmap=tmp_path / name)
     assert (tmp_path / "mine" / "thesis.txt").exists()
-    assert len(load_dataset(tmp_path / "shards")) == 200  # one shard is a table
+    assert len(load_dataset(tmp_path / "shards")) == 200  # one shard is loaded at once
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
@@ -277,7 +279,7 @@ def test_a_disk_that_gets_full_is_named_with_its_space(archive, tmp_path, monkey
     assert [p.name for p in tmp_path.iterdir()] == ["data.npz"]
 
 
-def test_a_table_that_cannot_be_built_leaves_the_old_one(archive, tmp_path, monkeypatch):
+def test_a_dataset_that_cannot_be_built_leaves_the_old_one(archive, tmp_path, monkeypatch):
     table, bad = tmp_path / "table", numbered(LENGTHS)
     bad["reward"][150] = np.nan
     refused("row 150", save(archive, bad), memmap=table)
@@ -290,7 +292,7 @@ def test_a_table_that_cannot_be_built_leaves_the_old_one(archive, tmp_path, monk
     assert len(load_dataset(archive, memmap=table)) == 200
 
 
-# -- when a table is built again
+# -- when a dataset is built again
 
 
 def test_memmap_is_rebuilt_when_anything_changed(archive, tmp_path):
@@ -330,7 +332,7 @@ def test_a_source_of_equal_size_and_time_but_other_content_is_read_again(
 
 
 def test_a_large_source_is_digested_fast(tmp_path):
-    from iql_torchrl.data.readers.source import ReadOptions
+    from iql_torchrl.data.readers.options import ReadOptions
     from iql_torchrl.data.reuse import identity
 
     path = tmp_path / "large.npz"
@@ -353,7 +355,7 @@ class Again(gym.Env):
 
 
 @pytest.mark.parametrize("as_id", [True, False])
-def test_an_environment_registered_again_rebuilds_its_table(tmp_path, as_id):
+def test_an_environment_registered_again_rebuilds_its_dataset(tmp_path, as_id):
     data = numbered(LENGTHS)
     del data["truncated"], data["next_observation"]
     data["observation"] = data["observation"][:, [0, 0, 0]]  # Without jumps.
@@ -367,7 +369,7 @@ def test_an_environment_registered_again_rebuilds_its_table(tmp_path, as_id):
     assert lengths == [[9] * 20, [19] * 10]
 
 
-def test_a_reused_table_repeats_its_warnings(tmp_path):
+def test_a_reused_dataset_repeats_its_warnings(tmp_path):
     data = numbered(LENGTHS)
     archive = save(tmp_path / "data.npz", data | {"terminated": data["truncated"]})
     texts = []
@@ -378,7 +380,7 @@ def test_a_reused_table_repeats_its_warnings(tmp_path):
         assert caught[0].filename == __file__
         assert set(texts[-1]) <= set(dataset.notes)
     assert texts[0] == texts[1]
-    assert len(texts[0]) == 2  # 20 rows are marked twice, and all terminations come at step 10.
+    assert len(texts[0]) == 2  # 20 rows have both flags, and all terminations come at step 10.
 
 
 # -- other processes
@@ -402,13 +404,18 @@ for _ in range(40):
 
 
 def test_a_folder_that_is_written_is_locked_for_all_others(tmp_path):
-    with (
-        folder_lock(tmp_path / "table"),
-        (tmp_path / ".table.lock").open() as file,
-        pytest.raises(BlockingIOError),
-    ):
-        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    assert not any(tmp_path.iterdir())
+    other = FileLock(tmp_path / ".table.lock", timeout=0, thread_local=False)
+    with ThreadPoolExecutor(1) as thread:
+        with folder_lock(tmp_path / "table"), pytest.raises(Timeout):
+            thread.submit(other.acquire).result()
+        assert not any(tmp_path.iterdir())
+        with folder_lock(tmp_path / "table"):
+            other.timeout = -1
+            waiting = thread.submit(other.acquire)
+            time.sleep(0.2)
+            assert not waiting.done()
+        with waiting.result(timeout=10):  # of a file that has a name again
+            assert [path.name for path in tmp_path.iterdir()] == [".table.lock"]
 
 
 @pytest.mark.slow

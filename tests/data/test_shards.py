@@ -1,4 +1,4 @@
-"""Logs in shards: equal to the whole log, whole episodes, at addresses, and refused where damaged."""
+"""Datasets in shards: equal to the whole dataset, whole episodes, at addresses, refused if damaged."""
 
 import itertools
 import shutil
@@ -28,7 +28,7 @@ def three(tmp_path_factory):
 @pytest.fixture
 def copied(three, tmp_path):
     """A copy of its folder, to be damaged."""
-    return Path(shutil.copytree(three.log.location.name, tmp_path / "shards"))
+    return Path(shutil.copytree(three.saved.location.name, tmp_path / "shards"))
 
 
 @pytest.fixture
@@ -38,21 +38,23 @@ def small_blocks(monkeypatch):
 
 
 @pytest.mark.parametrize("shards", [1, 3, 10])
-def test_the_shards_hold_the_rows_and_numbers_of_the_whole_log(tmp_path, small_blocks, shards):
-    log, source = in_shards(tmp_path, LENGTHS, shards), numbered(LENGTHS)
+def test_the_shards_have_the_transitions_and_statistics_of_the_whole_dataset(
+    tmp_path, small_blocks, shards
+):
+    dataset, source = in_shards(tmp_path, LENGTHS, shards), numbered(LENGTHS)
     whole = load_dataset(source, **SPACES)
-    assert fingerprint(rows_of_all(log)) == whole.fingerprint()
-    assert (len(log), log.name, log.dtype) == (sum(LENGTHS), "log.npz", torch.float32)
-    np.testing.assert_array_equal(log.episode_lengths, LENGTHS)
-    np.testing.assert_array_equal(log.episode_returns, whole.episode_returns)
-    np.testing.assert_array_equal(log.sketch(), whole.sketch())
-    statistics = log.statistics["observation"]
-    # NumPy's own, over all rows at once
+    assert fingerprint(rows_of_all(dataset)) == whole.fingerprint()
+    assert (len(dataset), dataset.name, dataset.dtype) == (sum(LENGTHS), "log.npz", torch.float32)
+    np.testing.assert_array_equal(dataset.episode_lengths, LENGTHS)
+    np.testing.assert_array_equal(dataset.episode_returns, whole.episode_returns)
+    np.testing.assert_array_equal(dataset.sketch(), whole.sketch())
+    statistics = dataset.statistics["observation"]
+    # NumPy's, over all rows at once
     rows = source["observation"].astype(np.float64)
     np.testing.assert_allclose(statistics.mean.numpy(), rows.mean(0), rtol=1e-6)
     np.testing.assert_allclose(statistics.std.numpy(), rows.std(0), rtol=1e-6)
     assert (statistics.count, statistics.constant) == (sum(LENGTHS), ())
-    for data in (log, whole):
+    for data in (dataset, whole):
         for key, rows in ((("action",), source["action"]), (("next", "reward"), source["reward"])):
             assert data.range_of(key) == (rows.min(), rows.max())
         assert data.range_of(("next", "truncated")) == (0, 1)
@@ -66,9 +68,9 @@ def test_depth_in_wide_unsigned_integers_is_built_on_disk(tmp_path, kind):
     rows |= {n: (50 * rows[n] + 60_000).astype(kind) for n in ("observation", "next_observation")}
     spaces = {**SPACES, "observation_space": gym.spaces.Box(0, 65_535, (3,), kind)}
     source = save(tmp_path / "log.npz", rows)
-    log = build_shards(source, tmp_path / "shards", 3, **spaces)
+    dataset = build_shards(source, tmp_path / "shards", 3, **spaces)
     ends = (rows["observation"].min(), rows["observation"].max())
-    assert log.range_of(("observation",)) == ends
+    assert dataset.range_of(("observation",)) == ends
     assert (
         load_dataset(source, memmap=tmp_path / "table", **spaces).range_of(("observation",)) == ends
     )
@@ -81,42 +83,42 @@ def test_statistics_stay_exact_for_numbers_far_from_zero(tmp_path, small_blocks)
         rows[name] = rows[name].astype(np.float64) + 1e9
     spaces = {**SPACES, "observation_space": gym.spaces.Box(-np.inf, np.inf, (3,), np.float64)}
     source = save(tmp_path / "log.npz", rows)
-    log = build_shards(source, tmp_path / "shards", 3, **spaces, dtype=torch.float64)
-    std = log.statistics["observation"].std.numpy()
+    dataset = build_shards(source, tmp_path / "shards", 3, **spaces, dtype=torch.float64)
+    std = dataset.statistics["observation"].std.numpy()
     np.testing.assert_allclose(std, rows["observation"].std(0), rtol=1e-6)
 
 
 @pytest.mark.parametrize("reward", ["return_range", "minus_one", (-2.0, 1.0)])
 @pytest.mark.parametrize("when", ["build", "load"])
-def test_rewards_have_the_map_of_the_whole_log(tmp_path, reward, when):
-    log = in_shards(tmp_path, LENGTHS, 4, **({"reward": reward} if when == "build" else {}))
+def test_rewards_have_the_scaling_of_the_whole_dataset(tmp_path, reward, when):
+    dataset = in_shards(tmp_path, LENGTHS, 4, **({"reward": reward} if when == "build" else {}))
     if when == "load":
-        log = load_shards(tmp_path / "shards", reward=reward)
+        dataset = load_shards(tmp_path / "shards", reward=reward)
     raw = numbered(LENGTHS)["reward"].astype(np.float64)
     returns = [part.sum() for part in np.split(raw, np.cumsum(LENGTHS)[:-1])]
     scale, shift = {
         "return_range": (1000 / (max(returns) - min(returns)), 0), "minus_one": (1, -1),
     }.get(reward, reward)  # fmt: skip
-    assert log.reward_map.scale == pytest.approx(scale, rel=1e-12)
-    assert log.reward_map.shift == shift
-    rewards = rows_of_all(log)["next", "reward"].squeeze(-1)
+    assert dataset.reward_map.scale == pytest.approx(scale, rel=1e-12)
+    assert dataset.reward_map.shift == shift
+    rewards = rows_of_all(dataset)["next", "reward"].squeeze(-1)
     mapped = scale * raw + shift
     np.testing.assert_allclose(rewards.numpy(), mapped, rtol=1e-6)
-    assert log.range_of(("next", "reward")) == pytest.approx((mapped.min(), mapped.max()))
+    assert dataset.range_of(("next", "reward")) == pytest.approx((mapped.min(), mapped.max()))
     if when == "build":
-        refused("reward='raw' is another map; pass the first", tmp_path / "shards", load_shards)
+        refused("reward='raw' is another scaling; pass the first", tmp_path / "shards", load_shards)
 
 
 def rows_of_shards(folder, lengths, shards):
-    """The rows of each shard of a log of these episodes, which are whole and keep their numbers."""
-    log, seen, rows = in_shards(folder, lengths, shards), [], []
+    """The transitions of each shard: episodes are whole and keep their numbers."""
+    dataset, seen, rows = in_shards(folder, lengths, shards), [], []
     for number in range(shards):
-        with log.shard(number) as table:
+        with dataset.shard(number) as table:
             ids, ends = table["collector", "traj_ids"], table["next", "done"].squeeze(-1)
             assert bool(ends[-1])
-            own = ids[ends].tolist()
-            assert ids.bincount()[own].tolist() == [lengths[episode] for episode in own]
-            seen += own
+            episodes = ids[ends].tolist()
+            assert ids.bincount()[episodes].tolist() == [lengths[each] for each in episodes]
+            seen += episodes
             rows.append(len(table))
     assert seen == list(range(len(lengths)))
     return rows
@@ -187,7 +189,7 @@ def flipped(folder):
 
 
 def exchanged(folder):
-    """With a shard of another log, that is complete in itself."""
+    """With a shard of another dataset, that is complete in itself."""
     in_shards(folder.parent / "other", LENGTHS, 3, seed=1)
     shutil.rmtree(folder / "shard-00001")
     shutil.move(folder.parent / "other" / "shards" / "shard-00001", folder)
@@ -218,26 +220,30 @@ def test_a_damaged_shard_is_refused_with_one_sentence(copied, tmp_path, memory, 
     location, cache = str(copied) if place == "folder" else "memory://logs/shards", None
     if place == "cached":
         cache = tmp_path / "cache"
-    log = load_shards(location, cache=cache)
+    dataset = load_shards(location, cache=cache)
     compared = place != "folder" and fault in (truncated, flipped, exchanged)
-    for read, of in ((lambda number: log.shard(number).__enter__(), 1), (log.replay_buffer, 8)):
+    for read, of in (
+        (lambda number: dataset.shard(number).__enter__(), 1),
+        (dataset.replay_buffer, 8),
+    ):
         message = refused(f"{location}|{FAULTS[fault]}", of, read)
         assert ("in its copy" in message) == compared
-    with log.shard(0) as rows:  # the others stay usable
-        assert len(rows) == log.shards[0].rows
+    with dataset.shard(0) as rows:  # the others stay usable
+        assert len(rows) == dataset.shards[0].rows
     if cache is not None:  # no copy of what is damaged stays
         names = [f"shard-00001/{name}.memmap" for name in ("action", "observation")]
         wrong = {
-            log.log.files[name][1] for name in names[: 2 if fault in (missing, exchanged) else 1]
+            dataset.saved.files[name][1]
+            for name in names[: 2 if fault in (missing, exchanged) else 1]
         }
-        whole = {digest for _, digest in log.log.files.values()}
+        whole = {digest for _, digest in dataset.saved.files.values()}
         assert {path.name for path in cache.iterdir()} < whole - wrong
 
 
 @pytest.mark.parametrize(
     ("shards", "change", "text"),
     [
-        (0, {}, "expected a whole number, at least 1, got 0"),
+        (0, {}, "expected an integer, at least 1, got 0"),
         (True, {}, "got True"),
         (11, {}, "10 episodes do not fill 11 shards of whole episodes; choose at most 10"),
         (3, {"reward": np.full(68, np.nan, np.float32)}, "next.reward is NaN or infinite"),
@@ -249,29 +255,31 @@ def test_a_build_that_fails_leaves_nothing(tmp_path, shards, change, text):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_needs_all_rows_refuses_shards(three, tmp_path):
-    log, folder = three, Path(three.log.location.name)
+def test_what_needs_all_transitions_refuses_shards(three, tmp_path):
+    dataset, folder = three, Path(three.saved.location.name)
     refused("a folder of shards, |data.load_shards(", folder)
-    with pytest.raises(DatasetError, match="a log in 3 shards, and this needs all rows in one"):
-        _ = log.transitions
+    with pytest.raises(
+        DatasetError, match="a dataset in 3 shards, and this needs all transitions at once"
+    ):
+        _ = dataset.transitions
     for name in ("windows", "split", "device_sampler"):
-        with pytest.raises(AttributeError, match=f"and {name} needs all rows in one table"):
-            getattr(log, name)
+        with pytest.raises(AttributeError, match=f"and {name} needs all transitions at once"):
+            getattr(dataset, name)
     with pytest.raises(AttributeError, match="no attribute 'window'"):
-        _ = log.window
+        _ = dataset.window
     with pytest.raises(TypeError, match=r"dataset is ShardedDataset.*shards are not possible"):
-        IQLPopulation([config()], log)
+        IQLPopulation([config()], dataset)
     with pytest.raises(ValueError, match=r"a folder of shards, and a sweep needs all rows"):
         Sweep([config()], folder, tmp_path / "sweep")
     again = {"folder": tmp_path / "again", "shards": 2}
-    refused("is a built table already; build shards from the", folder, build_shards, **again)
+    refused("is a built dataset already; build shards from the", folder, build_shards, **again)
 
 
 def test_an_address_that_cannot_be_reached_is_named(three, monkeypatch, memory):
-    memory.put(three.log.location.name, "/logs/shards", recursive=True)
+    memory.put(three.saved.location.name, "/logs/shards", recursive=True)
     refused("memory://logs: built.json is missing", "memory://logs", load_shards)
     refused("nosuch://log: cannot be read |Protocol not known", "nosuch://log", load_shards)
-    log = load_shards("memory://logs/shards")
+    dataset = load_shards("memory://logs/shards")
 
     def no_route(*_):
         raise ConnectionError("no route to host")
@@ -280,4 +288,4 @@ def test_an_address_that_cannot_be_reached_is_named(three, monkeypatch, memory):
         monkeypatch.setattr(type(memory), name, no_route)
     words = "memory://logs/shards: cannot be read (ConnectionError: no route to host); check"
     refused(words, "memory://logs/shards", load_shards)
-    refused(words, 8, log.replay_buffer)
+    refused(words, 8, dataset.replay_buffer)

@@ -1,4 +1,4 @@
-"""Batches from shards: which rows, in which proportion, in which order, resumed, and from addresses."""
+"""Batches from shards: which transitions, their proportions and order, resumed, and from addresses."""
 
 import shutil
 import threading
@@ -33,7 +33,7 @@ def unequal(tmp_path_factory):
 
 
 def rows_of(batch):
-    """The numbers of a batch's rows in the log."""
+    """The numbers of a batch's transitions in the dataset."""
     return batch["observation"][:, 0].numpy().astype(int)
 
 
@@ -84,9 +84,9 @@ def test_orders_differ_and_every_first_one_is_equally_likely():
 
 def test_a_loaded_shard_is_drawn_from_in_proportion_to_its_rows(tmp_path):
     """Shards of 2, 4 and 6 rows, all loaded: row r of the places together is drawn by number r."""
-    log = in_shards(tmp_path, [2, 4, 6], 3)
-    assert [shard.rows for shard in log.shards] == [2, 4, 6]
-    replay = log.replay_buffer(4096, seed=5, loaded=3)
+    dataset = in_shards(tmp_path, [2, 4, 6], 3)
+    assert [shard.rows for shard in dataset.shards] == [2, 4, 6]
+    replay = dataset.replay_buffer(4096, seed=5, loaded=3)
     rows = {0: [0, 1], 1: [2, 3, 4, 5], 2: [6, 7, 8, 9, 10, 11]}
     placed = np.concatenate([rows[number] for number in replay.loaded_shards()])
     numbers = torch.randint(12, (4096,), generator=torch.Generator().manual_seed(5))
@@ -131,8 +131,10 @@ def test_all_shards_loaded_is_the_whole_log_with_mapped_rewards(equal):
     counts = sum(np.bincount(rows_of(replay.sample()), minlength=60) for _ in range(50))
     assert replay.loaded_shards() == before  # nothing is replaced
     assert chisquare(counts).pvalue > 1e-3
-    mapped = load_shards(equal.log.location.name, reward=(2.0, -1.0))
-    raw, batch = (log.replay_buffer(32, seed=0, loaded=2).sample() for log in (equal, mapped))
+    mapped = load_shards(equal.saved.location.name, reward=(2.0, -1.0))
+    raw, batch = (
+        dataset.replay_buffer(32, seed=0, loaded=2).sample() for dataset in (equal, mapped)
+    )
     assert torch.equal(batch["next", "reward"], raw["next", "reward"] * 2 - 1)
 
 
@@ -167,7 +169,7 @@ def test_a_loaded_state_continues_with_the_same_bits(unequal, batches):
     sequence(replay, batches)
     state = replay.state_dict()
     expected = sequence(replay, 60)
-    other = load_shards(unequal.log.location.name).replay_buffer(16, seed=9, **settings)
+    other = load_shards(unequal.saved.location.name).replay_buffer(16, seed=9, **settings)
     sequence(other, 8)
     other.load_state_dict(state)
     assert same(sequence(other, 60), expected)
@@ -198,9 +200,9 @@ def test_other_settings_and_settings_that_cannot_be(equal):
 
 
 def test_a_shard_that_is_lost_while_training_is_named_at_its_batch(tmp_path):
-    log = in_shards(tmp_path, EQUAL, 3)
-    expected = sequence(log.replay_buffer(8, seed=0, loaded=1, replace_every=2), 8)
-    replay = log.replay_buffer(8, seed=0, loaded=1, replace_every=2)
+    dataset = in_shards(tmp_path, EQUAL, 3)
+    expected = sequence(dataset.replay_buffer(8, seed=0, loaded=1, replace_every=2), 8)
+    replay = dataset.replay_buffer(8, seed=0, loaded=1, replace_every=2)
     replay._coming.result()
     (last,) = {0, 1, 2} - {replay.loaded_shards()[0], replay.rotation.coming}
     place = tmp_path / "shards" / f"shard-{last:05d}"
@@ -219,9 +221,9 @@ def test_a_shard_that_is_lost_while_training_is_named_at_its_batch(tmp_path):
 
 @pytest.fixture
 def memory(equal):
-    """A log in shards on fsspec's file system in memory."""
+    """A dataset in shards on fsspec's file system in memory."""
     system = needs("fsspec").filesystem("memory")
-    system.put(equal.log.location.name, "/logs/shards", recursive=True)
+    system.put(equal.saved.location.name, "/logs/shards", recursive=True)
     yield system
     system.rm("/logs", recursive=True)
 
@@ -229,10 +231,10 @@ def memory(equal):
 def test_an_address_gives_the_batches_of_the_folder(memory, equal):
     settings = {"seed": 0, "loaded": 2, "replace_every": 3}
     expected = sequence(equal.replay_buffer(8, **settings), 30)
-    for address in (ADDRESS, Path(equal.log.location.name).as_uri()):  # file:///...
-        log = load_shards(address)
-        assert not log.log.location.is_local
-        assert same(sequence(log.replay_buffer(8, **settings), 30), expected)
+    for address in (ADDRESS, Path(equal.saved.location.name).as_uri()):  # file:///...
+        dataset = load_shards(address)
+        assert not dataset.saved.location.is_local
+        assert same(sequence(dataset.replay_buffer(8, **settings), 30), expected)
 
 
 def test_copies_stay_in_the_cache_and_nowhere_else(memory, monkeypatch, tmp_path):
@@ -240,17 +242,17 @@ def test_copies_stay_in_the_cache_and_nowhere_else(memory, monkeypatch, tmp_path
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     expected = sequence(load_shards(ADDRESS).replay_buffer(8, **settings), 12)
-    log = load_shards(ADDRESS, cache=cache)
-    replay = log.replay_buffer(8, **settings)
+    dataset = load_shards(ADDRESS, cache=cache)
+    replay = dataset.replay_buffer(8, **settings)
     assert same(sequence(replay, 12), expected)
     replay._coming.result()
     assert list((tmp_path / "temporary").iterdir()) == []
-    digests = {digest for name, (_, digest) in log.log.files.items() if "/" in name}
+    digests = {digest for name, (_, digest) in dataset.saved.files.items() if "/" in name}
     assert {path.name for path in cache.iterdir()} == digests
     for number in range(6):
         memory.rm(f"/logs/shards/shard-{number:05d}", recursive=True)
     again = load_shards(ADDRESS, cache=cache).replay_buffer(8, **settings)
     assert same(sequence(again, 12), expected)
-    flip(cache / log.log.files["shard-00000/action.memmap"][1])
+    flip(cache / dataset.saved.files["shard-00000/action.memmap"][1])
     with pytest.raises(DatasetError, match="another content"):
         load_shards(ADDRESS, cache=cache).replay_buffer(8, loaded=6).sample()

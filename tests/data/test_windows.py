@@ -59,7 +59,7 @@ def test_windows_by_hand():
 
 
 def reference(transitions, lengths, length):
-    """The windows by loops over episodes, from the plain rows."""
+    """The windows by loops over episodes."""
     now = transitions["observation"].numpy()
     following = transitions["next", "observation"].numpy()
     windows = {"o": [], "m": [], "next_o": [], "next_m": []}
@@ -94,9 +94,9 @@ def test_windows_equal_a_loop_over_episodes(lengths, length, seed):
         for key, name in (*BOTH, ("history_mask", "m"), (("next", "history_mask"), "next_m")):
             np.testing.assert_array_equal(batch[key].numpy(), expected[name][rows.numpy()])
     for part in data.split(0.5, seed=0) if len(lengths) > 1 else ():
-        own = [int(n) for n in part.episode_lengths]
-        of_part = part.windows(min(length, max(own)))[:]["observation"].numpy()
-        windows = reference(part.transitions, own, of_part.shape[1])
+        kept = [int(n) for n in part.episode_lengths]
+        of_part = part.windows(min(length, max(kept)))[:]["observation"].numpy()
+        windows = reference(part.transitions, kept, of_part.shape[1])
         np.testing.assert_array_equal(of_part, windows["o"])
     stacked = data.frame_stack(length)[rows]
     for key, name in BOTH:
@@ -205,13 +205,15 @@ def test_wrong_windows_are_refused():
         data.windows(2, jumps="skip")
 
 
-def test_jumps_are_refused_or_begin_a_history():
-    """Row 2 of the first episode, of 5 rows, is followed by another state than its successor."""
+def test_discontinuities_are_refused_or_begin_a_history():
+    """The next observation of row 2 of the first episode, of 5 rows, is not row 3's observation."""
     source = counted(5, 2)
     source["next_observation"][2] = [7, -7]
     with pytest.warns(DatasetWarning, match="not the following row's observation in 1 rows"):
         data = load_dataset(source)
-    with pytest.raises(DatasetError, match=r"in 1 rows inside episodes, first row 2, .*'restart'"):
+    with pytest.raises(
+        DatasetError, match=r"in 1 transitions inside episodes, first transition 2, .*'restart'"
+    ):
         data.windows(2)
     windows = data.windows(2, jumps="restart")
     no, yes = False, True
@@ -221,12 +223,12 @@ def test_jumps_are_refused_or_begin_a_history():
         ([3, 3], [no, yes], [3, 4], [yes, yes]),
         ([3, 4], [yes, yes], [4, 5], [yes, yes]),
     ]
-    with pytest.raises(DatasetError, match="the longest has 3 between jumps"):
+    with pytest.raises(DatasetError, match="the longest has 3 between discontinuities"):
         data.windows(4, jumps="restart")
 
 
 def test_a_next_observation_may_differ_from_the_following_row_by_rounding():
-    """By the readers' rule: a norm of 1e-6, which is no jump, and windows have the following row's."""
+    """By the readers' rule, a norm of 1e-6, they are equal, and windows have the following row's."""
     source = counted(5, 2)
     source["next_observation"][0] += np.float32(5e-7)
     data = load_dataset(source)
@@ -235,7 +237,7 @@ def test_a_next_observation_may_differ_from_the_following_row_by_rounding():
     source["next_observation"][0] += np.float32(1e-5)
     with pytest.warns(DatasetWarning, match="not the following row's observation in 1 rows"):
         data = load_dataset(source)
-    with pytest.raises(DatasetError, match="in 1 rows inside episodes, first row 0"):
+    with pytest.raises(DatasetError, match="in 1 transitions inside episodes, first transition 0"):
         data.windows(2)
 
 
@@ -264,7 +266,8 @@ def test_depth_in_wide_unsigned_integers_has_windows_and_chunks(kind):
 @pytest.mark.parametrize(
     ("shape", "stacked", "channel"),
     [((), (3,), 0), ((2,), (6,), 0), ((5, 4), (5, 4, 3), 2), ((5, 4, 2), (5, 4, 6), 2),
-     ((2, 5, 4), (6, 5, 4), 0), ((3, 3, 3), (3, 3, 9), 2), ((2, 2, 2, 2), (2, 2, 2, 6), 3)],
+     ((2, 5, 4), (6, 5, 4), 0), ((3, 3, 3), (3, 3, 9), 2), ((2, 2, 2, 2), (2, 2, 2, 6), 3),
+     ((4, 2, 5, 6), (4, 6, 5, 6), 1)],
 )  # fmt: skip
 def test_frames_are_stacked_on_their_channels(shape, stacked, channel):
     window = torch.randn(7, 3, *shape)

@@ -19,7 +19,6 @@ PLAIN_DATA = (
     "PRESETS",
     "data.REFERENCE_RETURNS",
     "data.builtin.BUILTIN",
-    "data.builtin.OGBENCH_LOCAL",
 )
 ALIASES = ("policies.flow", "policies.best_of")
 

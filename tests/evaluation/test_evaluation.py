@@ -464,6 +464,8 @@ def test_success_at_any_step_counts(key):
 def test_reference_scores_in_each_form(scores):
     result = evaluate(constant(HALF), Seeded, episodes=2, seed=0, reference_scores=scores)
     np.testing.assert_allclose(result.scores, 50.0 * (result.returns - 1.0))
+    task = evaluate(constant(HALF), Seeded, episodes=2, seed=0, reference_scores="kitchen")  # 0, 4
+    np.testing.assert_allclose(task.scores, 25.0 * task.returns)
     assert evaluate(constant(HALF), Seeded, episodes=1, seed=0).scores is None
 
 
@@ -497,8 +499,8 @@ SHARED = Seeded()
         (constant(HALF), "Pendulum-v1", TypeError, "make_env must be callable"),
         (constant(HALF), dict, TypeError, "must return a gymnasium.Env, found dict"),
         (constant(HALF), lambda: SHARED, ValueError, "same environment twice"),
-        (constant(HALF), lambda: Seeded(spaces.MultiDiscrete([2, 2])), ValueError,
-         "action space must be Box or Discrete"),
+        (constant(HALF), lambda: Seeded(spaces.MultiBinary(2)), ValueError,
+         "action space must be Box, Discrete or MultiDiscrete"),
     ],
 )  # fmt: skip
 def test_wrong_kinds_of_argument_are_named(policy, make, error, message):

@@ -54,7 +54,7 @@ def test_a_loaded_run_has_the_bits_of_one_without_interruption(log, stop):
     alone, stopped = trainer(log, 24), trainer(log, stop)
     alone.train()
     stopped.train()
-    again = trainer(load_shards(log.log.location.name), 24)
+    again = trainer(load_shards(log.saved.location.name), 24)
     again.load_state_dict(deepcopy(stopped.state_dict()))
     assert again.updates == stop
     again.train()
@@ -117,7 +117,7 @@ def test_a_checkpoint_of_other_shards_rewards_or_settings_is_refused(log, tmp_pa
     trainer(log, 4, folder).train()
     in_memory = trainer(log, 8, folder)
     in_memory.replay_buffer = load_dataset(numbered(LENGTHS), **SPACES).device_sampler(16, seed=0)
-    mapped = load_shards(log.log.location.name, reward=(2.0, 0.0))
+    mapped = load_shards(log.saved.location.name, reward=(2.0, 0.0))
     for run, words in (
         (trainer(other, 8, folder), "another run: shard-00000 of the dataset was"),
         (trainer(other, 8, folder), r"Resume with the dataset \(log.npz\), "),
@@ -187,7 +187,7 @@ def test_digests_are_of_the_frames_and_not_of_windows(monkeypatch):
     assert digests["frames.observation"].startswith("float64 (12, 3) ")
     assert digests["own.observation"].startswith("float64 (3, 3) ")
     assert data_state(windows().replay_buffer(4), None)["fingerprint"] == digests
-    buffer.storage.windows.own["observation",][0, 0] += 1
+    buffer.storage.windows.final["observation",][0, 0] += 1
     changed = data_state(buffer, None)["fingerprint"]
     assert {key for key in digests if changed[key] != digests[key]} == {"own.observation"}
 

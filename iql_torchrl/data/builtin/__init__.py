@@ -1,8 +1,7 @@
-"""Datasets made on this machine, as real Minari datasets in the user's Minari folder, and OGBench's.
+"""Datasets made on this machine, as Minari datasets in the user's Minari folder.
 
 They need no download, and are the same for the same seed (up to the platform's floating-point
-arithmetic). Minari's own tools list, load and delete those of ``BUILTIN``; those of
-``OGBENCH_LOCAL`` are npz files in OGBench's folder.
+arithmetic). Minari's own tools list, load and delete them.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ from minari.namespace import create_namespace, list_local_namespaces
 from minari.storage import get_dataset_path
 
 from iql_torchrl.data.builtin.icu_sepsis import ICU_SEPSIS_CLINICIAN
-from iql_torchrl.data.builtin.ogbench import OGBENCH_LOCAL, make_ogbench, ogbench_path
 from iql_torchrl.data.builtin.recipes import (
     PENDULUM_MIXED,
     POINTMAZE_MEDIUM,
@@ -31,7 +29,7 @@ from iql_torchrl.data.builtin.recipes import (
     record,
 )
 
-__all__ = ["BUILTIN", "OGBENCH_LOCAL", "ensure_dataset", "ensure_source", "make_dataset"]
+__all__ = ["BUILTIN", "ensure_dataset", "ensure_source", "make_dataset"]
 
 BUILTIN: Mapping[str, Recipe] = MappingProxyType(
     {
@@ -47,28 +45,24 @@ BUILTIN: Mapping[str, Recipe] = MappingProxyType(
 def make_dataset(
     name: str, *, seed: int = 0, progress: bool = True, episodes: int | None = None
 ) -> str:
-    """Make the dataset ``name`` and return an id for ``load_dataset``.
-
-    For ``BUILTIN`` that is ``name``, the Minari id. For ``OGBENCH_LOCAL`` it is the id with OGBench's
-    default task; ``-singletask-taskN`` in place of its ``-singletask`` names another task.
+    """Make the dataset ``name``, which is its Minari id, and return ``name``.
 
     It is written to a hidden folder in the same place and renamed when complete, so that an
-    interrupted run leaves no incomplete dataset. One of ``OGBENCH_LOCAL``, which takes about an hour,
-    continues with the episodes that an interrupted call has made.
+    interrupted run leaves no incomplete dataset.
 
     Args:
-        name: one of ``BUILTIN`` or ``OGBENCH_LOCAL``.
-        seed: the same seed and number of episodes give the same log.
-        progress: show a progress bar on standard error.
-        episodes: how many episodes to log, at least 1; by default the recipe's own number. The
-            id does not show it: put a dataset of unusual size into a separate Minari folder.
+        name: one of ``BUILTIN``.
+        seed: the same seed and number of episodes give the same dataset.
+        progress: show a progress bar on standard error, if that is a terminal.
+        episodes: how many episodes to make, at least 1; by default the recipe's number. The id
+            does not show it: put a dataset of unusual size into a separate Minari folder.
 
     Raises:
         ValueError: the name is unknown, a number is out of range, or the dataset exists.
         ImportError: the recipe's environment is not installed.
     """
     path = _path(name)
-    recipe = OGBENCH_LOCAL.get(name) or BUILTIN[name]
+    recipe = BUILTIN[name]
     count = recipe.episodes if episodes is None else episodes
     if count < 1 or seed < 0:
         raise ValueError(f"expected episodes >= 1 and seed >= 0, got episodes={count}, seed={seed}")
@@ -77,50 +71,38 @@ def make_dataset(
             f"dataset {name!r} already exists ({path}); use ensure_dataset({name!r}), or delete it "
             "first"
         )
-    if isinstance(recipe, Recipe):
-        _write(name, recipe, *record(name, recipe, count, seed, progress))
-    else:
-        make_ogbench(name, episodes=count, seed=seed, progress=progress)
-    return _id(name)
+    _write(name, recipe, *record(name, recipe, count, seed, progress))
+    return name
 
 
 def ensure_dataset(name: str, *, progress: bool = True) -> str:
-    """Return the id of the dataset ``name``, making it with seed 0 if it is absent.
+    """Return ``name``, making its dataset with seed 0 if it is absent; an existing one is not changed.
 
-    The id is that of :func:`make_dataset`, which also has the errors; but an existing dataset is
-    used as it is.
+    Raises as :func:`make_dataset`.
     """
-    return _id(name) if _path(name).exists() else make_dataset(name, progress=progress)
+    return name if _path(name).exists() else make_dataset(name, progress=progress)
 
 
 def ensure_source(name: str) -> str:
-    """What ``load_dataset`` reads for a name on a command line: one of ``BUILTIN`` is made first."""
+    """Return ``name``, a source on a command line; one of ``BUILTIN`` is made first."""
     return ensure_dataset(name) if name in BUILTIN else name
-
-
-def _id(name: str) -> str:
-    # of OGBench's data the one with the default task
-    return f"{name.removesuffix('-local')}-singletask-local" if name in OGBENCH_LOCAL else name
 
 
 def _path(name: str) -> Path:
     """A file that exists if the dataset does."""
-    if name in OGBENCH_LOCAL:
-        return ogbench_path(name)
     if name not in BUILTIN:
-        names = ", ".join(sorted([*BUILTIN, *OGBENCH_LOCAL]))
-        raise ValueError(f"no built-in dataset {name!r}; there are {names}")
+        raise ValueError(f"no built-in dataset {name!r}; there are {', '.join(sorted(BUILTIN))}")
     return Path(get_dataset_path()) / name / "data" / "metadata.json"
 
 
 def _write(name: str, recipe: Recipe, episodes: list[EpisodeBuffer], env: EnvSpec) -> None:
-    """Write a log into the user's Minari folder, completely or not at all."""
+    """Write a dataset into the user's Minari folder, completely or not at all."""
     root = Path(get_dataset_path()).absolute()  # Minari joins relative paths twice when it writes
     with tempfile.TemporaryDirectory(prefix=".making-", dir=root) as scratch:
         # Minari takes its folder from the environment only.
         inside = mock.patch.dict(os.environ, {"MINARI_DATASETS_PATH": scratch})
         with inside, warnings.catch_warnings():
-            # A log made by the user has no e-mail address or permalink.
+            # A dataset made by the user has no e-mail address or permalink.
             warnings.filterwarnings("ignore", "`(code_permalink|author_email)` is set to None")
             minari.create_dataset_from_buffers(
                 dataset_id=name,

@@ -90,7 +90,7 @@ ICU_SEPSIS_CLINICIAN = Recipe(
         "clinicians' estimated policy in the package icu-sepsis, restricted to each state's "
         "admissible treatments and renormalised. infos/action_mask has the admissible "
         "treatments of each state (T + 1 rows, the last for the final state), "
-        "infos/action_log_prob the logging policy's log-probability of each action (T rows). "
+        "infos/action_log_prob the behaviour policy's log-probability of each action (T rows). "
         "Reference scores are exact: the uniform choice among admissible treatments, and the "
         "best admissible policy."
     ),

@@ -1,4 +1,4 @@
-"""Logs of controllers in Gymnasium's environments: how one is made; a pendulum and two mazes."""
+"""Datasets of controllers in Gymnasium's environments: how one is made; a pendulum and two mazes."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Recipe:
     """How one built-in dataset is made.
 
     Attributes:
-        description: what the log contains and how it was made; stored with the dataset.
+        description: what the dataset contains and how it was made; stored with it.
         algorithm: how the actions were chosen, in a few words.
         episodes: how many episodes the standard dataset has.
         environment, options: the id, and further arguments of the environment.
@@ -70,7 +70,7 @@ class Recipe:
 def record(
     name: str, recipe: Recipe, episodes: int, seed: int, progress: bool
 ) -> tuple[list[EpisodeBuffer], EnvSpec]:
-    """The log, and the environment that was logged; the same arguments give the same log."""
+    """The episodes and their environment; the same arguments give the same episodes."""
     import_for_recipe(recipe.package, name)
     registered = gymnasium.spec(recipe.environment)
     options = {**registered.kwargs, **recipe.options}
@@ -78,7 +78,8 @@ def record(
     buffers = []
     with gymnasium.make(spec) as env:
         act_of, infos_of = recipe.controller(env)
-        for number in tqdm(range(episodes), desc=name, unit="episode", disable=not progress):
+        hidden = None if progress else True  # None hides the bar where there is no terminal
+        for number in tqdm(range(episodes), desc=name, unit="episode", disable=hidden):
             generator = np.random.default_rng([seed, number])
             reset_seed = int(generator.integers(2**31))
             lists = play(env, act_of(generator, number), *env.reset(seed=reset_seed))
@@ -228,7 +229,7 @@ def _pointmaze(environment: str, episode_steps: int, scores: tuple[float, float]
             f"{environment} as a continuing task with sparse reward: 1 at each step within 0.45 "
             f"of the target, which is then drawn again (the observation that earns the reward "
             f"still shows the reached target, the next one the new); {episode_steps}-step "
-            f"episodes that end by truncation only. The log follows D4RL's maze2d controller: "
+            f"episodes that end by truncation only. The behaviour policy is D4RL's maze2d controller: "
             f"shortest path over the maze's cells, force 10 (waypoint - position) - velocity "
             f"plus Gaussian noise of deviation 0.5, clipped to [-1, 1]. Observations are a Dict "
             f"(observation: position and velocity, achieved_goal, desired_goal). "

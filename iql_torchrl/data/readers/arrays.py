@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from tensordict import TensorDictBase
 from torchrl.data import ReplayBuffer, Storage, VideoClipRef
 
+from iql_torchrl.data.codec import UNCHANGED, Adaptation
 from iql_torchrl.data.schema import DatasetError, MissingPackageError
 from iql_torchrl.descriptions import one_line
 
@@ -27,12 +29,22 @@ NO_FRAMES = (
     "its frames are in video files and not in the table; load the folder of LeRobot's files itself, or "
     "name another leaf, such as columns={'observation': 'observation/state'}."
 )
+#: About how many bytes of parts that were read are kept in memory.
+KEPT_BYTES = 64 * 2**20
 #: Results of a step, which TorchRL's collectors also store for the step before it, at the root.
 AFTER_THE_STEP = ("reward", "done", "terminated", "truncated")
+#: A date and time in ISO 8601: day, time, and the zone's sign, hours and minutes.
+DATE = re.compile(
+    r"(\d{4}-\d\d-\d\d)"
+    r"(?:[T ](\d\d(?::\d\d(?::\d\d(?:\.\d{1,6})?)?)?)(?:(?<=\.\d{6})\d+)?"
+    r"(?:Z|([-+])(\d\d):?(\d\d)?)?)?"
+)
+#: What NumPy and zipfile raise for a damaged archive.
+DAMAGED_NPZ = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile)
 
 
 @contextmanager
-def reading(path: Path, problem: str, *errors: type[Exception]) -> Iterator[None]:
+def reading(path: Path | str, problem: str, *errors: type[Exception]) -> Iterator[None]:
     """``errors`` of the block as ``DatasetError``: what is wrong with the file."""
     try:
         yield
@@ -74,7 +86,12 @@ class Columns:
 
     Every column has one row for each step. The spaces, the environment and the reference scores are
     those that the source records, if any. ``warnings`` become ``DatasetWarning``. ``text``: the
-    source does not say which integers are meant as floats.
+    source does not say which integers are meant as floats. ``adaptation``: how the environment's
+    observations and actions become these. ``named``: the names are ours already.
+
+    ``columns.name_columns`` gives the same by our names (``observation``, ``observation/leaf``,
+    ``next/observation``, ``next/reward``, ``action``, ...), with ``paths``, the source's names by our
+    keys, and ``unused``, its other columns. ``order``: the source's row of each row, if sorted.
     """
 
     name: str
@@ -86,44 +103,45 @@ class Columns:
     env_spec: EnvSpec | None = None
     reference_scores: tuple[float, float] | None = None
     text: bool = False
+    adaptation: Adaptation = UNCHANGED
+    named: bool = False
+    paths: Mapping[str, str] = field(default_factory=dict)
+    unused: Mapping[str, Column] = field(default_factory=dict)
+    order: NDArray[np.int64] | None = None
 
+    @property
+    def rows(self) -> int:
+        return int(next(iter(self.columns.values())).shape[0])
 
-class PartsColumn:
-    """A column whose rows lie in consecutive parts; only the parts that are asked for are read.
+    def leaves(self, group: str) -> dict[tuple[str, ...], Column]:
+        """The columns of ``group`` or below it, by the keys of the observation's leaves."""
+        return {
+            ("observation", *name.removeprefix(group).split("/")[1:]): column
+            for name, column in self.columns.items()
+            if name == group or name.startswith(f"{group}/")
+        }
 
-    ``read`` returns the rows of the part with a number, as many as ``lengths`` says, of ``row_shape``
-    and ``dtype``. The part read last is kept: successive slices often end and begin in one part.
-    """
+    def source_row(self, row: int) -> int:
+        """The row of the source that is row ``row`` here."""
+        return int(row if self.order is None else self.order[row])
 
-    def __init__(
-        self,
-        lengths: Sequence[int] | NDArray[np.int64],
-        read: Callable[[int], NDArray[Any]],
-        row_shape: tuple[int, ...],
-        dtype: Any,
-    ) -> None:
-        self._ends = np.cumsum(np.asarray(lengths, np.int64))
-        self._read, self._kept = read, (-1, np.empty(0))
-        rows = int(self._ends[-1]) if len(self._ends) else 0
-        self.shape, self.dtype = (rows, *row_shape), np.dtype(dtype)
+    def sorted_by(self, order: NDArray[np.int64]) -> Columns:
+        """The rows in another order; a column is read completely at its first use."""
 
-    def __getitem__(self, rows: slice, /) -> NDArray[Any]:
-        start, stop, _ = rows.indices(self.shape[0])
-        values = np.empty((max(stop - start, 0), *self.shape[1:]), self.dtype)
-        if start >= stop:
-            return values
-        first, last = np.searchsorted(self._ends, [start, stop - 1], side="right")
-        for number in range(int(first), int(last) + 1):
-            begin = int(self._ends[number - 1]) if number else 0
-            low, high = max(start, begin), min(stop, int(self._ends[number]))
-            if low < high:
-                values[low - start : high - start] = self._part(number)[low - begin : high - begin]
-        return values
+        def ordered(column: Column) -> Column:
+            if isinstance(column, UnreadableColumn):
+                return column
+            kept: list[NDArray[Any]] = []
 
-    def _part(self, number: int) -> NDArray[Any]:
-        if self._kept[0] != number:
-            self._kept = (number, self._read(number))
-        return self._kept[1]
+            def read(rows: slice) -> NDArray[Any]:
+                if not kept:
+                    kept.append(np.asarray(column[:])[order])
+                return kept[0][rows]
+
+            return ComputedColumn(column.shape, column.dtype, read)
+
+        changed = {name: ordered(column) for name, column in self.columns.items()}
+        return replace(self, columns=changed, order=order)
 
 
 class UnreadableColumn:
@@ -154,6 +172,112 @@ class ComputedColumn:
         return self._read(rows)
 
 
+class Parts:
+    """Columns whose rows lie in consecutive parts that are read together, such as episodes.
+
+    ``read(number)`` returns the columns of one part, each with ``lengths[number]`` rows. The part read
+    last is kept in memory, and those before it as long as they have at most ``kept_bytes`` (by default
+    ``KEPT_BYTES``). Reading a smaller slice of several columns, one after the other, reads each part
+    once. ``name`` begins messages, in which a part is an episode.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int] | NDArray[np.int64],
+        read: Callable[[int], Mapping[str, NDArray[Any]]],
+        name: str = "",
+        kept_bytes: int | None = None,
+    ) -> None:
+        self._lengths, self._read, self._name = np.asarray(lengths, np.int64), read, name
+        self._ends = np.cumsum(self._lengths)
+        self._kept: dict[int, Mapping[str, NDArray[Any]]] = {}
+        self._kept_bytes, self._bytes = KEPT_BYTES if kept_bytes is None else kept_bytes, 0
+        self.rows = int(self._lengths.sum())
+
+    def columns(self) -> dict[str, Column]:
+        """The columns of the first part that has rows."""
+        if not len(self._lengths):
+            return {}
+        number = int((self._lengths > 0).argmax())
+        return {
+            key: self.column(key, values.shape[1:], values.dtype)
+            for key, values in self._part(number).items()
+        }
+
+    def column(self, key: str, row_shape: tuple[int, ...], dtype: Any) -> Column:
+        """The column ``key`` of all parts. Text has the dtype object: its length varies."""
+        dtype = np.dtype(object if np.dtype(dtype).kind in "US" else dtype)
+        values = partial(self._values, key, row_shape, dtype)
+        return ComputedColumn((self.rows, *row_shape), dtype, values)
+
+    def _values(
+        self, key: str, row_shape: tuple[int, ...], dtype: np.dtype[Any], rows: slice
+    ) -> NDArray[Any]:
+        start, stop, _ = rows.indices(self.rows)
+        values = np.empty((max(stop - start, 0), *row_shape), dtype)
+        if start >= stop:
+            return values
+        first, last = np.searchsorted(self._ends, [start, stop - 1], side="right")
+        for number in range(int(first), int(last) + 1):
+            begin = int(self._ends[number] - self._lengths[number])
+            low, high = max(start, begin), min(stop, int(self._ends[number]))
+            if low < high:
+                part = self._checked(self._part(number).get(key), number, key, row_shape, dtype)
+                values[low - start : high - start] = part[low - begin : high - begin]
+        return values
+
+    def _part(self, number: int) -> Mapping[str, NDArray[Any]]:
+        if number not in self._kept:
+            while self._kept and self._bytes > self._kept_bytes:
+                self._bytes -= _bytes(self._kept.pop(next(iter(self._kept))))
+            self._kept[number] = self._read(number)
+            self._bytes += _bytes(self._kept[number])
+        return self._kept[number]
+
+    def _checked(
+        self,
+        part: NDArray[Any] | None,
+        number: int,
+        key: str,
+        row_shape: tuple[int, ...],
+        dtype: np.dtype[Any],
+    ) -> NDArray[Any]:
+        """The column of a part. ``DatasetError`` for another shape or dtype than the first part's."""
+        expected = (int(self._lengths[number]), *row_shape)
+        if part is None:
+            raise DatasetError(
+                f"{self._name}: episode {number} has no {key}, which other episodes have; repair the "
+                "source, or leave the column out."
+            )
+        if part.shape != expected or not np.can_cast(part.dtype, dtype, "safe"):
+            raise DatasetError(
+                f"{self._name}: {key} of episode {number} has shape {part.shape} and dtype "
+                f"{part.dtype}; expected {expected} and {dtype}: one row per step, as in the other "
+                "episodes."
+            )
+        return part
+
+
+def _bytes(part: Mapping[str, NDArray[Any]]) -> int:
+    return sum(values.nbytes for values in part.values())
+
+
+class PartsColumn(ComputedColumn):
+    """One column whose rows lie in consecutive parts: see :class:`Parts`."""
+
+    def __init__(
+        self,
+        lengths: Sequence[int] | NDArray[np.int64],
+        read: Callable[[int], NDArray[Any]],
+        row_shape: tuple[int, ...],
+        dtype: Any,
+        name: str = "",
+    ) -> None:
+        parts = Parts(lengths, lambda number: {"column": read(number)}, name, kept_bytes=0)
+        values = partial(parts._values, "column", row_shape, np.dtype(dtype))
+        super().__init__((parts.rows, *row_shape), dtype, values)
+
+
 def chosen_rows(columns: Mapping[str, Column], keep: NDArray[np.bool_]) -> dict[str, Column]:
     """The columns without the rows where ``keep`` is False; their values are not copied."""
     kept = np.flatnonzero(keep)
@@ -172,18 +296,26 @@ def chosen_rows(columns: Mapping[str, Column], keep: NDArray[np.bool_]) -> dict[
 
 
 def open_npz(path: Path) -> dict[str, Column]:
-    """The archive's arrays. Raises ``DatasetError`` naming a damaged file."""
-    errors = (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError)
+    """The arrays of an archive. Raises ``DatasetError`` naming a damaged file.
+
+    An array that ``numpy.savez`` wrote is read by rows when it is asked for. One of
+    ``numpy.savez_compressed`` is read whole.
+    """
     # Opened here: NumPy leaves a file open that turns out not to be an archive.
-    with reading(path, "not a complete npz archive", *errors), open(path, "rb") as file:
+    with reading(path, "not a complete npz archive", *DAMAGED_NPZ), open(path, "rb") as file:
         archive = np.load(file, allow_pickle=False)
         if isinstance(archive, np.ndarray):
             raise DatasetError(
                 f"{path}: contains one array of shape {archive.shape}; expected an archive of "
                 "named columns, as numpy.savez writes it."
             )
-        columns = {name: _entry(archive, name) for name in archive.files}
-    return {name: column for name, column in columns.items() if column.ndim}
+        members = {info.filename: info for info in archive.zip.infolist()}
+        columns: dict[str, Column] = {}
+        for name in archive.files:
+            info = members.get(f"{name}.npy")
+            stored = _stored(path, info) if info else None
+            columns[name] = _entry(archive, name) if stored is None else stored
+    return {name: column for name, column in columns.items() if column.shape}
 
 
 def _entry(archive: Any, name: str) -> NDArray[Any]:
@@ -195,6 +327,94 @@ def _entry(archive: Any, name: str) -> NDArray[Any]:
         if "allow_pickle" not in str(error):
             raise
         return np.empty(0, object)
+
+
+def _stored(path: Path, member: zipfile.ZipInfo) -> Column | None:
+    """An array read by rows, if it is not compressed and its rows are contiguous.
+
+    The first use of its values compares the checksum of the whole array.
+    """
+    if member.compress_type != zipfile.ZIP_STORED:
+        return None
+    with zipfile.ZipFile(path) as archive, archive.open(member) as header:
+        version, _ = np.lib.format.read_magic(header)
+        if (read_header := getattr(np.lib.format, f"read_array_header_{version}_0", None)) is None:
+            return None
+        shape, by_columns, dtype = read_header(header)
+        begin = member.header_offset + 30 + header.tell()  # after a local header of 30 bytes,
+    if not shape or (by_columns and len(shape) > 1) or dtype.hasobject:
+        return None
+    with open(path, "rb") as file:  # and after a name and extra fields, whose lengths end it
+        file.seek(member.header_offset + 26)
+        begin += int(np.fromfile(file, "<u2", 2).sum())
+    size, checked = int(np.prod(shape[1:])), False
+
+    def read(rows: slice) -> NDArray[Any]:
+        nonlocal checked
+        start, stop, _ = rows.indices(shape[0])
+        count = max(stop - start, 0)
+        with reading(path, "not a complete npz archive", *DAMAGED_NPZ), open(path, "rb") as file:
+            if not checked:
+                with zipfile.ZipFile(file) as archive, archive.open(member) as values:
+                    while values.read(2**22):
+                        checked = True
+            file.seek(begin + start * size * dtype.itemsize)
+            return np.fromfile(file, dtype, count * size).reshape(count, *shape[1:])
+
+    return ComputedColumn(shape, dtype, read)
+
+
+def group_numbered(columns: Mapping[str, Column], name: str) -> dict[str, Column]:
+    """The columns with ``a.0``, ``a.1``, ... as one array ``a``, and other dots as ``/``.
+
+    The number in a name is the place in the array, wherever the column stands. Nothing is read before
+    it is asked for. Arrays of integers stay integers, as categories must. Columns that are not one
+    number a row stay as they are; also those of which a number is missing or occurs twice: then the
+    first use of ``a`` raises ``DatasetError``. ``name``: of the source.
+    """
+    arrays: dict[str, dict[str, int]] = {}  # by name, the columns of each array and their places
+    for column in columns:
+        array, _, place = column.rpartition(".")
+        if array and place.isdecimal() and _is_single(columns[column]):
+            arrays.setdefault(array, {})[column] = int(place)
+    grouped = {column: values for column, values in columns.items() if "." not in column}
+    for array, places in arrays.items():
+        listed = [array] * (array in columns) + list(places)
+        if [*sorted(places.values())] == list(range(len(listed))):
+            ordered = sorted(places, key=lambda column: places[column])
+            grouped[array.replace(".", "/")] = side_by_side([columns[c] for c in ordered])
+            continue
+        grouped |= {column: columns[column] for column in places}
+        grouped[array.replace(".", "/")] = UnreadableColumn(
+            f"{name}: the columns of {array!r} are {', '.join(listed)}; expected {array}, or "
+            f"{array}.0, {array}.1 and so on without a gap."
+        )
+    taken = {column for places in arrays.values() for column in places}
+    for column, values in columns.items():
+        if "." in column and column not in taken:
+            grouped.setdefault(column.replace(".", "/"), values)
+    return grouped
+
+
+def _is_single(column: Column) -> bool:
+    return isinstance(column, UnreadableColumn) or int(np.prod(column.shape[1:])) == 1
+
+
+def side_by_side(columns: Sequence[Column], dtype: Any = None) -> Column:
+    """Columns of one value a row as one array ``(rows, columns)``, by default of their common dtype."""
+    try:
+        rows = sorted({int(column.shape[0]) for column in columns})
+    except DatasetError as error:  # only an error if the array is used
+        return UnreadableColumn(str(error))
+    if len(rows) > 1:
+        return UnreadableColumn(f"columns of {rows[0]} and of {rows[-1]} rows are no array.")
+    kinds = [np.dtype(column.dtype) for column in columns]
+    kind = np.dtype(dtype or (object if np.dtype(object) in kinds else np.result_type(*kinds)))
+
+    def read(part: slice) -> NDArray[Any]:
+        return np.stack([np.asarray(c[part], kind).reshape(-1) for c in columns], axis=1)
+
+    return ComputedColumn((rows[0], len(columns)), kind, read)
 
 
 def open_hdf5(path: Path) -> dict[str, Column]:
@@ -272,6 +492,23 @@ def array_of(value: Any, name: str) -> NDArray[Any]:
         return np.asarray(value)
     except ValueError:
         return np.full(len(value), None, object)
+
+
+def text_seconds(texts: Sequence[str]) -> NDArray[np.float64] | None:
+    """Dates and times in ISO 8601 as seconds since 1970, UTC without a zone; None for other text."""
+    found = [DATE.fullmatch(text) for text in texts]
+    parts = [match.groups() for match in found if match]
+    if not texts or len(parts) < len(found):
+        return None
+    try:
+        times = np.array([f"{day}T{time or '00'}" for day, time, *_ in parts], "datetime64[us]")
+    except ValueError:  # such as month 13
+        return None
+    zones = [
+        int(f"{sign}1") * (60 * int(hours) + int(minutes or 0)) if sign else 0
+        for *_, sign, hours, minutes in parts
+    ]
+    return times.astype(np.int64) / 1e6 - 60.0 * np.array(zones)
 
 
 def columns_of_tensordict(source: TensorDictBase | ReplayBuffer | Storage) -> dict[str, Column]:

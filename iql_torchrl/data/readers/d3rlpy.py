@@ -15,14 +15,17 @@ import gymnasium as gym
 import h5py
 import numpy as np
 
-from iql_torchrl.data.readers.arrays import Column, Columns, flatten, open_hdf5
-from iql_torchrl.data.readers.source import ReadOptions
+from iql_torchrl.data.readers.arrays import Column, Columns, Parts, flatten, open_hdf5, reading
+from iql_torchrl.data.readers.options import ReadOptions
 from iql_torchrl.data.schema import DatasetError
 
 #: What every episode of d3rlpy 2 stores, one row a step.
 ARRAYS = ("observations", "actions", "rewards")
 #: The columns of a file that d3rlpy 0 or 1 wrote.
 OLD_COLUMNS = {*ARRAYS, "terminals", "episode_terminals"}
+
+#: What a damaged file is called, and what h5py raises.
+DAMAGED = ("not a complete HDF5 file", OSError, RuntimeError, KeyError)
 
 
 class D3rlpyBuffer(Protocol):
@@ -32,22 +35,26 @@ class D3rlpyBuffer(Protocol):
     def episodes(self) -> Sequence[Any]: ...
 
 
-def open_d3rlpy_buffer(source: Any) -> Columns | None:
-    """The columns of a buffer of d3rlpy 2 in memory; None for other objects. d3rlpy is not imported.
+def is_d3rlpy_buffer(source: Any) -> bool:
+    """Return True for a buffer of d3rlpy; d3rlpy is not imported."""
+    modules = {base.__module__.partition(".")[0] for base in type(source).__mro__}
+    return "d3rlpy" in modules and hasattr(source, "episodes")
+
+
+def open_d3rlpy_buffer(source: Any, options: ReadOptions) -> Columns:
+    """The columns of a buffer of d3rlpy 2 in memory.
 
     The number of discrete actions is the buffer's own. A warning says where the buffer's transition
     picker is not applied, which stacks frames or sums rewards of several steps.
     """
-    modules = {base.__module__.partition(".")[0] for base in type(source).__mro__}
-    if "d3rlpy" not in modules or not hasattr(source, "episodes"):
-        return None
     name, episodes = type(source).__name__, list(source.episodes)
     if not all(hasattr(episode, "terminated") for episode in episodes):
         raise DatasetError(
-            f"{name}: its episodes have no mark 'terminated', so it is of a version of d3rlpy before "
+            f"{name}: its episodes have no flag 'terminated', so it is of a version of d3rlpy before "
             "2; write it with its method dump and pass the path of the file."
         )
-    columns = _columns(name, len(episodes), lambda number, key: getattr(episodes[number], key))
+    lengths = [len(episode.actions) for episode in episodes]
+    columns = _columns(name, lengths, lambda number, key: getattr(episodes[number], key))
     picker = type(getattr(source, "transition_picker", None)).__name__
     warnings: tuple[str, ...] = ()
     if picker not in ("NoneType", "BasicTransitionPicker"):
@@ -61,15 +68,16 @@ def open_d3rlpy_buffer(source: Any) -> Columns | None:
 
 
 def open_d3rlpy_file(path: Path, options: ReadOptions) -> Columns:
-    """The columns of an HDF5 file, with d3rlpy's marks if d3rlpy wrote it.
+    """The columns of an HDF5 file, with d3rlpy's done flags if d3rlpy wrote it.
 
     d3rlpy 2: ``observations_0``, ``actions_0``, ``rewards_0`` and ``terminated_0`` of episode 0, and so
-    on. They become ``observations``, ``actions`` and ``rewards``, and the marks ``terminals`` and
+    on. They become ``observations``, ``actions`` and ``rewards``, and the flags ``terminals`` and
     ``timeouts``: the last row of an episode terminates if d3rlpy's ``terminated`` says so, and is
-    truncated otherwise. d3rlpy stores no observation after the last step: its own transitions leave
-    the last row of a truncated episode out, and have zeros as the next observation of a terminated
-    one, as :func:`table_source` leaves it out and never uses the next observation of the other.
-    Several observations (``observations_0_0``, ...) become the leaves ``"0"``, ``"1"``, ... of a Dict.
+    truncated otherwise. Episodes are read when they are needed. d3rlpy stores no observation after the
+    last step: its own transitions leave the last row of a truncated episode out, and have zeros as the
+    next observation of a terminated one, as this package leaves it out and never uses the next
+    observation of the other. Several observations (``observations_0_0``, ...) become the leaves
+    ``"0"``, ``"1"``, ... of a Dict.
 
     d3rlpy 0 and 1: a plain table with ``episode_terminals``, 1 at the last row of each episode, and
     ``terminals``, 1 where it terminated. The other ends become the column ``timeouts``. Files without
@@ -79,21 +87,23 @@ def open_d3rlpy_file(path: Path, options: ReadOptions) -> Columns:
     Raises ``DatasetError`` for a damaged file, an episode that lacks an array or has arrays of
     different lengths, shapes or dtypes, and for format 2.0, which d3rlpy itself reads no more.
     """
-    columns = open_hdf5(path)
-    with h5py.File(path, "r") as file:
+    with reading(path, *DAMAGED):
+        file = h5py.File(path, "r")
         names = set(file)
-        if {"columns", "version"} <= names and names & {"num_episodes", "total_size"}:
-            if "num_episodes" not in names:
-                raise DatasetError(
-                    f"{path}: written in d3rlpy's format 2.0, which d3rlpy itself reads no more; write "
-                    "it again with d3rlpy 2.1 or later, or pass a dict of arrays."
-                )
-            count = int(file["num_episodes"][()])
-            return Columns(path.name, _columns(str(path), count, partial(_stored, path, file)))
+    if {"columns", "version"} <= names and names & {"num_episodes", "total_size"}:
+        if "num_episodes" not in names:
+            raise DatasetError(
+                f"{path}: written in d3rlpy's format 2.0, which d3rlpy itself reads no more; write "
+                "it again with d3rlpy 2.1 or later, or pass a dict of arrays."
+            )
+        stored = partial(_stored, path, file)
+        lengths = [len(stored(number, "actions")) for number in range(file["num_episodes"][()])]
+        return Columns(path.name, _columns(str(path), lengths, stored))
+    columns = open_hdf5(path)
     if not columns.keys() >= OLD_COLUMNS or "timeouts" in columns:
         return Columns(path.name, columns)
     ends, terminals = (np.ravel(columns[key][:]) != 0 for key in ("episode_terminals", "terminals"))
-    if len(ends) != len(terminals):  # ``read_table`` names columns of different lengths
+    if len(ends) != len(terminals):  # columns of different lengths are named later
         return Columns(path.name, columns)
     warnings: tuple[str, ...] = ()
     if "version" not in names and not options.reward_offset:
@@ -108,13 +118,13 @@ def open_d3rlpy_file(path: Path, options: ReadOptions) -> Columns:
 
 
 def _stored(path: Path, file: h5py.File, episode: int, name: str) -> Any:
-    """An array of an episode of d3rlpy 2, or a list of several."""
+    """An array of an episode of d3rlpy 2, not yet read, or a list of several."""
     key = f"{name}_{episode}"
     if key in file:
-        return file[key][()]
+        return file[key]
     parts: list[Any] = []
     while f"{key}_{len(parts)}" in file:
-        parts.append(file[f"{key}_{len(parts)}"][()])
+        parts.append(file[f"{key}_{len(parts)}"])
     if not parts:
         raise DatasetError(
             f"{path}: episode {episode} has no {name} ({key!r}); the file is incomplete: write it "
@@ -123,28 +133,22 @@ def _stored(path: Path, file: h5py.File, episode: int, name: str) -> Any:
     return parts
 
 
-def _columns(name: str, count: int, read: Callable[[int, str], Any]) -> dict[str, Column]:
-    """The columns of ``count`` episodes; ``read(episode, key)`` gives an array or a list of them."""
-    if count < 1:
+def _columns(
+    name: str, lengths: Sequence[int], stored: Callable[[int, str], Any]
+) -> dict[str, Column]:
+    """The columns of all episodes; ``stored(episode, key)`` gives an array or a list of them."""
+    if not lengths:
         raise DatasetError(f"{name}: the dataset has no episodes; expected at least one.")
-    episodes: list[dict[str, Any]] = []
-    for number in range(count):
-        values = {key: read(number, key) for key in ARRAYS}
+
+    def read(number: int) -> dict[str, Any]:
+        values = {key: stored(number, key) for key in ARRAYS}
         several = {k: dict(enumerate(v)) for k, v in values.items() if isinstance(v, list | tuple)}
-        episodes.append(flatten({**values, **several}))
-        for key in {**episodes[0], **episodes[number]}:
-            first, array = (np.asarray(e.get(key, 0)) for e in (episodes[0], episodes[number]))
-            expected = (len(episodes[number]["actions"]), *first.shape[1:])
-            if array.shape != expected or array.dtype != first.dtype:
-                raise DatasetError(
-                    f"{name}: {key} of episode {number} has shape {array.shape} and dtype "
-                    f"{array.dtype}; expected {expected} and {first.dtype}, one row per action as in "
-                    "episode 0."
-                )
-    lengths = np.array([len(episode["actions"]) for episode in episodes])
-    last = np.cumsum(lengths)[lengths > 0] - 1
-    terminated = np.array([bool(read(number, "terminated")) for number in range(count)])
-    ends, terminals = np.zeros((2, int(lengths.sum())), np.bool_)
-    ends[last], terminals[last] = True, terminated[lengths > 0]
-    columns = {key: np.concatenate([e[key] for e in episodes]) for key in episodes[0]}
+        with reading(name, *DAMAGED):
+            return flatten({**values, **several})
+
+    ends, terminals = np.zeros((2, sum(lengths)), np.bool_)
+    for number, end in enumerate(np.cumsum(lengths)):
+        if lengths[number]:
+            ends[end - 1], terminals[end - 1] = True, np.asarray(stored(number, "terminated"))
+    columns = Parts(lengths, read, name).columns()
     return {**columns, "terminals": terminals, "timeouts": ends & ~terminals}

@@ -1,200 +1,197 @@
-"""A table's episodes: where they end, which row follows which, and what contradicts the marks."""
+"""Episodes: which rows are transitions, which of them terminate or are truncated, where episodes end."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from iql_torchrl.data.readers.arrays import Columns
-from iql_torchrl.data.readers.columns import (
-    Flags,
-    Table,
-    guess_action_space,
-    guess_observation_space,
-    read_table,
-    text_as_floats,
-)
-from iql_torchrl.data.readers.contradictions import MANY, Ends, continued_rows
+from iql_torchrl.data.readers.columns import FLAGS
+from iql_torchrl.data.readers.contradictions import contradictions
+from iql_torchrl.data.readers.following import SAMPLE, differs
 from iql_torchrl.data.readers.hints import boundary_hints, interleaved_by
-from iql_torchrl.data.readers.source import Piece, ReadOptions, Source
-from iql_torchrl.data.schema import (
-    ACTION,
-    LOG_PROB,
-    MASK,
-    REWARD,
-    TERMINATED,
-    TRUNCATED,
-    DatasetError,
-    leaf_spaces,
-)
+from iql_torchrl.data.readers.options import ReadOptions
+from iql_torchrl.data.readers.order import episode_ends, sorted_rows, time_gaps
+from iql_torchrl.data.schema import DatasetError
 
-#: Most rows, and about the most bytes of observations, of one piece.
-CHUNK = 65_536
-CHUNK_BYTES = 16 * 2**20
+Flags: TypeAlias = NDArray[np.bool_]
 
 
-def table_source(opened: Columns, options: ReadOptions) -> Source:
-    """A ``Source`` of the columns.
+@dataclass(frozen=True, kw_only=True)
+class Episodes:
+    """The transitions of columns, ordered by episodes.
 
-    Trajectories, which all statistics count as episodes, end at rows marked terminated or
-    truncated and where ``episode`` changes. Without truncation marks and episode numbers they also
-    end where ``next_observation`` is not the following row's observation (norm of the difference
-    above 1e-6 and above rounding), and after ``max_episode_steps``.
+    Attributes:
+        rows, after: int64 ``(n,)``: the rows of each transition's observation, and of its next
+            observation where the source has none (the row itself where nothing is known).
+        terminated, truncated: bool ``(n,)``; a transition is never both.
+        lengths: int64 ``(E,)``, transitions of each episode; they add up to n.
+        terminates_inside: transitions may terminate inside an episode, which continues.
+    """
+
+    rows: NDArray[np.int64]
+    after: NDArray[np.int64]
+    terminated: Flags
+    truncated: Flags
+    lengths: NDArray[np.int64]
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    def limited(self, limit: int) -> Episodes:
+        """At most ``limit`` transitions: the first complete episodes, or a part of a longer first one."""
+        total = len(self.rows)
+        if total <= limit:
+            return self
+        complete = int(np.searchsorted(np.cumsum(self.lengths), limit, side="right"))
+        lengths = self.lengths[:complete] if complete else np.array([limit], np.int64)
+        kept = slice(int(lengths.sum()))
+        truncated = self.truncated[kept].copy()
+        truncated[-1] |= not self.terminated[kept][-1]
+        note = f"limit: kept {kept.stop} of {total} transitions, {len(lengths)} episodes."
+        return replace(
+            self, rows=self.rows[kept], after=self.after[kept], truncated=truncated,
+            terminated=self.terminated[kept], lengths=lengths, notes=(*self.notes, note),
+        )  # fmt: skip
+
+
+def find_episodes(source: Columns, options: ReadOptions) -> tuple[Columns, Episodes]:
+    """The episodes of named columns, and the columns in the order of the episodes.
+
+    Episodes end at rows that are terminated or truncated, where ``episode`` or ``env_index`` changes,
+    and at gaps of ``time`` (``order.time_gaps``). Without truncated flags and ids they also end where
+    ``next_observation`` is not the following row's observation (:func:`differs`), and after
+    ``max_episode_steps``. Rows whose ids recur are sorted by them (``order.sorted_rows``).
 
     OGBench's conventions (``ogbench.load_dataset``, version 1.2.2): a column ``masks``
     (``not_terminated``) is 0 where a row terminates and 1 elsewhere. In a file that has it, or has
-    ``valids``, ``terminals`` marks only the last rows of trajectories: truncated unless ``masks``
+    ``valids``, ``terminals`` is 1 only at the last rows of trajectories: truncated unless ``masks``
     is 0 there. A row that terminates inside its trajectory is ``done`` and is not bootstrapped, but
-    the episode continues. Where ``terminals`` is missing, or marks exactly the terminations, a
+    the episode continues. Where ``terminals`` is missing, or equals the terminations, a
     trajectory continues after a termination only if the next row's observation is this row's
     ``next_observation``. ``columns={"terminated": "masks"}`` means the same as
-    ``columns={"not_terminated": "masks"}``. A row where ``valids`` (``valid``) is 0 is no
-    transition: it only supplies the next observation of the row before it.
+    ``columns={"not_terminated": "masks"}``. A row where ``valids`` (``valid``) is 0 is not a
+    transition: it only supplies the next observation of the row before it. So are the rows that
+    vector environments write after an episode's end (:func:`_autoreset`).
 
-    Terminations inside a trajectory numbered by ``episode`` are read in the same way where the next
-    row evidently continues it (see ``contradictions.continued_rows``), and are an error elsewhere.
+    Terminations inside an episode that has an id are read in the same way unless
+    ``next_observation`` shows that the following row does not continue it, which is an error.
 
-    Without ``next_observation`` the following row is the successor. At the end of an episode there
-    is none: a truncated row is dropped and the row before it becomes the episode's last, truncated
-    (D4RL's ``qlearning_dataset`` drops it too); a terminated row is kept with its own observation
-    as successor, whose value is never used. An unknown mask of a successor allows all actions. With
-    ``reward_offset=1`` row t gets the reward and the marks of row t+1, and the last row of each
-    episode, whose reward is unknown, is dropped. ``notes`` counts what was dropped, ``warnings``
-    names the marks that look wrong.
+    Without ``next_observation`` the following row has the next observation. At the end of an episode
+    there is none: a truncated row is dropped and the row before it becomes the episode's last,
+    truncated (D4RL's ``qlearning_dataset`` drops it too); a terminated row is kept with its own
+    observation as the next one, whose value is never used. With ``reward_offset=1`` row t gets the
+    reward and the flags of row t+1, and the last row of each episode, whose reward is unknown, is
+    dropped. ``notes`` count what was dropped; ``warnings`` name what contradicts the flags.
     """
-    table = read_table(opened.name, opened.columns, options)
-    observation_space = options.observation_space or opened.observation_space
-    if observation_space is None:
-        observation_space = guess_observation_space(table)
-    action_space, note, warning = options.action_space or opened.action_space, "", ""
-    if action_space is None:
-        action_space, note, warning = guess_action_space(table)
-    if opened.text:
-        text_as_floats(
-            table, leaf_spaces(observation_space) | {ACTION: action_space}, options.dtype
+    columns, notes = sorted_rows(source)
+    flags = read_flags(columns)
+    gaps, gap_notes = time_gaps(columns, flags)
+    following = columns.leaves("next/observation")
+    broken = differs(columns.leaves("observation"), following, columns.rows) if following else None
+    _check_interleaved(columns, broken, options)
+    autoreset = _autoreset(columns, flags, broken, options.autoreset)
+    if autoreset.any():
+        flags["valid"] = flags["valid"] & ~autoreset
+        gap_notes.append(
+            f"dropped {int(autoreset.sum())} rows that a vector environment wrote when it reset itself "
+            "(autoreset in the step after an episode's end): their actions were ignored. "
+            "autoreset=False keeps them."
         )
-    ends = table_ends(table, options)
-    rows, marks, lengths, notes = _transitions(table, ends, options.reward_offset)
-    if not len(rows):
+    last = _last_rows(columns, flags, broken, gaps, options)
+    truncated = flags["truncated"]
+    if "truncated" not in columns.paths or {"trajectory_end", "valid"} & columns.paths.keys():
+        truncated = last & ~flags["terminated"]
+    elif "not_terminated" in columns.paths:
+        truncated = truncated & ~flags["terminated"]
+    elif gaps is not None:
+        truncated = truncated | (gaps & ~flags["terminated"])
+    episodes = _transitions(columns, flags | {"truncated": truncated}, last, options.reward_offset)
+    if not len(episodes.rows):
         raise DatasetError(
-            f"{table.name}: no transition is left of {table.rows} rows; {' '.join(notes)}"
+            f"{columns.name}: no transition is left of {columns.rows} rows; {' '.join(episodes.notes)}"
         )
-    inside = int(marks[:, 0].sum() - marks[np.cumsum(lengths) - 1, 0].sum())
-    row_bytes = sum(
-        int(np.prod(column.shape[1:])) * np.dtype(column.dtype).itemsize
-        for column in table.observation.values()
-    )
-    size = max(1, min(CHUNK, CHUNK_BYTES // max(row_bytes, 1)))
+    warnings = contradictions(columns, flags, last, broken, episodes.lengths)
+    if not warnings:
+        warnings = boundary_hints(
+            columns.leaves("observation"), following, columns.columns["next/reward"],
+            flags["terminated"], last, names=columns.paths, unused=columns.unused,
+            ids_given=bool({"episode", "env_index"} & columns.paths.keys()),
+        )  # fmt: skip
+    notes = [*notes, *gap_notes, *episodes.notes, *_flag_notes(columns, flags, episodes)]
+    return columns, replace(episodes, notes=tuple(notes), warnings=(*episodes.warnings, *warnings))
 
-    def pieces() -> Iterator[Piece]:
-        for start in range(0, len(rows), size):
-            chosen = rows[start : start + size]
-            piece = _piece(table, chosen, ends.last[chosen], options.reward_offset)
-            piece[TERMINATED], piece[TRUNCATED] = marks[start : start + size].T
-            yield piece
 
-    if "episode" not in table.paths and (envs := interleaved_by(table.observation)):
+def read_flags(columns: Columns) -> dict[str, Flags]:
+    """Each of ``FLAGS`` as bool ``(rows,)``; rows are valid, and nothing else, where it is missing."""
+    flags, name, rows = {}, columns.name, columns.rows
+    for key in FLAGS:
+        values = np.full(rows, key == "valid")
+        if key in columns.columns:
+            values = np.ravel(columns.columns[key][:])
+        if len(wrong := np.flatnonzero((values != 0) & (values != 1))):
+            raise DatasetError(
+                f"{name}: {key} ({columns.paths[key]!r}) has {values[wrong[0]]} in {len(wrong)} of {rows} "
+                f"rows with other values than 0 and 1, first at row {columns.source_row(wrong[0])}; "
+                "expected 0 or 1."
+            )
+        flags[key] = values.astype(np.bool_)
+    if "not_terminated" not in columns.paths:
+        return flags
+    opposite = ~flags["not_terminated"]
+    if "terminated" in columns.paths and len(
+        differ := np.flatnonzero(flags["terminated"] != opposite)
+    ):
+        first, second = columns.paths["not_terminated"], columns.paths["terminated"]
         raise DatasetError(
-            f"{table.name}: the rows of {envs} environments are interleaved (row = t * {envs} + env); sort "
-            "them by environment, or number each environment's episodes in a column 'episode'."
+            f"{name}: {first!r} (0 where a row terminates) and {second!r} (1 there) disagree in "
+            f"{len(differ)} of {rows} rows, first at row {columns.source_row(differ[0])}; choose one with "
+            f"columns={{'terminated': {second!r}}} or columns={{'not_terminated': {first!r}, "
+            "'terminated': None}."
         )
-    doubts = boundary_hints(
-        table.observation, table.next_observation, table.columns[REWARD], ends.terminated, ends.last,
-        names=table.paths, ids_given="episode" in table.paths, unused=table.unused,
-    )  # fmt: skip
-    doubts += filter(None, [_little_kept(table, ends, lengths, bool(doubts)), warning])
-    return Source(
-        name=table.name,
-        observation_space=observation_space,
-        action_space=action_space,
-        episode_lengths=lengths,
-        pieces=pieces,
-        masked=MASK in table.columns,
-        log_prob=LOG_PROB in table.columns,
-        ends_known="truncated" in table.paths,
-        terminates_inside=inside > 0,
-        paths=table.paths,
-        env_spec=opened.env_spec,
-        notes=(*opened.notes, *notes, *_mark_notes(table, ends, inside), *filter(None, [note])),
-        warnings=(*opened.warnings, *(f"{table.name}: {text}" for text in doubts)),
-    )
+    return flags | {"terminated": opposite}
 
 
-def _transitions(
-    table: Table, ends: Ends, reward_offset: int
-) -> tuple[NDArray[np.int64], Flags, NDArray[np.int64], list[str]]:
-    """Rows that make transitions, their marks ``(n, 2)``, lengths of their episodes, and notes."""
-    if reward_offset not in (0, 1):
-        raise DatasetError(f"reward_offset: expected 0 or 1, got {reward_offset}")
-    last, drop, notes = ends.last, ~table.flags["valid"], []
-    marks = np.stack([ends.terminated, ends.truncated], axis=1)
-    if drop.any():
-        notes.append(
-            f"dropped {int(drop.sum())} rows of {table.rows} where {table.paths['valid']!r} is 0: "
-            "they only contain the observation after a trajectory's last step."
-        )
-    if reward_offset:
-        drop = drop | last
-        notes.append(
-            f"reward_offset: dropped {int(drop.sum())} last rows, whose reward is unknown."
-        )
-        # The marks of a row belong to the transition into it.
-        continuing = np.flatnonzero(~last)
-        marks[continuing] = marks[continuing + 1]
-    else:
-        if not table.next_observation:
-            cut = last & ~drop & ~ends.terminated  # A terminated row needs no successor.
-            drop = drop | cut
-            if cut.any():
-                notes.append(
-                    f"dropped {int(cut.sum())} truncated last rows of {table.rows}: without "
-                    "next_observation they have no successor."
-                )
-            if own_successor := int((ends.terminated & last & ~drop).sum()):
-                notes.append(
-                    f"{own_successor} terminated rows have no successor in the file; their own "
-                    "observation is used."
-                )
-        # A row before a dropped row is truncated, unless it terminates.
-        before = np.flatnonzero(drop[1:] & ~last[:-1])
-        marks[before, 1] = ~marks[before, 0]
-    end_rows = np.flatnonzero(last)
-    lengths = np.diff(end_rows, prepend=-1) - drop[end_rows]
-    if empty := int((lengths == 0).sum()):
-        notes.append(f"{empty} episodes of one row were dropped with that row.")
-    rows = np.flatnonzero(~drop)
-    return rows, marks[rows], lengths[lengths > 0].astype(np.int64), notes
+def _autoreset(
+    columns: Columns, flags: Mapping[str, Flags], broken: Flags | None, option: bool | None
+) -> Flags:
+    """Rows that a vector environment wrote in the step after an episode's end, ``(rows,)``.
 
-
-def _piece(table: Table, rows: NDArray[np.int64], at_end: Flags, reward_offset: int) -> Piece:
-    """The transitions of the given rows, which increase, without their marks.
-
-    Without a known successor, an observation is its own and every action is allowed.
+    Gymnasium's vector environments (1.0 and later, by default) reset in that step: its row leads from
+    the last observation to the first one of the next episode, its action is ignored, its reward is 0.
+    Recognised if every ended row's next observation is the following row's observation, whose row
+    has no reward and does not end, while other rows have rewards. ``option``: True takes every row
+    after an end, False none.
     """
-    start, stop = int(rows[0]), int(rows[-1]) + 1
-    here: Any = slice(0, len(rows)) if len(rows) == stop - start else rows - start
-    after = rows - start + ~at_end
-    piece: Piece = {}
-    for key, column in table.columns.items():
-        values = np.asarray(column[start : stop + 1])  # once for both: decoding takes long
-        piece[key] = values[after if key == REWARD and reward_offset else here]
-        following = ("next", *key)
-        if (key == MASK or key[0] == "observation") and following not in table.columns:
-            piece[following] = values[after]
-            if key == MASK:
-                piece[following][at_end] = 1
-    piece[REWARD] = piece[REWARD].reshape(-1)
-    return piece
+    none = np.zeros(columns.rows, np.bool_)
+    ended = flags["terminated"] | flags["truncated"] | flags["trajectory_end"]
+    ended[-1:] = False
+    if (ids := episode_ends(columns, ("env_index",))) is not None:
+        ended &= ~ids
+    if option is False or not ended.any() or "valid" in columns.paths:
+        return none
+    after = np.append(False, ended[:-1])
+    if option:
+        return after
+    if broken is None or ended.sum() < 2 or (broken & ended[:-1]).any() or (after & ended).any():
+        return none
+    rewards = np.asarray(columns.columns["next/reward"][:]).reshape(-1)
+    if (rewards[after] != 0).any() or 2 * (rewards[~after] != 0).sum() <= (~after).sum():
+        return none
+    return after
 
 
-def table_ends(table: Table, options: ReadOptions) -> Ends:
-    """Reads the marks; see ``table_source`` for the rules."""
-    has, broken = table.paths.keys(), table.broken
+def _last_rows(
+    columns: Columns, flags: Mapping[str, Flags], broken: Flags | None, gaps: Flags | None,
+    options: ReadOptions,
+) -> Flags:  # fmt: skip
+    """The last row of each episode, ``(rows,)``; see :func:`find_episodes` for the rules."""
+    has, rows = columns.paths.keys(), columns.rows
     terminated, truncated, end, valid = (
-        table.flags[key] for key in ("terminated", "truncated", "trajectory_end", "valid")
+        flags[key] for key in ("terminated", "truncated", "trajectory_end", "valid")
     )
     others = "valid" in has or ("trajectory_end" in has and not np.array_equal(end, terminated))
     last = truncated | end
@@ -205,71 +202,169 @@ def table_ends(table: Table, options: ReadOptions) -> Ends:
         last |= terminated
     last = (last & valid & np.append(valid[1:], True)) | ~valid
     last[-1] = True
-    unmarked = not others and "truncated" not in has
-    if table.episode is not None:
-        last = _numbered(table, last, table.episode)
-    elif unmarked and broken is not None:
+    unknown = not others and "truncated" not in has
+    ids, limit = episode_ends(columns), options.max_episode_steps
+    if ids is not None:
+        last = _ends_of_ids(columns, flags, last, broken, ids)
+    elif unknown and broken is not None:
         last[:-1] |= broken
     elif (
-        unmarked
-        and "trajectory_end" not in has
-        and not options.max_episode_steps
+        unknown
+        and not ("trajectory_end" in has or limit or gaps is not None or terminated.all())
         and options.columns.get("truncated", "") is not None
     ):
         raise DatasetError(
-            f"{table.name}: neither truncated, episode nor next_observation shows where episodes "
+            f"{columns.name}: neither truncated, episode, time nor next_observation shows where episodes "
             "end besides termination; pass max_episode_steps or env, name one with columns={...}, "
             "or columns={'truncated': None} if every episode terminates."
         )
-    if unmarked and options.max_episode_steps:
-        row = np.arange(table.rows)
+    if gaps is not None:
+        last |= gaps & valid
+    if unknown and limit:
+        row = np.arange(rows)
         first = np.maximum.accumulate(np.where(np.append(True, last[:-1]), row, 0))
-        last = last | ((row - first + 1) % options.max_episode_steps == 0)
-    if "truncated" not in has or has & {"trajectory_end", "valid"}:
-        truncated = last & ~terminated
-    elif "not_terminated" in has:
-        truncated = truncated & ~terminated
-    return Ends(terminated, truncated, last)
+        last |= (row - first + 1) % limit == 0
+    return last
 
 
-def _numbered(table: Table, last: Flags, ids: NDArray[Any]) -> Flags:
-    """Ends of trajectories that ``ids`` number."""
-    if (unknown := np.flatnonzero(~np.isfinite(ids))).size:
-        raise DatasetError(
-            f"{table.name}: episode ({table.paths['episode']!r}) is NaN or infinite in "
-            f"{len(unknown)} of {table.rows} rows, first at row {unknown[0]}; expected one number "
-            "per episode."
-        )
-    changes = np.append(ids[1:] != ids[:-1], True)
-    wrong = last & ~changes & table.flags["valid"]
-    if wrong.any() and not (wrong & ~table.flags["terminated"]).any():
-        if table.broken is not None:
-            continues = not (table.broken & wrong[:-1]).any()
-        else:
-            continues = continued_rows(table, wrong, ~wrong & ~changes) > 0
-        if continues:
-            return (last & ~wrong) | changes
+def _ends_of_ids(
+    columns: Columns, flags: Mapping[str, Flags], last: Flags, broken: Flags | None, ids: Flags
+) -> Flags:
+    """``last`` with the ends of ids; raises where an episode with an id is truncated inside."""
+    if "episode" not in columns.paths:  # an environment has many episodes
+        return last | ids
+    inside = last & ~ids & flags["valid"]
+    inside[:-1] &= flags["valid"][1:]  # the following row only has the last observation
+    wrong = inside & ~flags["terminated"]
+    if broken is not None:
+        wrong[:-1] |= inside[:-1] & broken
     if wrong.any():
         raise DatasetError(
-            f"{table.name}: {int(wrong.sum())} rows are marked as ends although the episode number "
-            f"continues, first at row {int(wrong.argmax())}; expected marks and numbers to agree. A "
-            "termination within an episode is read as such only where the next row evidently "
-            "continues the motion."
+            f"{columns.name}: {int(wrong.sum())} rows are terminated or truncated although the episode "
+            f"id ({columns.paths['episode']!r}) continues, first at row "
+            f"{columns.source_row(int(wrong.argmax()))}; expected done flags and ids to agree. If the ids "
+            "number environments, pass columns={'env_index': "
+            f"{columns.paths['episode']!r}, 'episode': None}}."
         )
-    return last | changes
+    return (last & ~inside) | ids
 
 
-def _mark_notes(table: Table, ends: Ends, inside: int) -> list[str]:
-    """How marks with ambiguous names were read; ``inside``: terminations inside trajectories."""
-    notes = []
-    if (path := table.paths.get("not_terminated")) is not None:
+def _transitions(
+    columns: Columns, flags: Mapping[str, Flags], last: Flags, reward_offset: int
+) -> Episodes:
+    """The transitions, with what was dropped or repaired."""
+    terminated, truncated, drop = flags["terminated"], flags["truncated"], ~flags["valid"]
+    notes, warnings = [], []
+    if "valid" in columns.paths and drop.any():
+        notes.append(
+            f"dropped {int(drop.sum())} rows of {columns.rows} where {columns.paths['valid']!r} is 0: "
+            "they only contain the observation after a trajectory's last step."
+        )
+    if reward_offset:
+        drop = drop | last
+        notes.append(
+            f"reward_offset: dropped {int(drop.sum())} last rows, whose reward is unknown."
+        )
+        # The flags of a row belong to the transition into it.
+        inside = np.flatnonzero(~last)
+        terminated, truncated = terminated.copy(), truncated.copy()
+        terminated[inside], truncated[inside] = terminated[inside + 1], truncated[inside + 1]
+    else:
+        if not columns.leaves("next/observation"):
+            cut = last & ~drop & ~terminated  # A terminated row needs no next observation.
+            drop = drop | cut
+            if cut.any():
+                notes.append(
+                    f"dropped {int(cut.sum())} truncated last rows of {columns.rows}: without "
+                    "next_observation they have no next observation."
+                )
+                warnings += _lost_rewards(columns, cut, drop)
+            if alone := int((terminated & last & ~drop).sum()):
+                notes.append(
+                    f"{alone} terminated rows have no next observation in the source; their own "
+                    "observation is used."
+                )
+        # A row before a dropped row is truncated, unless it terminates.
+        before = np.flatnonzero(drop[1:] & ~last[:-1])
+        truncated = truncated.copy()
+        truncated[before] = ~terminated[before]
+    end_rows = np.flatnonzero(last)
+    lengths = np.diff(end_rows, prepend=-1) - drop[end_rows]
+    if empty := int((lengths == 0).sum()):
+        notes.append(f"{empty} episodes of one row were dropped with that row.")
+    rows, lengths = np.flatnonzero(~drop), lengths[lengths > 0].astype(np.int64)
+    terminated, truncated = terminated[rows], truncated[rows]
+    if both := int((terminated & truncated).sum()):
+        truncated &= ~terminated
+        warnings.append(
+            f"{both} steps are both terminated and truncated; kept as terminated (never "
+            "bootstrapped)."
+        )
+    ends = np.cumsum(lengths) - 1
+    open_ends = ends[~(terminated | truncated)[ends]]
+    truncated[open_ends] = True
+    if len(open_ends) and "truncated" in columns.paths:
+        warnings.append(
+            f"{len(open_ends)} episodes end without a done flag; their last step was read as truncated "
+            "(bootstrapped)."
+        )
+    return Episodes(
+        rows=rows, after=rows + ~last[rows], terminated=terminated, truncated=truncated,
+        lengths=lengths, notes=tuple(notes), warnings=tuple(warnings),
+    )  # fmt: skip
+
+
+def _lost_rewards(columns: Columns, cut: Flags, drop: Flags) -> list[str]:
+    """A warning where dropped rows have much of the rewards."""
+    rewards = np.abs(np.asarray(columns.columns["next/reward"][:], np.float64).reshape(-1))
+    with np.errstate(invalid="ignore"):
+        lost, kept = float(rewards[cut].sum()), float(rewards[~drop].sum())
+        usual = rewards[~drop].mean() if (~drop).any() else 0.0
+        matters = lost > 0.1 * kept and rewards[cut].mean() > 10 * usual
+    if not matters:
+        return []
+    return [
+        f"the {int(cut.sum())} dropped last rows have {lost / (lost + kept):.0%} of all rewards (by "
+        "magnitude), which are lost: keep the rows by terminating them (columns={'terminated': ...}) if "
+        "nothing follows, pass next_observation, or reward_offset=1 if a row's reward belongs to the "
+        "action of the row before."
+    ]
+
+
+def _check_interleaved(columns: Columns, broken: Flags | None, options: ReadOptions) -> None:
+    """Raise where the rows of several environments take turns, and no ids say so.
+
+    The observations say how many environments may take turns; next observations, if known, must agree.
+    """
+    ids = {"episode", "env_index"} & columns.paths.keys()
+    if ids or options.columns.get("env_index", "") is None:
+        return
+    if broken is not None and 2 * int(broken.sum()) < len(broken):
+        return
+    observed, following = columns.leaves("observation"), columns.leaves("next/observation")
+    if (envs := interleaved_by(observed)) is None:
+        return
+    if following and differs(observed, following, SAMPLE, envs).mean() > 0.5:
+        return
+    raise DatasetError(
+        f"{columns.name}: the rows of {envs} environments are interleaved (row = t * {envs} + env): the "
+        f"observation {envs} rows ahead is much nearer than the next one. Add a column that numbers the "
+        f"environments, numpy.arange(rows) % {envs}, and pass columns={{'env_index': ...}}: rows are then "
+        "sorted by it. If all rows are of one environment, pass columns={'env_index': None}."
+    )
+
+
+def _flag_notes(columns: Columns, flags: Mapping[str, Flags], episodes: Episodes) -> list[str]:
+    """How flags with ambiguous names were read, and terminations inside trajectories."""
+    notes, paths = [], columns.paths
+    if (path := paths.get("not_terminated")) is not None:
         notes.append(
             f"{path!r} was read as 0 where a row terminates and 1 elsewhere "
-            f"({int((ends.terminated & table.flags['valid']).sum())} terminations)."
+            f"({int((flags['terminated'] & flags['valid']).sum())} terminations)."
         )
-    if (path := table.paths.get("trajectory_end")) is not None:
+    if (path := paths.get("trajectory_end")) is not None:
         notes.append(f"{path!r} was read as ends of trajectories, not as terminations.")
-    if inside:
+    if inside := terminated_inside(episodes):
         notes.append(
             f"{inside} rows terminate inside a trajectory that continues: bootstrapping stops there, "
             "the episode does not end."
@@ -277,18 +372,7 @@ def _mark_notes(table: Table, ends: Ends, inside: int) -> list[str]:
     return notes
 
 
-def _little_kept(table: Table, ends: Ends, lengths: NDArray[np.int64], explained: bool) -> str:
-    """Most rows dropped, or most episodes of one row that no mark ends, if this is not explained."""
-    remedy = (
-        "check which column marks the ends of episodes and whether it is 1 where an episode ends "
-        "(columns={...} names it)"
-    )
-    rows, remaining = int(table.flags["valid"].sum()), int(lengths.sum())
-    if rows > MANY and 2 * remaining < rows:
-        return f"only {remaining} of {rows} rows make transitions, see the notes: {remedy}."
-    single = int((lengths == 1).sum())
-    marked = ends.terminated | (ends.truncated if "truncated" in table.paths else False)
-    mostly_marked = 2 * int((ends.last & marked).sum()) > int(ends.last.sum())
-    if explained or mostly_marked or len(lengths) <= MANY or 2 * single <= len(lengths):
-        return ""
-    return f"{single} of {len(lengths)} episodes have one row: {remedy}."
+def terminated_inside(episodes: Episodes) -> int:
+    """How many transitions terminate before the last one of their episode."""
+    ends = np.cumsum(episodes.lengths) - 1
+    return int(episodes.terminated.sum() - episodes.terminated[ends].sum())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
@@ -17,26 +17,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from iql_torchrl.data.builtin import BUILTIN
-from iql_torchrl.data.readers.arrays import flatten, reading
-from iql_torchrl.data.readers.source import Piece, ReadOptions, Source
-from iql_torchrl.data.schema import (
-    ACTION,
-    LOG_PROB,
-    MASK,
-    REWARD,
-    TERMINATED,
-    TRUNCATED,
-    DatasetError,
-    Key,
+from iql_torchrl.data.codec import (
+    Adaptation,
+    action_leaves,
+    flat_action_space,
+    has_tensor_form,
+    join,
+    leaf_of,
     leaf_spaces,
 )
-from iql_torchrl.descriptions import one_line
+from iql_torchrl.data.readers.arrays import Column, Columns, Parts, package, reading
+from iql_torchrl.data.readers.options import ReadOptions
+from iql_torchrl.data.schema import DatasetError, Key
+from iql_torchrl.descriptions import describe_space, one_line
 
-#: What an episode has once a step; observations have one entry more: those before and after steps.
-COLUMNS: dict[Key, str] = {
-    ACTION: "actions", REWARD: "rewards", TERMINATED: "terminations", TRUNCATED: "truncations",
-}  # fmt: skip
-EVERY, BEFORE, AFTER = slice(None), slice(None, -1), slice(1, None)
+#: Keys that ``columns`` may have, because others are fixed by Minari.
+NAMED = ("observation", "action_mask", "action_log_prob")
+
+
+def is_minari_id(source: Any) -> bool:
+    """A text of the form ``namespace/name-v0``."""
+    return isinstance(source, str) and re.fullmatch(r"[-_\w/]+-v\d+", source) is not None
 
 
 def find_minari(dataset_id: str, *, download: bool) -> minari.MinariDataset:
@@ -46,7 +47,7 @@ def find_minari(dataset_id: str, *, download: bool) -> minari.MinariDataset:
     that come closest. The id of a built-in dataset, or one that differs from it in a letter or two,
     is never looked for on the network: the error says how to make the dataset.
     """
-    if not re.fullmatch(r"[-_\w/]+-v\d+", dataset_id):
+    if not is_minari_id(dataset_id):
         raise DatasetError(
             f"{dataset_id!r} is neither a file nor a Minari id, which ends in a version such as "
             f"'pendulum/mixed-v0'{_closest(dataset_id)}."
@@ -94,137 +95,224 @@ def minari_files(dataset: minari.MinariDataset) -> tuple[Path, ...]:
     return tuple(sorted(p for p in Path(dataset.storage.data_path).rglob("*") if p.is_file()))
 
 
-def minari_source(dataset: minari.MinariDataset, options: ReadOptions) -> Source:
-    """A ``Source`` of a Minari dataset of any storage format, with its selection of episodes.
+def open_minari(dataset: minari.MinariDataset, options: ReadOptions) -> Columns:
+    """The columns of a Minari dataset of any storage format, with its selection of episodes.
 
-    Every step is a row; the last row's successor is the observation after the last step. A mask of
-    allowed actions is taken from an observation leaf or an info called ``action_mask`` (or what
-    ``columns`` names), and is removed from the observation.
+    Every step is a row, and ``next/observation`` is the observation after it. ``options.columns`` may
+    choose leaves of a Dict or Tuple observation for ``observation``: a name (``"arm"``,
+    ``"arm/speed"``), or a list of names. Leaves without a tensor form, such as texts, are left out. A
+    mask of allowed actions is taken from an observation leaf or an info called ``action_mask`` (or
+    what ``columns`` names), and is not part of the observation; ``action_log_prob`` likewise. Actions
+    in a Dict or Tuple become one vector. ``notes`` says what was left out and changed.
     """
-    name, actions = str(dataset.id), dataset.action_space
+    name = str(dataset.id)
     if options.reward_offset:
         raise DatasetError(f"{name}: reward_offset is for tables; Minari's rewards are aligned.")
-    unknown = set(options.named) - {"action_mask", "action_log_prob"}
-    if unknown:
+    if unknown := set(options.columns) - set(NAMED):
         raise DatasetError(
             f"{name}: columns names {sorted(unknown)}, but Minari's own keys are fixed; only "
-            "action_mask and action_log_prob can be named."
+            f"{', '.join(NAMED)} can be named."
         )
-    lengths = _lengths(dataset)
-    if not len(lengths):
+    flags = _flags(dataset)
+    if not flags:
         raise DatasetError(f"{name}: the dataset has no episodes.")
-    first = next(_episodes(dataset))
-    mask = _extra(first, name, "action_mask", options)
-    if "action_mask" not in options.named and not isinstance(actions, gym.spaces.Discrete):
-        mask = None
-    log_prob = _extra(first, name, "action_log_prob", options)
-    space, states = _observation(dataset.observation_space, mask)
-    places = {key: (path, EVERY) for key, path in COLUMNS.items()}
-    if mask is not None:
-        states[MASK] = mask
-    if log_prob is not None:
-        places[LOG_PROB] = (log_prob, EVERY)
-    for key, path in states.items():
-        places |= {key: (path, BEFORE), ("next", *key): (path, AFTER)}
-
-    def pieces() -> Iterator[Piece]:
-        for number, episode in enumerate(_episodes(dataset)):
-            yield _piece(episode, places, f"{name}: episode {number}")
-
+    first, observed, actions = _reader(dataset)(0), dataset.observation_space, dataset.action_space
+    flat, notes = isinstance(actions, gym.spaces.Dict | gym.spaces.Tuple), []
+    if flat:
+        order = ", ".join(map("/".join, action_leaves(actions)))
+        actions = flat_action_space(actions, name)
+        notes.append(
+            f"the actions are {describe_space(actions)}: the leaves {order}, in this order."
+        )
+    extras = {key: _extra(first, name, key, options) for key in ("action_mask", "action_log_prob")}
+    if "action_mask" not in options.columns and not isinstance(actions, gym.spaces.Discrete):
+        extras["action_mask"] = ()
+    mask = extras["action_mask"]
+    leaf = "/".join(mask[1:]) if mask[:1] == ("observations",) else ""
+    leaves, left_out = _chosen_leaves(observed, options, leaf, name)
+    adaptation = Adaptation(leaves, mask=leaf, flat_action=flat)
     metadata = dataset.storage.metadata
-    scores = (metadata.get("ref_min_score"), metadata.get("ref_max_score"))
+    scores = [metadata.get("ref_min_score"), metadata.get("ref_max_score")]
     known = None not in scores and float(scores[0]) < float(scores[1])
-    notes = () if known or None in scores else (f"Minari's reference scores {scores} are unusable",)
-    return Source(
-        name=name,
-        observation_space=space,
+    if not known and None not in scores:
+        notes.append(f"Minari's reference scores {scores} are unusable.")
+    lengths = [len(each) for each in flags]
+    columns: dict[str, Column] = {
+        "episode": np.repeat(np.arange(len(lengths)), lengths),
+        **dict(zip(("terminated", "truncated"), np.concatenate(flags).T, strict=True)),
+        **_columns(dataset, lengths, adaptation, extras, actions),
+    }
+    return Columns(
+        name,
+        columns,
+        observation_space=adaptation.observation_space(observed, name),
         action_space=actions,
-        episode_lengths=lengths,
-        pieces=pieces,
-        masked=mask is not None,
-        log_prob=log_prob is not None,
         env_spec=dataset.env_spec,
         reference_scores=(float(scores[0]), float(scores[1])) if known else None,
-        notes=notes,
+        adaptation=adaptation,
+        named=True,
+        notes=(*notes, *left_out),
     )
 
 
-def _lengths(dataset: minari.MinariDataset) -> NDArray[np.int64]:
-    """Steps of the selected episodes."""
-    storage, indices = dataset.storage, [int(i) for i in dataset.episode_indices]
+def _columns(
+    dataset: minari.MinariDataset,
+    lengths: list[int],
+    adaptation: Adaptation,
+    extras: Mapping[str, Key],
+    actions: gym.Space[Any],
+) -> dict[str, Column]:
+    """What is read episode by episode; ``extras``: paths of optional columns, ``()`` without."""
+    name, episode = str(dataset.id), _reader(dataset)
+    kept = adaptation.sources(dataset.observation_space, name)
+    sides = {"/".join(("observation", *key)): ("observations", *path) for key, path in kept.items()}
+    sides |= {"action_mask": extras["action_mask"]} if extras["action_mask"] else {}
+    taken = [("actions", *path) for path in action_leaves(dataset.action_space)]
+
+    def read(number: int) -> dict[str, NDArray[Any]]:
+        values, steps, where = episode(number), lengths[number], f"{name}: episode {number}"
+        rewards = _rows(values, ("rewards",), where, steps)
+        parts = [_rows(values, path, where, steps) for path in taken]
+        if adaptation.flat_action:
+            parts = [join(parts, rows=True).reshape(-1, *(actions.shape or ()))]
+        columns = {"action": parts[0], "reward": rewards.astype(np.float64)}
+        for column, path in sides.items():
+            both = _rows(values, path, where, steps + 1)
+            columns |= {column: both[:-1], f"next/{column}": both[1:]}
+        if path := extras["action_log_prob"]:  # infos may have an entry for the reset too
+            logs = _rows(values, path, where, steps, steps + 1)
+            columns["action_log_prob"] = logs[len(logs) - steps :]
+        return columns
+
+    return Parts(lengths, read, name).columns()
+
+
+def _flags(dataset: minari.MinariDataset) -> list[NDArray[Any]]:
+    """The flags of each selected episode: terminated and truncated, ``(steps, 2)``."""
+    storage, names = dataset.storage, ["terminations", "truncations"]
+    indices, folder = [int(i) for i in dataset.episode_indices], Path(storage.data_path)
     with _reading(dataset):
-        if storage.FORMAT != "hdf5":
-            metadata = storage.get_episode_metadata(indices)
-            return np.array([int(m["total_steps"]) for m in metadata], np.int64)
-        # An episode that was written in two parts has the steps of the last one in its metadata.
-        with h5py.File(Path(storage.data_path) / "main_data.hdf5", "r") as file:
-            return np.array([file[f"episode_{i}/rewards"].shape[0] for i in indices], np.int64)
+        if storage.FORMAT == "hdf5":
+            with h5py.File(folder / "main_data.hdf5", "r") as file:
+                return [
+                    np.stack([file[f"episode_{i}/{name}"][:] for name in names], axis=1)
+                    for i in indices
+                ]
+        arrow = package("pyarrow.dataset", "Minari's Arrow and Parquet files")
+        skipped = {"ignore_prefixes": ["_", ".", "metadata.json"]}
+        files = (arrow.dataset(folder / str(i), format=storage.FORMAT, **skipped) for i in indices)
+        tables = [each.to_table(columns=names) for each in files]
+        # An episode's last row has an observation alone.
+        return [np.stack([table[name].to_numpy() for name in names], 1)[:-1] for table in tables]
 
 
-def _episodes(dataset: minari.MinariDataset) -> Iterator[dict[str, Any]]:
-    """The arrays of each selected episode by their paths, such as ``observations/goal``."""
+def _reader(dataset: minari.MinariDataset) -> Callable[[int], dict[str, Any]]:
+    """What reads the arrays of the selected episode with a number; successive ones from one stream."""
     indices = [int(i) for i in dataset.episode_indices]
+    following, stream = -1, iter(list[minari.EpisodeData]())
+
+    def read(number: int) -> dict[str, Any]:
+        nonlocal following, stream
+        with _reading(dataset):
+            if number != following:
+                stream = _episodes(dataset, indices[number:])
+            episode, following = next(stream), number + 1
+            if following == len(indices):
+                stream = iter([])  # closes the file
+        arrays = {k: getattr(episode, k) for k in ("observations", "actions", "rewards")}
+        return {**arrays, "infos": episode.infos or {}}
+
+    return read
+
+
+def _episodes(dataset: minari.MinariDataset, indices: list[int]) -> Iterator[minari.EpisodeData]:
     # One at a time: given many, Minari's Arrow reader splits long episodes silently.
     groups = [indices] if dataset.storage.FORMAT == "hdf5" else [[i] for i in indices]
-    with _reading(dataset):
-        for group in groups:
-            for episode in dataset.iterate_episodes(group):
-                arrays = {k: getattr(episode, k) for k in ("observations", *COLUMNS.values())}
-                yield flatten({**arrays, "infos": episode.infos or {}})
+    for group in groups:
+        yield from dataset.iterate_episodes(group)
 
 
 def _reading(dataset: minari.MinariDataset) -> AbstractContextManager[None]:
     """Errors of Minari and of HDF5 as ``DatasetError`` naming the files."""
     files = Path(dataset.storage.data_path)
     path = files / "main_data.hdf5" if dataset.storage.FORMAT == "hdf5" else files
-    return reading(path, "not a complete Minari dataset", OSError, KeyError)
+    return reading(
+        path, "not a complete Minari dataset", OSError, LookupError, ValueError, StopIteration
+    )
 
 
-def _extra(episode: Mapping[str, Any], name: str, key: str, options: ReadOptions) -> str | None:
-    """The path of an optional column in the episodes."""
+def _rows(values: Mapping[str, Any], path: Key, where: str, *rows: int) -> NDArray[Any]:
+    """The array at a path of an episode, which must have one of the numbers of ``rows``."""
+    found = _at(values, path)
+    if found is None or len(found) not in rows:
+        raise DatasetError(
+            f"{where} has {'no' if found is None else len(found)} rows of {'/'.join(path)}, expected "
+            f"{rows[0]} (observations have one more than actions); the dataset is damaged."
+        )
+    return np.asarray(found)
+
+
+def _at(values: Mapping[str, Any], path: Key) -> Any:
+    """The values at a path of an episode, such as ``("observations", "goal")``, or None."""
+    with suppress(LookupError, TypeError, ValueError):
+        return leaf_of(values, path)
+    return None
+
+
+def _extra(values: Mapping[str, Any], name: str, key: str, options: ReadOptions) -> Key:
+    """The path of an optional column in an episode; empty without."""
     column = options.named.get(key, key)
     if column is None:
-        return None
-    candidates = [f"observations/{column}", f"infos/{column}"]
+        return ()
+    candidates: list[Key] = [("observations", column), ("infos", column)]
     if key in options.named:
-        candidates.insert(0, column)
-    path = next((path for path in candidates if path in episode), None)
-    if path is None and key in options.named:
+        candidates.insert(0, tuple(column.split("/")))
+    path = next((path for path in candidates if _at(values, path) is not None), ())
+    if not path and key in options.named:
         raise DatasetError(
             f"{name}: columns maps {key} to {column!r}, but the episodes have none of "
-            f"{', '.join(candidates)}."
+            f"{', '.join(map('/'.join, candidates))}."
         )
     return path
 
 
-def _observation(space: gym.Space[Any], mask: str | None) -> tuple[gym.Space[Any], dict[Key, str]]:
-    """The space without the mask, and the path of each of its leaves in the episodes.
+def _chosen_leaves(
+    space: gym.Space[Any], options: ReadOptions, mask: str, name: str
+) -> tuple[tuple[str, ...], list[str]]:
+    """Names of the observation's leaves that are kept, and a note on the others.
 
-    A single remaining leaf becomes a plain observation without nesting.
+    No names: the observation is kept as it is. ``mask``: the leaf that is not part of it.
     """
-    within: tuple[str, ...] = ("observations",)
-    if mask and mask.startswith("observations/") and isinstance(space, gym.spaces.Dict):
-        leaves = {k: v for k, v in space.spaces.items() if f"observations/{k}" != mask}
-        if len(leaves) == 1:
-            within, space = ("observations", *leaves), next(iter(leaves.values()))
-        else:
-            space = gym.spaces.Dict(leaves)
-    return space, {key: "/".join((*within, *key[1:])) for key in leaf_spaces(space)}
-
-
-def _piece(
-    episode: Mapping[str, Any], places: Mapping[Key, tuple[str, slice]], subject: str
-) -> Piece:
-    """The rows of an episode; ``places``: by key the path of its values, and which of them it has."""
-    piece, steps = {}, len(episode["actions"])
-    for key, (path, part) in places.items():
-        values, rows = episode.get(path), steps + (part != EVERY)
-        if key == LOG_PROB and values is not None and len(values) == steps + 1:
-            values = values[1:]  # infos have an entry for the reset too
-        if values is None or len(values) != rows:
+    leaves = {"/".join(path): leaf for path, leaf in leaf_spaces(space, ()).items()}
+    asked, chosen = options.columns.get("observation", ()), set[str]()
+    if asked is None:
+        raise DatasetError(f"{name}: observation cannot be left out.")
+    for each in [asked] if isinstance(asked, str) else asked:
+        form = each if each in leaves else each.replace(".", "/")
+        found = {leaf for leaf in leaves if leaf == form or leaf.startswith(f"{form}/")}
+        if not found or (found == {form} and not has_tensor_form(leaves[form])):
             raise DatasetError(
-                f"{subject} has {'no' if values is None else len(values)} rows of {path}, expected "
-                f"{rows} (observations have one more than actions); the dataset is damaged."
+                f"{name}: columns maps observation to {each!r}; the observation is "
+                f"{describe_space(space)}, whose leaves with a tensor form are "
+                f"{', '.join(k for k in leaves if k and has_tensor_form(leaves[k])) or 'none'}."
             )
-        piece[key] = np.asarray(values)[part]
-    return piece
+        chosen |= found
+    others = {k: leaf for k, leaf in leaves.items() if not mask or k != mask}
+    kept = [
+        k for k, leaf in others.items() if has_tensor_form(leaf) and (not chosen or k in chosen)
+    ]
+    if not kept:
+        raise DatasetError(
+            f"{name}: the observation is {describe_space(space)} and has no leaf with a tensor form; "
+            "expected a Box, Discrete, MultiDiscrete or MultiBinary."
+        )
+    whole = len(kept) == len(leaves) and Adaptation().observation_space(space, name) == space
+    if whole and not chosen:
+        return (), []
+    left = [
+        f"{k!r} (no tensor form: {type(leaf).__name__})" if not has_tensor_form(leaf) else repr(k)
+        for k, leaf in others.items()
+        if k not in kept
+    ]
+    note = f"left out of the observation: {', '.join(left)}; kept: {', '.join(map(repr, kept))}."
+    return tuple(kept), [note] if left else []

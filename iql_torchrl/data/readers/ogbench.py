@@ -21,11 +21,13 @@ import numpy as np
 from gymnasium.envs.registration import EnvSpec, WrapperSpec
 
 from iql_torchrl.data.readers.arrays import Columns, open_npz, package
+from iql_torchrl.data.readers.options import ReadOptions
 from iql_torchrl.data.schema import DatasetError
 from iql_torchrl.descriptions import one_line
 
 PREFIX = "ogbench/"
 FOLDER_VARIABLE = "OGBENCH_DATASETS_PATH"
+MAKE = "python benchmarks/make_ogbench.py"
 #: The columns of a raw file that make transitions, and those that the relabelling reads.
 ROWS = ("observations", "actions", "terminals")
 STATES = ("qpos", "button_states")
@@ -58,7 +60,7 @@ def _bounds_may_be_rounded() -> Iterator[None]:
 
 
 def is_ogbench(source: Any) -> bool:
-    """Whether ``source`` is an id such as ``ogbench/cube-single-play-singletask-task2-v0``."""
+    """Return True for an id such as ``ogbench/cube-single-play-singletask-task2-v0``."""
     return isinstance(source, str) and source.startswith(PREFIX)
 
 
@@ -72,13 +74,13 @@ def ogbench_files(source: str) -> tuple[Path, ...]:
     return (_file(source, parse_name(source)[1]),)
 
 
-def open_ogbench(source: str) -> Columns:
+def open_ogbench(source: str, options: ReadOptions) -> Columns:
     """The columns of ``ogbench/ENVIRONMENT-KIND-singletask-taskN-v0``, with its environment.
 
     Row t has the reward and the mask of its state ``s_t``, as OGBench computes them: in manipulation
     the number of parts of the task that are done minus their total, in mazes 0 at the goal and -1
     elsewhere. Where the task is done the mask is 0: the value is not bootstrapped, and the
-    trajectory continues. A row where ``terminals`` is 1 is no transition; it only has the last
+    trajectory continues. A row where ``terminals`` is 1 is not a transition; it only has the last
     observation of its trajectory.
 
     Raises ``DatasetError``: the id names no task, the environment or the package ``ogbench`` is
@@ -88,7 +90,7 @@ def open_ogbench(source: str) -> Columns:
     spec, path = _spec(source, environment), _file(source, data)
     columns = open_npz(path)
     relabel = package("ogbench.relabel_utils", source, "ogbench")
-    states: dict[str, Any] = {column: columns[column] for column in STATES if column in columns}
+    states = {column: np.asarray(columns[column][:]) for column in STATES if column in columns}
     env = gym.make(spec)
     try:
         rows = {column: columns[column] for column in ROWS}
@@ -128,11 +130,11 @@ def _spec(source: str, environment: str) -> EnvSpec:
 
 
 def parse_name(source: str) -> tuple[str, str]:
-    """The id of the environment and the name of the rows that ``ogbench/...`` means.
+    """The ids of the environment and of the rows, without ``ogbench/``.
 
-    ``cube-single-singletask-task2-v0`` and ``cube-single-play-v0``; the name of rows that were made on
-    this machine ends in ``-local``. Raises ``DatasetError`` for a name without a task, giving the names
-    with one.
+    Such as ``cube-single-singletask-task2-v0`` and ``cube-single-play-v0``; ids of rows that were made
+    on this machine end in ``-local``. Raises ``DatasetError`` for a name without a task, giving the
+    names with one.
     """
     name = source.removeprefix(PREFIX)
     pattern = r"([\w-]+)-([a-z]+)-singletask(-task[1-9])?-(v\d+|local)"
@@ -157,13 +159,13 @@ def _file(source: str, data: str) -> Path:
         return path
     before, _, draw = data.rpartition("-")
     if draw == "local":
-        remedy = f"Make it: python -m iql_torchrl.data make {PREFIX}{data}"
+        remedy = f"Make it, in a clone of this package's repository: {MAKE} {data}"
     else:
         download = f'import ogbench; ogbench.download_datasets(["{data}"], "{path.parent}")'
         remedy = (
-            f"Download it with OGBench: python -c '{download}'. Or make rows of the same kind on "
-            f"this machine: python -m iql_torchrl.data make {PREFIX}{before}-local (python -m "
-            "iql_torchrl.data list has the names), and load them with -local in place of the version"
+            f"Download it with OGBench: python -c '{download}'. Or make rows of the same kind, in a "
+            f"clone of this package's repository: {MAKE} {before}-local, and load them with -local in "
+            "place of the version"
         )
     raise DatasetError(
         f"{source}: there is no file {path}. {remedy}. The environment variable {FOLDER_VARIABLE} "

@@ -1,218 +1,178 @@
-"""``Source``, which every reader returns: one after another, cut to a limit, or with joined leaves."""
+"""``open_source``: from what a user passes to columns, their episodes, and the spaces of both."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import reduce
-from numbers import Integral
-from operator import getitem
-from typing import Any, TypeAlias
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
-import torch
 from gymnasium.envs.registration import EnvSpec
 from numpy.typing import NDArray
 
-from iql_torchrl.data.readers.environments import EnvLike, env_maker
-from iql_torchrl.data.scaling import reward_map
-from iql_torchrl.data.schema import (
-    ACTION,
-    DatasetError,
-    Key,
-    Layout,
+from iql_torchrl.data.codec import (
+    UNCHANGED,
+    Adaptation,
+    join,
+    joined_leaves,
     leaf_spaces,
     transition_layout,
 )
-from iql_torchrl.descriptions import describe_space
-
-#: Consecutive rows, one array per key; any number of rows, at least 1.
-Piece: TypeAlias = dict[Key, NDArray[Any]]
-#: Keys that ``columns`` may map to a list of columns of one number each.
-JOINED = ("observation", "next_observation", "action")
+from iql_torchrl.data.readers.arrays import Column, Columns, ComputedColumn
+from iql_torchrl.data.readers.columns import name_columns
+from iql_torchrl.data.readers.episodes import Episodes, find_episodes
+from iql_torchrl.data.readers.guess import Guess, guess_action_space, guess_observation_space
+from iql_torchrl.data.readers.opening import open_columns
+from iql_torchrl.data.readers.options import ReadOptions
+from iql_torchrl.data.schema import DatasetError, Layout
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReadOptions:
-    """How a source is read and built: the options of ``load_dataset``, which describes each.
-
-    Raises ``DatasetError`` naming an option of another kind or out of its range.
-    """
-
-    env: EnvLike | None = None
-    reward: str | tuple[float, float] = "raw"
-    columns: Mapping[str, str | Sequence[str] | None] = field(default_factory=dict)
-    reward_offset: int = 0
-    concatenate: Sequence[str] | None = None
-    limit: int | None = None
-    dtype: torch.dtype = torch.float32
-    clip_actions: bool = False
-    max_episode_steps: int | None = None
-    observation_space: gym.Space[Any] | None = None
-    action_space: gym.Space[Any] | None = None
-    download: bool = True
-    progress: bool | None = None
-
-    def __post_init__(self) -> None:
-        if self.columns is None:
-            object.__setattr__(self, "columns", {})
-        if not isinstance(self.columns, Mapping):
-            raise DatasetError(
-                "columns: expected a dict from our keys to the file's columns, such as "
-                f"{{'reward': 'r'}}, got {self.columns!r}."
-            )
-        for key, name in self.columns.items():
-            several = isinstance(name, list | tuple) and name and all(type(n) is str for n in name)
-            if not (isinstance(name, str | None) or (several and key in JOINED)):
-                raise DatasetError(
-                    f"columns maps {key} to {name!r}; expected the name of one column, or None"
-                    f"{', or a list of names' if key in JOINED else ''}. Name several columns "
-                    f"{key}.0, {key}.1, ... in the file, or pass a dict of arrays."
-                )
-        for key in ("limit", "max_episode_steps"):
-            number = getattr(self, key)
-            if number is not None and (not isinstance(number, Integral) or number < 1):
-                raise DatasetError(
-                    f"{key}: expected a whole number, at least 1, or None, got {number!r}"
-                )
-        for key in ("observation_space", "action_space"):
-            if not isinstance(space := getattr(self, key), gym.Space | None):
-                raise DatasetError(
-                    f"{key}: expected a gymnasium.Space, got {type(space).__name__}."
-                )
-        if self.dtype not in (torch.float32, torch.float64):
-            raise DatasetError(f"dtype: expected torch.float32 or torch.float64, got {self.dtype}")
-        reward_map(self.reward, np.arange(2.0))
-        if self.env is not None:
-            env_maker(self.env)
-
-    @property
-    def named(self) -> dict[str, str | None]:
-        """``columns``, with one name for each list of names: the names with commas."""
-        return {
-            key: name if isinstance(name, str | None) else ", ".join(name)
-            for key, name in self.columns.items()
-        }
-
-    def described(self) -> ReadOptions:
-        """With the environment's spaces and step limit where they are not set."""
-        if self.env is None:
-            return self
-        env = env_maker(self.env)()
-        env.close()
-        steps = env.spec.max_episode_steps if env.spec is not None else None
-        return replace(
-            self,
-            observation_space=self.observation_space or env.observation_space,
-            action_space=self.action_space or env.action_space,
-            max_episode_steps=self.max_episode_steps or steps,
-        )
-
-
-@dataclass
 class Source:
-    """A readable table of transitions.
+    """Everything about a source that is known before its transitions are read.
 
-    ``pieces()`` starts a new pass over all rows in order; each piece has ``observation``
-    leaves, ``action``, their ``next`` side, raw ``("next", "reward")``, ``("next", "terminated")``,
-    ``("next", "truncated")`` (all ``(rows,)``), and the masks or log-probabilities announced by
-    ``masked`` and ``log_prob``. ``episode_lengths`` adds up to the number of rows.
-    ``ends_known``: the source marks truncation itself. ``terminates_inside``: rows may terminate
-    inside an episode, which continues. ``paths``: a table's columns by our names.
+    ``parts``: the named columns and the episodes of each joined dataset, in their order. ``guessed``:
+    ``"observation"`` and ``"action"`` where the space was made from the data.
     """
 
     name: str
+    parts: tuple[tuple[Columns, Episodes], ...]
     observation_space: gym.Space[Any]
     action_space: gym.Space[Any]
-    episode_lengths: NDArray[np.int64]
-    pieces: Callable[[], Iterator[Piece]]
-    masked: bool = False
-    log_prob: bool = False
-    ends_known: bool = True
-    terminates_inside: bool = False
-    paths: Mapping[str, str] = field(default_factory=dict)
+    guessed: frozenset[str] = frozenset()
+    adaptation: Adaptation = UNCHANGED
     env_spec: EnvSpec | None = None
     reference_scores: tuple[float, float] | None = None
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
     @property
-    def rows(self) -> int:
-        return int(self.episode_lengths.sum())
+    def episode_lengths(self) -> NDArray[np.int64]:
+        return np.concatenate([episodes.lengths for _, episodes in self.parts])
 
-    def layout(self, dtype: torch.dtype) -> Layout:
-        """Of the table that is built of it."""
+    @property
+    def rows(self) -> int:
+        """The number of transitions."""
+        return sum(len(episodes.rows) for _, episodes in self.parts)
+
+    def layout(self, dtype: Any) -> Layout:
+        """The entries of the transitions, with their shapes and dtypes."""
+        columns = self.parts[0][0].columns
         return transition_layout(
-            self.observation_space, self.action_space,
-            dtype=dtype, masked=self.masked, log_prob=self.log_prob,
+            self.observation_space, self.action_space, dtype=dtype,
+            masked="action_mask" in columns, log_prob="action_log_prob" in columns,
         )  # fmt: skip
 
 
-def chain(sources: Sequence[Source]) -> Source:
-    """One source after another as one table. ``DatasetError`` names a space that differs."""
-    if not sources:
+def open_source(source: Any, options: ReadOptions) -> Source:
+    """What ``load_dataset`` reads, with joined leaves and at most ``limit`` transitions.
+
+    A list or tuple is joined: spaces that a source or ``options`` declare must be equal, spaces that
+    are made from the data hold all of them.
+    """
+    items = list(_items(source))
+    if not items:
         raise DatasetError("source: an empty list; name at least one dataset.")
-    first = sources[0]
-    if len(sources) == 1:
-        return first
-    for source in sources[1:]:
-        for part in ("observation_space", "action_space", "masked", "log_prob"):
-            expected, actual = getattr(first, part), getattr(source, part)
-            if expected != actual:
-                raise DatasetError(
-                    f"{source.name}: {part} is {actual}, but {first.name} has {expected}; "
-                    "only datasets of the same spaces can be joined."
-                )
+    options = options.described()
+    named = [name_columns(open_columns(item, options), options) for item in items]
+    parts, left = [], options.limit
+    for columns in named:
+        ordered, episodes = find_episodes(columns, options)
+        if left is not None:
+            episodes = episodes.limited(left)
+            left -= len(episodes.rows)
+        parts.append((ordered, episodes))
+        if left == 0:
+            break
+    return _joined(parts, options)
 
-    def pieces() -> Iterator[Piece]:
-        for source in sources:
-            yield from source.pieces()
 
-    notes = [f"{s.name}: {note}" for s in sources for note in s.notes]
-    same_env = all(s.env_spec == first.env_spec for s in sources)
-    same_scores = all(s.reference_scores == first.reference_scores for s in sources)
+def _items(source: Any) -> Iterator[Any]:
+    """The sources in a list, also of lists."""
+    if isinstance(source, list | tuple):
+        for item in source:
+            yield from _items(item)
+    else:
+        yield source
+
+
+def _joined(parts: list[tuple[Columns, Episodes]], options: ReadOptions) -> Source:
+    columns, first = [each for each, _ in parts], parts[0][0]
+    for optional in ("action_mask", "action_log_prob"):
+        have = [each.name for each in columns if optional in each.columns]
+        if have and len(have) < len(columns):
+            lacks = next(each.name for each in columns if optional not in each.columns)
+            raise DatasetError(
+                f"{lacks}: has no {optional}, but {have[0]} has; leave it out with "
+                f"columns={{{optional!r}: None}}, or join only datasets that have it."
+            )
+    observation = _declared(columns, "observation_space", options) or guess_observation_space(
+        columns
+    )
+    action = _declared(columns, "action_space", options) or guess_action_space(columns)
+    guesses = {
+        key: each
+        for key, each in (("observation", observation), ("action", action))
+        if isinstance(each, Guess)
+    }
+    spaces = [each.space if isinstance(each, Guess) else each for each in (observation, action)]
+    several = len(parts) > 1
+    notes, warnings = [], []
+    for each, episodes in parts:
+        prefix = f"{each.name}: " if several else ""
+        notes += [prefix + note for note in (*each.notes, *episodes.notes)]
+        warnings += [*each.warnings, *(f"{each.name}: {text}" for text in episodes.warnings)]
+    notes += [note for guess in guesses.values() for note in guess.notes]
+    warnings += [f"{first.name}: {guess.warning}" for guess in guesses.values() if guess.warning]
+    same_env = all(each.env_spec == first.env_spec for each in columns)
     if not same_env:
         notes.append("the joined datasets name different environments; none is used.")
-    return replace(
-        first,
-        name=" + ".join(s.name for s in sources),
-        episode_lengths=np.concatenate([s.episode_lengths for s in sources]),
-        pieces=pieces,
-        ends_known=all(s.ends_known for s in sources),
-        terminates_inside=any(s.terminates_inside for s in sources),
+    same_scores = all(each.reference_scores == first.reference_scores for each in columns)
+    joined = Source(
+        name=" + ".join(each.name for each in columns),
+        parts=tuple(parts),
+        observation_space=spaces[0],
+        action_space=spaces[1],
+        guessed=frozenset(guesses),
+        adaptation=first.adaptation,
         env_spec=first.env_spec if same_env else None,
         reference_scores=first.reference_scores if same_scores else None,
         notes=tuple(notes),
-        warnings=tuple(f"{s.name}: {w}" for s in sources for w in s.warnings),
+        warnings=tuple(warnings),
     )
+    joined = replace(joined, warnings=(*joined.warnings, *_time_limit(joined, options)))
+    return concatenated(joined, options.concatenate) if options.concatenate else joined
 
 
-def limited(source: Source, limit: int | None) -> Source:
-    """At most ``limit`` rows: the first complete episodes, or a part of a longer first one."""
-    if limit is None or source.rows <= limit:
-        return source
-    complete = int(np.searchsorted(np.cumsum(source.episode_lengths), limit, side="right"))
-    lengths = source.episode_lengths[:complete] if complete else np.array([limit], np.int64)
-    rows = int(lengths.sum())
+def _declared(columns: Sequence[Columns], part: str, options: ReadOptions) -> Any:
+    """The space that the options or the sources declare; None if neither does."""
+    if (space := getattr(options, part)) is not None:
+        return space
+    given = [(each.name, getattr(each, part)) for each in columns]
+    known = [(name, space) for name, space in given if space is not None]
+    for name, space in known[1:]:
+        if space != known[0][1]:
+            raise DatasetError(
+                f"{name}: {part} is {space}, but {known[0][0]} has {known[0][1]}; only datasets of the "
+                "same spaces can be joined."
+            )
+    return known[0][1] if known else getattr(options, f"env_{part}")
 
-    def pieces() -> Iterator[Piece]:
-        remaining = rows
-        for piece in source.pieces():
-            size = len(piece[ACTION])
-            yield piece if size <= remaining else {k: v[:remaining] for k, v in piece.items()}
-            remaining -= size
-            if remaining <= 0:
-                return
 
-    note = f"limit: kept {rows} of {source.rows} transitions, {len(lengths)} episodes."
-    return replace(
-        source,
-        episode_lengths=lengths,
-        pieces=pieces,
-        notes=(*source.notes, note),
-        ends_known=source.ends_known and complete > 0,
-    )
+def _time_limit(source: Source, options: ReadOptions) -> list[str]:
+    """A warning where episodes are longer than the environment lets them be."""
+    limit = options.env_max_episode_steps
+    if limit is None and source.env_spec is not None:
+        limit = source.env_spec.max_episode_steps
+    longest = int(source.episode_lengths.max())
+    if limit is None or longest <= limit:
+        return []
+    return [
+        f"{source.name}: episodes have up to {longest} steps, but the environment ends them after "
+        f"{limit}: returns of evaluations are of shorter episodes. Pass env= with the limit that the "
+        f"data were recorded with: env=lambda: gymnasium.make(..., max_episode_steps={longest})."
+    ]
 
 
 def concatenated(source: Source, names: Sequence[str]) -> Source:
@@ -220,53 +180,29 @@ def concatenated(source: Source, names: Sequence[str]) -> Source:
 
     ``DatasetError`` for a plain observation, an unknown name, or leaves that are not Boxes of floats.
     """
-    keys, leaves = _named_leaves(source.observation_space, names, source.name)
+    parts = joined_leaves(leaf_spaces(source.observation_space, ()), names, source.name)
+    paths = ["/".join(("observation", *key)) for key in parts]
 
-    def pieces() -> Iterator[Piece]:
-        for piece in source.pieces():
-            joined = {key: values for key, values in piece.items() if "observation" not in key}
-            for side in ((), ("next",)):
-                parts = [piece[(*side, *key)] for key in keys]
-                flat = [part.reshape(len(part), -1) for part in parts]
-                joined[(*side, "observation")] = np.concatenate(flat, axis=1)
-            yield joined
+    def joined(columns: Columns) -> Columns:
+        kept = {k: v for k, v in columns.columns.items() if "observation" not in k.split("/")}
+        for side in ("", "next/"):
+            found = [columns.columns.get(f"{side}{path}") for path in paths]
+            if all(each is not None for each in found):
+                kept[f"{side}observation"] = _flat([each for each in found if each is not None])
+        return replace(columns, columns=kept)
 
-    return replace(source, observation_space=gym.spaces.flatten_space(leaves), pieces=pieces)
-
-
-def joined_env(maker: Callable[[], gym.Env[Any, Any]], names: Sequence[str]) -> gym.Env[Any, Any]:
-    """The environment of ``maker`` with its observations joined as ``concatenated`` joins rows."""
-    env = maker()
-    # If the caller's env= joins the leaves itself, its observation is already plain.
-    if not isinstance(env.observation_space, gym.spaces.Dict):
-        return env
-    owner = type(env.unwrapped).__name__ if env.spec is None else env.spec.id
-    keys, leaves = _named_leaves(env.observation_space, names, owner)
-
-    def join(observation: Any) -> Any:
-        values = tuple(reduce(getitem, key[1:], observation) for key in keys)
-        return gym.spaces.flatten(leaves, values)
-
-    return gym.wrappers.TransformObservation(env, join, gym.spaces.flatten_space(leaves))
+    return replace(
+        source,
+        observation_space=gym.spaces.flatten_space(gym.spaces.Tuple(parts.values())),
+        parts=tuple((joined(columns), episodes) for columns, episodes in source.parts),
+        adaptation=replace(source.adaptation, concatenate=tuple(names)),
+    )
 
 
-def _named_leaves(space: gym.Space[Any], names: Sequence[str], owner: str) -> tuple[list[Key], Any]:
-    """Keys and spaces of the leaves ``names`` of a Dict space."""
-    if not isinstance(space, gym.spaces.Dict):
-        raise DatasetError(
-            f"{owner}: concatenate={list(names)}, but the observation is {describe_space(space)}, "
-            "not a Dict; leave concatenate out."
-        )
-    leaves = leaf_spaces(space)
-    keys = [("observation", *name.split("/")) for name in names]
-    for name, key in zip(names, keys, strict=True):
-        if (leaf := leaves.get(key)) is None:
-            known = ", ".join("/".join(k[1:]) for k in leaves)
-            raise DatasetError(f"{owner}: concatenate names {name!r}; the leaves are {known}.")
-        if not isinstance(leaf, gym.spaces.Box) or np.dtype(leaf.dtype).kind != "f":
-            raise DatasetError(
-                f"{owner}: concatenate joins only Boxes of floats, but {name!r} is {leaf}. Whole "
-                "numbers of a table that are no categories: name the columns in a list, "
-                "columns={'observation': [...]}."
-            )
-    return keys, gym.spaces.Tuple([leaves[key] for key in keys])
+def _flat(columns: list[Column]) -> Column:
+    def read(rows: slice) -> NDArray[Any]:
+        return join([np.asarray(column[rows]) for column in columns], rows=True)
+
+    width = sum(int(np.prod(column.shape[1:])) for column in columns)
+    kind = np.result_type(*(np.dtype(column.dtype) for column in columns))
+    return ComputedColumn((columns[0].shape[0], width), kind, read)

@@ -1,18 +1,20 @@
-"""TorchRL's own dataset classes: checks their values; corrects faults or reports them.
+"""TensorDicts, buffers and storages; faults of TorchRL's dataset classes, corrected or reported.
 
-Seen by running the classes of TorchRL 0.14.1 on small files; ``tests/data/test_data_torchrl.py`` runs
-them again.
+The faults were seen by running the classes of TorchRL 0.14.1 on small files;
+``tests/data/test_data_torchrl.py`` runs them again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tensordict import TensorDictBase
+from torchrl.data import ReplayBuffer, Storage
 
-from iql_torchrl.data.readers.arrays import Column, Columns, chosen_rows
+from iql_torchrl.data.readers.arrays import Column, Columns, chosen_rows, columns_of_tensordict
+from iql_torchrl.data.readers.options import ReadOptions
 from iql_torchrl.data.schema import DatasetError
 
 #: About how many values are looked at together.
@@ -21,25 +23,25 @@ VALUES = 2**22
 MERGED = ("RobosetExperienceReplay", "GenDGRLExperienceReplay")
 
 
-def open_torchrl_dataset(
-    source: Any, columns: dict[str, Column], mapping: Mapping[str, str | None]
-) -> Columns | None:
-    """The columns of an instance of a class of ``torchrl.data.datasets``; None for other objects.
+def open_torchrl(source: TensorDictBase | ReplayBuffer | Storage, options: ReadOptions) -> Columns:
+    """The columns of a TensorDict, a buffer or a storage.
+
+    What is done for an instance of a class of ``torchrl.data.datasets``:
 
     - Every value zero (``MinariExperienceReplay``, which allocates its memory-mapped table again
       after filling it): ``DatasetError``.
     - Zeros as the next observation of ends that do not terminate (``D4RLExperienceReplay``,
       ``OpenXExperienceReplay``, ``VD4RLExperienceReplay``, ``AtariDQNExperienceReplay`` at the end of
-      a file): those rows have no known successor and are left out, and the rows before them are
-      truncated; with a warning.
+      a file): those rows have no known next observation and are left out, and the rows before them
+      are truncated; with a warning.
     - Rows of zeros at the end of the table (``GenDGRLExperienceReplay``): left out, with a warning.
     - ``terminated`` a copy of the file's ``done``: a warning.
     """
     from torchrl.data.datasets.common import BaseDatasetExperienceReplay
 
+    name, columns, mapping = type(source).__name__, columns_of_tensordict(source), options.named
     if not isinstance(source, BaseDatasetExperienceReplay):
-        return None
-    name = type(source).__name__
+        return Columns(name, columns)
     numbers = [column for column in columns.values() if np.dtype(column.dtype).kind in "iuf"]
     if numbers and all(_zeros([column]).all() for column in numbers):
         advice = "load the original files"
@@ -60,19 +62,19 @@ def open_torchrl_dataset(
     observed = _group(columns, mapping.get("observation") or "observation")
     following = _group(columns, mapping.get("next_observation") or "next/observation")
     if observed and following:
-        terminated = _marks(columns, mapping.get("terminated", "next/terminated"))
-        keep, text = _rows_with_successors(name, observed, following, terminated)
+        terminated = _flags(columns, mapping.get("terminated", "next/terminated"))
+        keep, text = _rows_with_next(name, observed, following, terminated)
         if text:
             warnings.append(text)
             path = mapping.get("truncated") or "next/truncated"
-            truncated = _marks(columns, path)
+            truncated = _flags(columns, path)
             before = np.flatnonzero(~keep[1:] & keep[:-1])
             truncated[before] |= ~terminated[before]
             columns = chosen_rows({**columns, path: truncated}, keep)
     return Columns(name, columns, warnings=tuple(warnings))
 
 
-def _rows_with_successors(
+def _rows_with_next(
     name: str, observed: list[Column], following: list[Column], terminated: NDArray[np.bool_]
 ) -> tuple[NDArray[np.bool_], str]:
     """Rows to keep, and a warning on the others; empty if all are kept."""
@@ -81,7 +83,7 @@ def _rows_with_successors(
     used = rows - int((~(empty & lost))[::-1].argmax())
     # Inside an episode a next observation of zeros is correct if the next row's observation is zero.
     lost[: used - 1] &= ~empty[1:used]
-    lost &= ~terminated  # the value of their successor is never used
+    lost &= ~terminated  # the value of their next observation is never used
     texts = []
     if count := int(lost[:used].sum()):
         texts.append(
@@ -99,8 +101,8 @@ def _group(columns: Mapping[str, Column], path: str) -> list[Column]:
     return [c for name, c in columns.items() if name == path or name.startswith(f"{path}/")]
 
 
-def _marks(columns: Mapping[str, Column], path: str | None) -> NDArray[np.bool_]:
-    """A column of marks, ``(rows,)``; False in every row where there is none."""
+def _flags(columns: Mapping[str, Column], path: str | None) -> NDArray[np.bool_]:
+    """A column of done flags, ``(rows,)``; False in every row if the column does not exist."""
     rows = int(next(iter(columns.values())).shape[0])
     if path is None or path not in columns:
         return np.zeros(rows, np.bool_)

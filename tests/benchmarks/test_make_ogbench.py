@@ -1,32 +1,30 @@
-"""OGBench's data made here: its columns, its seeds, and continuing after an interruption."""
+"""``benchmarks/make_ogbench.py``: columns, seeds, and continuing after an interruption."""
 
 import json
 
 import gymnasium
+import make_ogbench
 import numpy as np
 import pytest
 from extras import needs
 
 from iql_torchrl import load_dataset
-from iql_torchrl.data.__main__ import main
-from iql_torchrl.data.builtin import OGBENCH_LOCAL, ensure_dataset, make_dataset, ogbench
-from iql_torchrl.data.builtin.ogbench import _cube_is_visible, _is_corridor
 
 needs("ogbench")
-CUBE = "ogbench/cube-single-play-local"
-MAZE = "ogbench/pointmaze-medium-navigate-local"
+CUBE = "cube-single-play-local"
+MAZE = "pointmaze-medium-navigate-local"
 ROWS = 41
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("OGBENCH_DATASETS_PATH", str(tmp_path))
-    monkeypatch.setattr(ogbench, "ROWS", ROWS)
+    monkeypatch.setattr(make_ogbench, "ROWS", ROWS)
     return tmp_path
 
 
 def columns(folder, name):
-    with np.load(folder / f"{name.removeprefix('ogbench/')}.npz") as file:
+    with np.load(folder / f"{name}.npz") as file:
         return dict(file)
 
 
@@ -34,12 +32,13 @@ def columns(folder, name):
     "name",
     [
         name if "cube" in name or "3x3" in name else pytest.param(name, marks=pytest.mark.slow)
-        for name in OGBENCH_LOCAL
+        for name in make_ogbench.RECIPES
     ],
 )
 def test_two_episodes_have_ogbenchs_columns_load_and_replay(folder, name):
-    source = make_dataset(name, episodes=2, progress=False)
-    assert [path.name for path in folder.iterdir()] == [f"{name.removeprefix('ogbench/')}.npz"]
+    source = make_ogbench.make_ogbench(name, episodes=2)
+    assert source == f"ogbench/{name[: -len('-local')]}-singletask-local"
+    assert [path.name for path in folder.iterdir()] == [f"{name}.npz"]
     rows = columns(folder, name)
     assert rows["terminals"].nonzero()[0].tolist() == [ROWS - 1, 2 * ROWS - 1]
     assert {rows[key].dtype for key in ("observations", "actions", "qpos")} == {np.dtype("f4")}
@@ -50,14 +49,14 @@ def test_two_episodes_have_ogbenchs_columns_load_and_replay(folder, name):
     assert dataset.episode_lengths.tolist() == [ROWS - 1, ROWS - 1]
     assert dataset.observation_space.shape == rows["observations"].shape[1:]
     assert float(dataset.transitions["action"].std()) > 0.1
-    assert ensure_dataset(name, progress=False) == source
+    make_ogbench.ensure_ogbench(name)
     with pytest.raises(ValueError, match="already exists"):
-        make_dataset(name, progress=False)
+        make_ogbench.make_ogbench(name)
     if name != CUBE:
         return
     # from each recorded state the recorded action leads near the next one (rows are float32, and
     # the solver's warm start is not recorded)
-    recipe = OGBENCH_LOCAL[CUBE]
+    recipe = make_ogbench.RECIPES[CUBE]
     options = {"max_episode_steps": ROWS, "disable_env_checker": True, **recipe.options}
     with gymnasium.make(recipe.environment, terminate_at_goal=False, **options) as env:
         env.reset(seed=0)
@@ -76,7 +75,7 @@ def test_two_episodes_have_ogbenchs_columns_load_and_replay(folder, name):
 
 
 def test_an_interrupted_call_continues_with_the_same_versions_only(folder, monkeypatch, capsys):
-    made, recipe = [], OGBENCH_LOCAL[MAZE]
+    made, recipe = [], make_ogbench.RECIPES[MAZE]
 
     def interrupted(env, seed, number):
         if number == 2 and 2 not in made:
@@ -85,25 +84,27 @@ def test_an_interrupted_call_continues_with_the_same_versions_only(folder, monke
         made.append(number)
         return recipe.episode(env, seed, number)
 
-    assert main(["make", MAZE, "--episodes", "3", "--seed", "3", "--quiet"]) == 0
-    assert capsys.readouterr().out == "ogbench/pointmaze-medium-navigate-singletask-local\n"
-    assert main(["list"]) == 0
-    assert MAZE in capsys.readouterr().out
+    make_ogbench.main([MAZE, "--episodes", "3", "--seed", "3"])
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == (
+        "ogbench/pointmaze-medium-navigate-singletask-local\n",
+        "",
+    )
     whole = columns(folder, MAZE)
     assert json.loads(str(whole["made_with"]))["seed"] == 3
     (folder / "pointmaze-medium-navigate-local.npz").unlink()
-    monkeypatch.setattr(ogbench, "OGBENCH_LOCAL", {MAZE: recipe._replace(episode=interrupted)})
+    monkeypatch.setattr(make_ogbench, "RECIPES", {MAZE: recipe._replace(episode=interrupted)})
     with pytest.raises(KeyboardInterrupt):
-        make_dataset(MAZE, episodes=3, seed=3, progress=False)
+        make_ogbench.make_ogbench(MAZE, episodes=3, seed=3)
     (parts,) = (path for path in folder.iterdir() if path.is_dir())
     assert sorted(path.name for path in parts.iterdir()) == [
         "episode-00000.npz", "episode-00001.npz",
     ]  # fmt: skip
     with monkeypatch.context() as patch:
-        patch.setattr(ogbench, "version", lambda package: "1.0")
-        make_dataset(MAZE, episodes=1, seed=3, progress=False)
+        patch.setattr(make_ogbench, "version", lambda package: "1.0")
+        make_ogbench.make_ogbench(MAZE, episodes=1, seed=3)
     (folder / "pointmaze-medium-navigate-local.npz").unlink()
-    make_dataset(MAZE, episodes=3, seed=3, progress=False)
+    make_ogbench.make_ogbench(MAZE, episodes=3, seed=3)
     assert made == [0, 1, 2, 0, 2], "another version begins again"
     again = columns(folder, MAZE)
     assert again.keys() == whole.keys()
@@ -113,7 +114,9 @@ def test_an_interrupted_call_continues_with_the_same_versions_only(folder, monke
 
 def test_what_is_no_corridor():
     maze = np.array([[1, 1, 1, 1, 1], [1, 0, 0, 0, 1], [1, 1, 1, 0, 1], [1, 1, 1, 1, 1]])
-    corridors = [cell for cell in map(tuple, np.argwhere(maze == 0)) if _is_corridor(maze, cell)]
+    corridors = [
+        cell for cell in map(tuple, np.argwhere(maze == 0)) if make_ogbench._is_corridor(maze, cell)
+    ]
     assert corridors == [(1, 2)]  # a dead end and a corner are none
 
 
@@ -124,4 +127,4 @@ def test_what_is_no_corridor():
 def test_where_a_scenes_cube_is_visible(y, z, visible):
     states = np.zeros((3, 25))
     states[1, 15:17] = y, z
-    assert _cube_is_visible(states) is visible
+    assert make_ogbench._cube_is_visible(states) is visible

@@ -1,4 +1,6 @@
-"""OGBench's data made on this machine with the package's own scripted controllers.
+"""OGBench's data made on this machine with the scripted controllers of the package ``ogbench``.
+
+    python benchmarks/make_ogbench.py cube-single-play-local --episodes 100
 
 The protocol is that of OGBench's data (Park, Frans, Eysenbach, Levine 2025, appendix on datasets;
 ``data_gen_scripts`` of github.com/seohongpark/ogbench, commit 1d41409): manipulation of kind "play"
@@ -7,15 +9,19 @@ one is done; mazes of kind "navigate" follow the shortest path to random goals w
 of deviation 0.5. No trained weights are needed.
 
 The rows are another random draw than the published ones, from other versions of the simulator, so
-that their names end in ``-local``. The files have OGBench's columns and are in its folder: see
-``readers.ogbench``.
+that their names end in ``-local``. The files have OGBench's columns and are in the folder
+``OGBENCH_DATASETS_PATH`` (else ``~/.ogbench/data``); ``load_dataset`` reads them by the name that is
+printed, with ``-singletask-taskN`` in place of ``-singletask`` for another task. An episode of 1,000
+steps takes three to five seconds of one core (a maze: milliseconds); an interrupted call that is
+repeated continues.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import version
@@ -24,20 +30,20 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
+from iql_torchrl.data.builtin.recipes import Act, play
+from iql_torchrl.data.readers.arrays import package
+from iql_torchrl.data.readers.ogbench import PREFIX, ogbench_folder
+from iql_torchrl.files import atomic_write, folder_lock
+
 import gymnasium
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from iql_torchrl.data.builtin.recipes import Act, play
-from iql_torchrl.data.readers.arrays import package
-from iql_torchrl.data.readers.ogbench import PREFIX, ogbench_folder
-from iql_torchrl.data.saved import folder_lock
-from iql_torchrl.files import whole_file
-
 Arrays: TypeAlias = dict[str, NDArray[Any]]
 Cell: TypeAlias = tuple[int, int]
 
+EPISODES = 1000  # of the published data for training
 ROWS = 1001  # of an episode; the last one only has the observation after 1,000 steps
 #: A plan's noise: its scale, and the deviation of the Gaussian that smooths it, in steps.
 PLAN_NOISE, PLAN_SMOOTHING = 0.1, 0.5
@@ -58,24 +64,48 @@ class OGBenchRecipe(NamedTuple):
     description: str
     episode: Callable[[Any, int, int], Arrays]
     options: Mapping[str, Any]
-    episodes: int = 1000  # of the published data for training
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    names = "".join(f"\n{name}: {recipe.description}" for name, recipe in RECIPES.items())
+    parser = argparse.ArgumentParser(
+        formatter_class=argparse.RawDescriptionHelpFormatter, description=f"{__doc__}{names}"
+    )
+    parser.add_argument("name", choices=sorted(RECIPES), metavar="NAME")
+    parser.add_argument("--episodes", type=int, default=EPISODES)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    print(make_ogbench(options.name, episodes=options.episodes, seed=options.seed))
+
+
+def ensure_ogbench(name: str, *, episodes: int = EPISODES) -> None:
+    """Make the rows ``name`` with seed 0, unless their file exists."""
+    if not ogbench_path(name).exists():
+        make_ogbench(name, episodes=episodes)
 
 
 def ogbench_path(name: str) -> Path:
-    """The file of the rows ``name``, a key of ``OGBENCH_LOCAL``."""
-    return ogbench_folder() / f"{name.removeprefix(PREFIX)}.npz"
+    """The file of the rows ``name``, a key of ``RECIPES``."""
+    return ogbench_folder() / f"{name}.npz"
 
 
-def make_ogbench(name: str, *, episodes: int, seed: int, progress: bool) -> None:
-    """Make the rows ``name`` (a key of ``OGBENCH_LOCAL``) and write their file.
+def make_ogbench(
+    name: str, *, episodes: int = EPISODES, seed: int = 0, progress: bool = True
+) -> str:
+    """Make the rows ``name`` (a key of ``RECIPES``), write their file; the id for ``load_dataset``.
 
     Each episode is written to a folder next to the file, completely or not at all. An interrupted
     call that is repeated with the same versions of the packages and of the simulator continues there;
-    the result is the same. The folder is removed at the end.
+    the result is the same. The folder is removed at the end. ``progress``: show a bar on standard
+    error, if that is a terminal.
 
     Raises ``ValueError`` where the file exists, ``ImportError`` without the package ``ogbench``.
     """
-    recipe, path = OGBENCH_LOCAL[name], ogbench_path(name)
+    recipe, path = RECIPES[name], ogbench_path(name)
+    if episodes < 1 or seed < 0:
+        raise ValueError(f"expected episodes >= 1 and seed >= 0, got {episodes} and {seed}")
+    if path.exists():
+        raise ValueError(f"{path} already exists; delete it first")
     package("ogbench", f"making {name!r}", "ogbench")
     versions = {each: version(each) for each in ("ogbench", "mujoco", "numpy")}
     made_with = "-".join(f"{each}{number}" for each, number in versions.items())
@@ -90,7 +120,9 @@ def make_ogbench(name: str, *, episodes: int, seed: int, progress: bool) -> None
             recipe.environment, terminate_at_goal=False, max_episode_steps=ROWS,
             disable_env_checker=True, **recipe.options,
         ) as env:  # fmt: skip
-            for number in tqdm(range(episodes), desc=name, unit="episode", disable=not progress):
+            for number in tqdm(
+                range(episodes), desc=name, unit="episode", disable=None if progress else True
+            ):
                 if not files[number].exists():
                     _write(files[number], recipe.episode(env, seed, number))
         columns = {
@@ -99,11 +131,12 @@ def make_ogbench(name: str, *, episodes: int, seed: int, progress: bool) -> None
         made = {"name": name, "seed": seed, "episodes": episodes, **versions}
         _write(path, {**columns, "made_with": np.array(json.dumps(made))})
         shutil.rmtree(parts)
+    return f"{PREFIX}{name.removesuffix('-local')}-singletask-local"
 
 
 def _write(path: Path, arrays: Arrays) -> None:
     # np.savez adds a suffix to a file name, but not to an open file.
-    with whole_file(path) as temporary, temporary.open("wb") as file:
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
@@ -239,24 +272,21 @@ def _recipe(environment: str, objects: str | None = None) -> OGBenchRecipe:
             f"a robot arm moves {objects} to random targets, one after the other, by OGBench's "
             "plan-following controllers with smooth noise (kind 'play')"
         )
-    description = (
-        f"{environment}: {what}; 1,000 steps an episode. A new draw by the published protocol, not "
-        "the published rows. Rewards belong to a task: load it with -singletask-taskN-local in place "
-        "of -local."
-    )
-    return OGBenchRecipe(environment, description, episode, MappingProxyType(options))
+    return OGBenchRecipe(environment, f"{environment}, {what}", episode, MappingProxyType(options))
 
 
-OGBENCH_LOCAL: Mapping[str, OGBenchRecipe] = MappingProxyType(
+#: Name of the rows to recipe.
+RECIPES: Mapping[str, OGBenchRecipe] = MappingProxyType(
     {
-        f"{PREFIX}cube-single-play-local": _recipe("cube-single-v0", "a cube"),
-        f"{PREFIX}scene-play-local": _recipe(
-            "scene-v0", "a cube, two buttons, a drawer and a window"
-        ),
-        f"{PREFIX}puzzle-3x3-play-local": _recipe("puzzle-3x3-v0", "the 9 buttons of a puzzle"),
-        f"{PREFIX}puzzle-4x4-play-local": _recipe("puzzle-4x4-v0", "the 16 buttons of a puzzle"),
-        f"{PREFIX}pointmaze-medium-navigate-local": _recipe("pointmaze-medium-v0"),
-        f"{PREFIX}pointmaze-large-navigate-local": _recipe("pointmaze-large-v0"),
+        "cube-single-play-local": _recipe("cube-single-v0", "a cube"),
+        "scene-play-local": _recipe("scene-v0", "a cube, two buttons, a drawer and a window"),
+        "puzzle-3x3-play-local": _recipe("puzzle-3x3-v0", "the 9 buttons of a puzzle"),
+        "puzzle-4x4-play-local": _recipe("puzzle-4x4-v0", "the 16 buttons of a puzzle"),
+        "pointmaze-medium-navigate-local": _recipe("pointmaze-medium-v0"),
+        "pointmaze-large-navigate-local": _recipe("pointmaze-large-v0"),
     }
 )
-"""Name to recipe; the name with ``-singletask-taskN`` before ``-local`` is what is loaded."""
+
+
+if __name__ == "__main__":
+    main()
