@@ -23,9 +23,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import numpy as np
 from boundary_families import MOVING, NATURAL, OTHERS, Array, Episode, Family, bandit, contexts
 from record import machine, place, write
+
+import numpy as np
 
 Table: TypeAlias = dict[str, Any]
 EPISODES, ENVS, CUT = 40, 4, 25
@@ -254,7 +255,9 @@ def of_checkout(code: Path, arguments: Sequence[str]) -> dict[str, Any]:
 def tables(results: Mapping[str, Mapping[str, Any]], seeds: int) -> str:
     """Reports of each checkout as a share of the seeds: false alarms by family, faults found by form."""
     codes = list(results)
-    counts: dict[tuple[str, str, str], dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    counts: dict[tuple[str, str, str], dict[str, list[int]]] = defaultdict(
+        lambda: defaultdict(list)
+    )
     moving = [family.__name__ for family in MOVING]
     for code, families in results.items():
         for family, faults in families.items():
@@ -262,7 +265,10 @@ def tables(results: Mapping[str, Mapping[str, Any]], seeds: int) -> str:
             for fault, forms in faults.items():
                 for form, entry in forms.items():
                     counts[fault, form, kind][code].append(entry["reported"])
-    lines = [f"| rows | form | families | {' | '.join(codes)} |", "|---|---|---|" + "---:|" * len(codes)]
+    lines = [
+        f"| rows | form | families | {' | '.join(codes)} |",
+        "|---|---|---|" + "---:|" * len(codes),
+    ]
     for (fault, form, kind), numbers in counts.items():
         shares = " | ".join(f"{sum(numbers[c])} of {seeds * len(numbers[c])}" for c in codes)
         lines.append(f"| {fault} | {form} | {kind} | {shares} |")
@@ -275,7 +281,9 @@ def main() -> None:
     parser.add_argument("--code", type=Path, default=Path(__file__).parents[1])
     parser.add_argument("--only", default="", help="families, separated by commas")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--verbose", action="store_true", help="print each cell with its first text")
+    parser.add_argument(
+        "--verbose", action="store_true", help="print each cell with its first text"
+    )
     parser.add_argument("--print", action="store_true", help="measure this process's package only")
     parser.add_argument("--output", type=Path, default=place("boundaries"))
     options = parser.parse_args()

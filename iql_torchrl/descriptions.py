@@ -56,7 +56,7 @@ def one_line(error: BaseException) -> str:
 def faulty_bounds(low: ArrayLike, high: ArrayLike, *, largest: float = np.inf) -> str:
     """The faults of the bounds of an action, by dimension; empty for valid bounds.
 
-    Both must be finite, which here means of a magnitude below ``largest``, and low below high.
+    Both must be finite, which here means of a magnitude below ``largest``, and low at most high.
     """
     faults: dict[str, list[int]] = {}
     pairs = zip(np.asarray(low).flat, np.asarray(high).flat, strict=True)
@@ -65,8 +65,8 @@ def faulty_bounds(low: ArrayLike, high: ArrayLike, *, largest: float = np.inf) -
         if lacks:
             fault = "no finite bounds" if len(lacks) == 2 else f"no finite {lacks[0]} bound"
             faults.setdefault(fault, []).append(dimension)
-        elif not bottom < top:
-            fault = f"no range, from {_number(bottom)} to {_number(top)}"
+        elif not bottom <= top:
+            fault = f"low {_number(bottom)} above high {_number(top)}"
             faults.setdefault(fault, []).append(dimension)
     return "; ".join(
         f"{'dimension' if len(places) == 1 else 'dimensions'} {describe_values(places)[1:-1]}: {fault}"

@@ -28,8 +28,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchrl.data import ReplayBuffer
 
-TESTED = "torch 2.13, TorchRL 0.14.1 and tensordict 0.14.3"
+TESTED = "torch 2.14, TorchRL 0.14.1 and tensordict 0.14.3"
 
+PRIORITIES = {"_sum_tree", "_min_tree"}  # of a prioritised sampler, in its state_dict
 _NO_EXPORT = "Keep the checkpoint instead, and act with Agent.load(path)."
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -313,9 +314,54 @@ def stored_rows(replay: ReplayBuffer) -> Any:
     return find(replay.storage, "_storage")
 
 
-def without_prefetched(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A buffer's state without batches drawn ahead, which are no plain data."""
-    return {key: value for key, value in state.items() if key != "_prefetch_state"}
+def plain_buffer_state(replay: Any) -> dict[str, Any]:
+    """A buffer's state as plain data, without batches drawn ahead."""
+    state = {key: value for key, value in replay.state_dict().items() if key != "_prefetch_state"}
+    return state | (
+        {"_sampler": plain_sampler_state(replay.sampler)} if "_sampler" in state else {}
+    )
+
+
+def load_buffer_state(replay: Any, state: Mapping[str, Any]) -> None:
+    """Load what :func:`plain_buffer_state` gave."""
+    if "_sampler" in state:
+        state = {**state, "_sampler": _with_trees(replay.sampler, state["_sampler"])}
+    replay.load_state_dict(state)
+
+
+def plain_sampler_state(sampler: Any) -> dict[str, Any]:
+    """A sampler's state as plain data: a tensor in place of each C++ tree of priorities."""
+    state = dict(sampler.state_dict())
+    for name in PRIORITIES & state.keys():
+        state[name] = torch.as_tensor(state[name][_all_rows(sampler)]).cpu()
+    return state
+
+
+def load_sampler_state(sampler: Any, state: Mapping[str, Any]) -> None:
+    """Load what :func:`plain_sampler_state` gave."""
+    sampler.load_state_dict(_with_trees(sampler, state))
+
+
+def has_priorities(state: Mapping[str, Any]) -> bool:
+    """Whether a state of :func:`plain_sampler_state` is of a prioritised sampler."""
+    return bool(PRIORITIES & state.keys())
+
+
+def _with_trees(sampler: Any, state: Mapping[str, Any]) -> dict[str, Any]:
+    trees = {name: sampler.state_dict()[name] for name in PRIORITIES & state.keys()}  # copies
+    for name, tree in trees.items():
+        rows = _all_rows(sampler)
+        if len(state[name]) != len(rows):
+            raise ValueError(
+                f"max_capacity of the prioritised sampler is {len(rows)}, and {len(state[name])} in "
+                f"the saved state; expected the same."
+            )
+        tree[rows] = state[name].to(rows.device)
+    return {**state, **trees}
+
+
+def _all_rows(sampler: Any) -> Tensor:
+    return torch.arange(sampler.max_size, device=sampler.device)
 
 
 def registered_modules(trainer: Any) -> Mapping[str, Any]:

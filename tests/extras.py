@@ -23,6 +23,7 @@ EXTRAS = {
     "onnxruntime": "onnx",
     "onnxscript": "onnx",
     "optuna": "search",
+    "pandas": "readers",
     "PIL": "readers",
     "pandas": "readers",
     "pyarrow": "readers",

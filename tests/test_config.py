@@ -43,7 +43,7 @@ OUT_OF_RANGE = {
     "expectile": (0.3, 1.1, 0.0),
     "temperature": (-0.1, math.nan),
     "max_weight": (0.0, math.inf),
-    "discount": (1.0, math.nan),
+    "discount": (1.1, math.nan),
     "max_grad_norm": (0.0, math.inf, math.nan),
     "actor_lr": (0.0, math.inf),
     "hidden": ((), (256, 0)),
@@ -142,7 +142,7 @@ def test_other_keys_are_named():
     [
         ("updates", 0, "updates is 0; it must be >= 1: number of gradient updates."),
         ("actor_lr", math.inf, "actor_lr is inf; it must be > 0 and finite: learning rate of"),
-        ("discount", 1.0, "discount is 1.0; it must lie in [0, 1): discount factor gamma"),
+        ("discount", 1.1, "discount is 1.1; it must lie in [0, 1]: discount factor gamma"),
         ("temperature", -1.0, "must be >= 0 and finite: inverse temperature"),
         ("temperature", -1.0, "0 is behaviour cloning, and a negative one would prefer"),
         ("expectile", 0.3, "below 0.5 V follows the worse actions of the log"),

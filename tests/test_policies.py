@@ -17,7 +17,7 @@ from gymnasium import spaces
 from one_device import OneDevice
 from scipy import stats
 from scipy.special import logsumexp
-from small_agents import box_agent, log
+from small_agents import box_agent, config, log, saved
 from tensordict import TensorDict
 from tensordict.nn import NormalParamExtractor, TensorDictModule
 from torch import nn
@@ -27,11 +27,13 @@ from torchrl.modules import ProbabilisticActor, TanhNormal, ValueOperator
 from torchrl.objectives import SoftUpdate
 
 from iql_torchrl import (
+    Agent,
     IQLLoss,
     IQLStep,
     fitted_q_evaluation,
     importance_sampling,
     load_dataset,
+    make_agent,
     networks,
     policies,
 )
@@ -392,3 +394,45 @@ def test_fitted_q_accepts_it_and_importance_sampling_refuses_it_in_one_sentence(
         words = f"member '{name}', a {kind}, has no density: importance sampling needs the log-prob"
         with pytest.raises(ValueError, match=words):
             importance_sampling({name: member}, dataset, behaviour=agent, discount=0.9)
+
+
+# -- a dimension of the action that is constant
+
+
+@pytest.mark.parametrize("gap", [0.0, 2e-8])  # equal bounds, and bounds that differ by rounding
+@pytest.mark.parametrize("policy", ["gaussian", "tanh_normal", "deterministic", "mixture", "flow"])
+def test_a_constant_dimension_of_the_action_stays_constant(policy, gap, tmp_path):
+    fixed = np.float32(0.3)
+    space = spaces.Box(np.array([-1, fixed], "f4"), np.array([1, fixed + gap], "f4"))
+    actions = np.random.default_rng(0).uniform(-1, 1, (40, 2)).astype(np.float32)
+    actions[:, 1] = fixed
+    data = load_dataset(log(action=actions), action_space=space)
+    agent = make_agent(config(policy=policy), data)
+    buffer = data.replay_buffer(16, seed=0)
+    for _ in range(20):
+        metrics = agent.step(buffer.sample())
+    assert all(torch.isfinite(metrics[name]) for name in ("loss_actor", "loss_qvalue"))
+    seen = data.transitions["observation"].numpy()
+    for deterministic in (True, False):
+        chosen = agent.act(seen, deterministic=deterministic)
+        np.testing.assert_allclose(chosen[:, 1], fixed, rtol=0, atol=2 * gap)
+        assert len(np.unique(chosen[:, 0])) > 20
+        assert space.contains(chosen[0])
+    again = Agent.load(saved(agent, tmp_path / "agent.torchrl"))
+    np.testing.assert_array_equal(again.act(seen), agent.act(seen))
+
+
+@pytest.mark.parametrize("policy", ["gaussian", "tanh_normal", "mixture"])
+def test_a_constant_dimension_does_not_change_the_others_density(policy):
+    spec = Bounded(torch.tensor([-1.0, 0.3]), torch.tensor([1.0, 0.3]), (2,))
+    actor = getattr(policies, policy)(5, spec, hidden=(8,))
+    dist = actor.get_dist(observations(6))
+    action = torch.tensor([0.5, 0.3]).expand(6, 2)
+    value = dist.log_prob(action)
+    assert value.isfinite().all()
+    varying, still = (torch.tensor(mask).expand(6, 2) for mask in ([True, False], [False, True]))
+    assert torch.equal(value, dist.masked_log_prob(action, varying))
+    torch.testing.assert_close(dist.masked_log_prob(action, still), torch.zeros(6))
+    if policy == "gaussian":  # SciPy's density of the first dimension
+        loc, scale = (x[:, 0].detach() for x in (dist.base_dist.loc, dist.base_dist.scale))
+        np.testing.assert_allclose(value.detach(), stats.norm.logpdf(0.5, loc, scale), rtol=1e-5)

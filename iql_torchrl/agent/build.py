@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ from iql_torchrl.agent.export import described_policy, export_policy, versions
 from iql_torchrl.agent.networks import Encoders, check_images, make_networks
 from iql_torchrl.agent.task import Task
 from iql_torchrl.config import IQLConfig, check_usable, loss_knobs
-from iql_torchrl.data import DatasetSummary
+from iql_torchrl.data import DatasetSummary, DatasetWarning
 from iql_torchrl.evaluation.acting import act, private_random_numbers
 from iql_torchrl.evaluation.result import Evaluation
 from iql_torchrl.files import CheckpointError, components, newest, read_components
@@ -289,8 +290,9 @@ def make_agent(
     Boxes) are encoded once for all networks, each leaf by itself:
 
     - Box: flattened and standardised; MultiBinary: 0 and 1; Discrete, MultiDiscrete: one-hot;
-    - images (Box ``(H, W, C)`` or ``(C, H, W)``, at least 8 x 8, of uint8 or of floats in [0, 1]):
-      ``networks.ImageEncoder``, trained as ``config.encoder_gradient`` says.
+    - images (Box ``(H, W, C)`` or ``(C, H, W)``, at least 8 x 8, of uint8 or of floats in [0, 1]) and
+      stacks of them (``(k, H, W, C)``): ``networks.ImageEncoder``, trained as
+      ``config.encoder_gradient`` says.
 
     With ``history`` in the config the networks read the last observations of the episode, and batches
     are those of ``dataset.windows(history)`` (``stack=True`` for ``history_encoder="stack"``), which
@@ -305,7 +307,8 @@ def make_agent(
     ``"observation"`` where there is no Dict. A module turns a batch of the leaf as it is stored,
     ``(B, *shape)``, into features ``(B, F)``, is trained with the others, and is not copied.
 
-    Draws the initial weights from ``config.seed`` without touching the caller's random state.
+    Draws the initial weights from ``config.seed`` without touching the caller's random state. Warns
+    with ``DatasetWarning`` where the config's discount is 1 and the dataset has truncated episodes.
 
     Raises ``ValueError`` when an encoder names no leaf or gives no vector, float images lie outside
     [0, 1], the actions are neither Discrete nor a Box of floats ``(A,)`` with finite bounds, the policy
@@ -319,7 +322,20 @@ def make_agent(
         )
     task = Task.of(dataset)
     check_images(dataset, encoders or {})
+    check_discount(config.discount, dataset)
     return build_agent(config, task, encoders)
+
+
+def check_discount(discount: float, dataset: DatasetSummary) -> None:
+    """Warn where ``discount`` is 1 and an episode is truncated, past which values have no bound."""
+    if discount == 1 and dataset.range_of(("next", "truncated"))[1]:
+        warnings.warn(
+            f"discount is 1 and {dataset.name} has truncated episodes, past which undiscounted values "
+            "are bootstrapped without a bound. Choose a discount below 1; or, where those episodes "
+            "really end there, load them as terminated.",
+            DatasetWarning,
+            stacklevel=3,
+        )
 
 
 def build_agent(config: IQLConfig, task: Task, encoders: Encoders | None = None) -> Agent:

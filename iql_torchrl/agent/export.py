@@ -240,7 +240,7 @@ def export_policy(policy: TensorDictModuleBase, task: Task, path: str | Path) ->
     runs it without torch. ONNX has no assertions: onnxruntime compares dtypes and all dimensions but
     the first, and nothing compares values, so check them before the call (the description says
     which). Before the file is written its actions are compared with the policy's, to 1e-5 times the
-    greater of 1 and the action, in batches of 1, 2 and 7.
+    larger bound, in batches of 1, 2 and 7.
 
     ``policy`` may be any TensorDict module that writes ``action``; it and the caller's random
     generators do not change. Returns ``path``.
@@ -283,7 +283,8 @@ def export_policy(policy: TensorDictModuleBase, task: Task, path: str | Path) ->
         else:
             run, tolerance, form = program.module(), 1e-6, "traced"
             torch.export.save(program, file)
-        _compare(run, batches, actions, tolerance, f"this {kind}, once {form},")
+        size = _size_of(task.action_space)
+        _compare(run, batches, actions, tolerance, size, f"this {kind}, once {form},")
     description |= {"use": USE[path.suffix], "versions": versions()}
     note = json.dumps(description, indent=2, allow_nan=False) + "\n"
     with atomic_write(path) as temporary:
@@ -299,16 +300,25 @@ def _compare(
     batches: Sequence[Sequence[Tensor]],
     actions: Sequence[Tensor],
     tolerance: float,
+    size: Tensor,
     what: str,
 ) -> None:
     for batch, action in zip(batches, actions, strict=True):
         error = (program(*batch).double() - action.double()).abs()
-        if not bool((error <= tolerance * action.double().abs().clamp(min=1.0)).all()):
+        if not bool((error <= tolerance * torch.maximum(action.double().abs(), size)).all()):
             raise RuntimeError(
                 f"{what} acts differently, by {error.max():.3g} in a batch of {len(action)}: it draws "
                 "random numbers, keeps a state, or branches on values. Make its deterministic action "
                 "a function of its inputs alone."
             )
+
+
+def _size_of(space: spaces.Space[Any]) -> Tensor:
+    """The larger bound of each dimension of the actions; 1 where it is 0 or not finite."""
+    if not isinstance(space, spaces.Box):
+        return torch.ones(())
+    largest = np.maximum(np.abs(space.low), np.abs(space.high)).astype(np.float64)
+    return torch.from_numpy(np.where(np.isfinite(largest) & (largest > 0), largest, 1.0))
 
 
 def _traced(module: nn.Module, examples: Sequence[Tensor], kind: str) -> ExportedProgram:

@@ -117,7 +117,7 @@ def _check_actions(config: IQLConfig, space: gym.Space[Any]) -> None:
     if not discrete and (faults or not vector):
         raise ValueError(
             f"{described}; {faults and f'{faults}. '}make_agent supports Discrete, and Box of floats "
-            "of shape (A,) with finite bounds, low < high. For a Box of another shape pass "
+            "of shape (A,) with finite bounds, low <= high. For a Box of another shape pass "
             "dataset.flatten_actions(); where the environment accepts a finite range, "
             "dataclasses.replace(dataset, action_space=gymnasium.spaces.Box(low, high)) with one that "
             "holds the logged actions. Else record other actions (combinations of choices can be "

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchrl.data import Composite, TensorSpec
 
-from iql_torchrl.data import DatasetSummary, ObservationStatistics
+from iql_torchrl.data import DatasetSummary, ObservationStatistics, RewardMap
 from iql_torchrl.data.codec import observation_spec_of, spec_of_space
 from iql_torchrl.data.schema import ACTION, Key
 
@@ -38,6 +38,8 @@ class Task:
         dtype: torch.float32 or torch.float64, of observations and continuous actions.
         name: of the data, for display.
         reference_scores: raw returns (random, expert), or None.
+        reward_map: the reward scaling of the dataset, in whose units the critics' values are; None
+            where unknown.
         episodes: digests of some of the log's episodes (``data.digests``). With them an
             estimate of this agent's value recognises episodes that it was trained on. None where
             unknown.
@@ -50,6 +52,7 @@ class Task:
     dtype: torch.dtype = torch.float32
     name: str = "task"
     reference_scores: tuple[float, float] | None = None
+    reward_map: RewardMap | None = None
     episodes: NDArray[np.int64] | None = field(default=None, repr=False)
 
     @classmethod
@@ -84,7 +87,7 @@ class Task:
             }
             for key, each in self.statistics.items()
         ]
-        scores, episodes = self.reference_scores, self.episodes
+        scores, episodes, change = self.reference_scores, self.episodes, self.reward_map
         return {
             **vars(self),
             "observation_space": space_state(self.observation_space),
@@ -92,13 +95,14 @@ class Task:
             "statistics": statistics,
             "dtype": str(self.dtype).removeprefix("torch."),
             "reference_scores": None if scores is None else [float(score) for score in scores],
+            "reward_map": None if change is None else [change.scale, change.shift],
             "episodes": None if episodes is None else torch.from_numpy(episodes.copy()),
         }
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> Task:
         """The task whose ``state_dict`` this is; ``ValueError`` on missing or unknown entries."""
-        state = {"episodes": None, **state}  # unknown to the first checkpoints
+        state = {"episodes": None, "reward_map": None, **state}  # unknown to older checkpoints
         expected = {each.name for each in fields(cls)}
         if set(state) != expected:
             raise ValueError(
@@ -112,12 +116,14 @@ class Task:
             mean, std, constant = entry["mean"], entry["std"], tuple(entry["constant"])
             statistics[key] = ObservationStatistics(mean, std, constant, entry["count"])
         scores, episodes = state["reference_scores"], state["episodes"]
+        change = state["reward_map"]
         restored = {
             "observation_space": space_from_state(state["observation_space"]),
             "action_space": space_from_state(state["action_space"]),
             "statistics": statistics,
             "dtype": {"float32": torch.float32, "float64": torch.float64}[state["dtype"]],
             "reference_scores": None if scores is None else tuple(scores),
+            "reward_map": None if change is None else RewardMap(*change),
             "episodes": None if episodes is None else episodes.numpy(),
         }
         return cls(**{**state, **restored})

@@ -38,7 +38,10 @@ class IQLConfig:
     )
     batch_size: int = knob(256, "transitions per update", interval="[1, inf)")
     discount: float = knob(
-        0.99, "discount factor gamma per environment step", interval="[0, 1)", per_run=True
+        0.99,
+        "discount factor gamma per environment step; 1 where every episode terminates",
+        interval="[0, 1]",
+        per_run=True,
     )
     expectile: float = knob(
         0.7,

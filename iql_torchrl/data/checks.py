@@ -305,15 +305,13 @@ def _lost_by_rounding(key: str, rows: NDArray[np.float64], names: list[str]) -> 
 def fixed_horizon(source: Source, limit: int | None) -> tuple[str, str]:
     """A warning, or a note, where all episodes terminate at one step: it may be a time limit.
 
-    A warning where the environment has this limit; a note where none is known and no column has
-    truncated flags; both are empty otherwise.
+    A warning where the environment has this limit, a note where none is known; else both are empty.
     """
-    lengths, ended, known = [], [], False
-    for columns, episodes in source.parts:
+    lengths, ended = [], []
+    for _, episodes in source.parts:
         ends = np.cumsum(episodes.lengths) - 1
         lengths.append(episodes.lengths)
         ended.append(episodes.terminated[ends])
-        known |= bool({"truncated", "valid", "not_terminated"} & columns.paths.keys())
     length, end = np.concatenate(lengths), np.concatenate(ended)
     # The file may cut the last episode short. Short episodes often have equal lengths.
     complete = length if end[-1] else length[:-1]
@@ -337,7 +335,7 @@ def fixed_horizon(source: Source, limit: int | None) -> tuple[str, str]:
             f"{remedy}. If each episode really terminates after that many steps, ignore this warning.",
             "",
         )
-    if limit is None and not known:
+    if limit is None:
         return (
             "",
             f"{text}. If that is a time limit, at which values must be bootstrapped, {remedy}.",

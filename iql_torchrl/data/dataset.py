@@ -263,7 +263,7 @@ class OfflineDataset(DatasetSummary):
         """
         space = flat_action_space(self.action_space, self.name)
         transitions = self.transitions.copy()
-        transitions["action"] = self.transitions["action"].flatten(1)
+        transitions["action"] = self.transitions["action"].reshape(len(self), -1)
         env = partial(adapted_env, self.make_env, Adaptation(flat_action=True))
         return replace(self, transitions=transitions, action_space=space, env=env)
 

@@ -187,7 +187,7 @@ class DeviceSampler:
         return None
 
     def sample(self, batch_size: int | None = None) -> TensorDict:
-        """A fresh batch ``(batch_size,)``."""
+        """A new batch ``(batch_size,)``."""
         return self.gather(self.indices(batch_size))
 
 

@@ -226,7 +226,7 @@ FORMS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
         lambda known: [(key, *vars(each).values()) for key, each in known.items()],
         lambda saved: {
             key if isinstance(key, str) else tuple(key): ObservationStatistics(
-                torch.tensor(mean, dtype=torch.float32), torch.tensor(std, dtype=torch.float32),
+                torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64),
                 tuple(constant), count,
             )
             for key, mean, std, constant, count in saved
@@ -359,6 +359,9 @@ def _parse(
     entries = {tuple(key): rest for key, *rest in record["entries"]}
     layout = {key: Field(tuple(s), getattr(torch, d)) for key, (s, d, _) in entries.items()}
     files = {name: (int(size), str(digest)) for name, (size, digest) in record["files"].items()}
+    described = {name: form(record[name]) for name, (_, form) in FORMS.items()}
+    dtype, statistics = layout[REWARD].dtype, described["statistics"]
+    described["statistics"] = {key: each.to(dtype) for key, each in statistics.items()}
     shards = []
     for name, rows in record["shards"]:
         inside = {file: c for file, (_, c) in files.items() if file.startswith(f"{name}/")}
@@ -368,8 +371,8 @@ def _parse(
         Description(
             episode_returns=returns,
             episode_lengths=lengths,
-            dtype=layout[REWARD].dtype,
-            **{name: form(record[name]) for name, (_, form) in FORMS.items()},
+            dtype=dtype,
+            **described,
         ),
         files,
         tuple(shards),

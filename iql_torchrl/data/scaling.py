@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -85,15 +85,26 @@ def _pair(values: Any) -> bool:
 class ObservationStatistics:
     """Mean and standard deviation of one observation key over all rows, shape of one row.
 
-    float32, accumulated in float64; the deviation is that of the rows (divided by N). ``constant``:
-    flat indices of columns that never change; their ``std`` is 1, to avoid a division by zero.
-    ``count``: rows.
+    float64 for rows of float64, else float32; accumulated in float64; the deviation is that of the
+    rows (divided by N). ``constant``: flat indices of columns that never change; their ``std`` is 1, to
+    avoid a division by zero. ``count``: rows.
     """
 
     mean: Tensor
     std: Tensor
     constant: tuple[int, ...]
     count: int
+
+    @classmethod
+    def of(cls, rows: Tensor) -> ObservationStatistics:
+        """Those of rows ``(N, *shape)``, N at least 1."""
+        total = StatisticsAccumulator(tuple(rows.shape[1:]))
+        total.update(rows)
+        return total.result()
+
+    def to(self, dtype: torch.dtype) -> ObservationStatistics:
+        """The same numbers in another dtype of floats."""
+        return replace(self, mean=self.mean.to(dtype), std=self.std.to(dtype))
 
 
 class StatisticsAccumulator:
@@ -107,11 +118,13 @@ class StatisticsAccumulator:
     def __init__(self, shape: tuple[int, ...]) -> None:
         size = math.prod(shape)
         self.shape, self.count = shape, 0
+        self.dtype: type[np.floating[Any]] = np.float32
         self.mean, self.squares = np.zeros(size), np.zeros(size)
         self.low, self.high = np.full(size, np.inf), np.full(size, -np.inf)
 
     def update(self, values: Tensor) -> None:
         """Adds rows ``(B, *shape)``, at least one."""
+        self.dtype = np.float64 if values.dtype == torch.float64 else np.float32
         rows = values.detach().cpu().numpy().reshape(len(values), -1).astype(np.float64)
         self.low = np.minimum(self.low, rows.min(axis=0))
         self.high = np.maximum(self.high, rows.max(axis=0))
@@ -126,10 +139,10 @@ class StatisticsAccumulator:
 
     def result(self) -> ObservationStatistics:
         still = self.low == self.high
-        std = np.sqrt(self.squares / max(self.count, 1)).astype(np.float32)
-        # The deviation of a column that changes by less than float32's resolution may be zero.
-        std[still | (std == 0)] = 1.0
-        mean = np.where(still, self.low, self.mean).astype(np.float32)
+        std = np.sqrt(self.squares / max(self.count, 1)).astype(self.dtype)
+        # Below the smallest normal number a deviation may count as 0 where it is divided by.
+        std[still | (std < np.finfo(self.dtype).tiny)] = 1.0
+        mean = np.where(still, self.low, self.mean).astype(self.dtype)
         return ObservationStatistics(
             mean=torch.from_numpy(mean).reshape(self.shape),
             std=torch.from_numpy(std).reshape(self.shape),

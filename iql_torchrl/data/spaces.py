@@ -72,13 +72,15 @@ def is_vector(space: gym.Space[Any]) -> bool:
 
 
 def is_image(space: gym.Space[Any]) -> bool:
-    """Whether a space is one of images.
+    """True for a space of images, or of stacks of images.
 
-    A Box of three dimensions, at least 8 x 8 beside the channels, of uint8, or of floats in [0, 1].
+    A Box of three dimensions, at least 8 x 8 beside the channels, of uint8, or of floats in [0, 1]; or
+    of four dimensions of which the last three are so: ``(k, H, W, C)``, as Gymnasium's
+    ``FrameStackObservation`` gives.
     """
-    if not isinstance(space, spaces.Box) or len(space.shape) != 3:
+    if not isinstance(space, spaces.Box) or len(space.shape) not in (3, 4):
         return False
-    if sorted(space.shape)[1] < SMALLEST_IMAGE:
+    if sorted(space.shape[-3:])[1] < SMALLEST_IMAGE:
         return False
     fraction = bool((space.low == 0).all() and (space.high == 1).all())
     return space.dtype == np.uint8 or (np.issubdtype(space.dtype, np.floating) and fraction)

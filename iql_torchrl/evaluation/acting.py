@@ -26,8 +26,8 @@ from iql_torchrl.evaluation.policy_input import (
     stacked,
 )
 from iql_torchrl.networks import History, chunk_of, history_of
+from iql_torchrl.tolerance import outside_bounds
 
-ACTION_TOLERANCE = 1e-6
 Moments = Sequence[tuple[int, int]]
 
 
@@ -288,7 +288,7 @@ def environment_actions(actions: Tensor, space: spaces.Space[Any], moments: Mome
     ``moments`` are the ``(episode, step)`` of each row, for messages. For Discrete: Python
     integers, from indices counted from zero or the largest of n values. For MultiDiscrete: arrays,
     from indices counted from zero. For Box: arrays in the space's dtype, clipped where they exceed a
-    bound by at most 1e-6 (relative beyond 1). Raises ``ValueError`` for an action that is NaN,
+    bound by rounding (``tolerance.outside_bounds``). Raises ``ValueError`` for an action that is NaN,
     infinite, out of bounds or of the wrong shape.
     """
     actions = actions.detach().cpu()
@@ -318,9 +318,6 @@ def environment_actions(actions: Tensor, space: spaces.Space[Any], moments: Mome
         outside = (values < 0) | (values >= space.nvec)
         _refuse(outside, values, moments, f"is not in 0 <= index < n of {describe_space(space)}")
         return list((values + space.start).astype(space.dtype))
-    low, high = space.low.astype(np.float64), space.high.astype(np.float64)
-    excess = [ACTION_TOLERANCE * np.maximum(1.0, np.abs(bound)) for bound in (low, high)]
-    outside = (values < low - excess[0]) | (values > high + excess[1])
     bounds = f"the bounds {bounds_in_words(space.low, space.high)}"
     finite = np.isfinite(values)
     _refuse(~finite, values, moments, f"is not finite; it must be within {bounds}")
@@ -328,8 +325,9 @@ def environment_actions(actions: Tensor, space: spaces.Space[Any], moments: Mome
         "bound the policy, or wrap the environment in gymnasium.wrappers.ClipAction or "
         "RescaleAction if that is how the data was recorded"
     )
+    outside = outside_bounds(values, space.low, space.high)
     _refuse(outside, values, moments, f"is outside {bounds}; {advice}")
-    return list(np.clip(values, low, high).astype(space.dtype))
+    return list(np.clip(values, space.low, space.high).astype(space.dtype))
 
 
 def _discrete_actions(values: NDArray[Any], space: spaces.Discrete, moments: Moments) -> list[int]:

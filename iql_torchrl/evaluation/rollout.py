@@ -66,8 +66,7 @@ def evaluate(
 
     Discrete actions may be indices counted from zero, ``(B,)`` or ``(B, 1)``, or one value per
     action, ``(B, n)``, of which the largest is taken (one-hot included). Box actions must be
-    finite and lie within the bounds; an excess up to 1e-6 (relative to bounds beyond 1) is
-    clipped.
+    finite and lie within the bounds; an excess by rounding is clipped.
 
     Args:
         policy: a TensorDict module; its training mode is restored afterwards.

@@ -14,6 +14,10 @@ from torch import Tensor
 from iql_torchrl.data.goals import FOR_ACTOR
 from iql_torchrl.networks import CHUNK_MASK, HISTORY_MASK
 
+LAST_LAYERS = (
+    "Check the networks' last layers: each gives one number for each that the others give."
+)
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -192,8 +196,8 @@ def per_sample(value: Tensor, shape: torch.Size, key: NestedKey, *, leading: int
 
     The one place where ``(B, 1)`` becomes ``(B,)``, so that no later sum broadcasts to ``(B, B)``.
     ``leading`` dimensions (an ensemble's) come first; dimensions after the batch's (agents, say)
-    stay, and :func:`agree` holds them equal between quantities. Raises ``ValueError`` when the
-    batch shape is not where it belongs, ``TypeError`` on anything but a tensor.
+    stay, and :func:`check_same_shape` holds them equal between quantities. Raises ``ValueError`` when
+    the batch shape is not where it belongs, ``TypeError`` on anything but a tensor.
     """
     if not isinstance(value, Tensor):  # of a function of the user's
         raise TypeError(
@@ -237,25 +241,39 @@ def output_of(written: TensorDictBase, key: NestedKey, name: str) -> Tensor:
     return value
 
 
-def agree(**quantities: Tensor) -> None:
-    """Raise ``ValueError`` unless all quantities have one shape, so that nothing broadcasts."""
+def check_same_shape(advice: str, **quantities: Tensor) -> None:
+    """Raise ``ValueError`` with ``advice`` unless all quantities have one shape: nothing broadcasts."""
     shapes = {name: tuple(value.shape) for name, value in quantities.items()}
     if len(set(shapes.values())) > 1:
         raise ValueError(
             f"{', '.join(f'{name} has shape {shape}' for name, shape in shapes.items())}; expected "
-            "one number per sample in each. Check the networks' last layers, and sum a "
-            "log-probability over action dimensions (torch.distributions.Independent)."
+            f"one shape, with one number per sample in each. {advice}"
         )
 
 
 def check_action(key: NestedKey, logged: Tensor, shape: Sequence[int]) -> None:
     """Raise ``ValueError`` unless the logged action has the ``shape`` of the policy's actions."""
-    if tuple(logged.shape) != tuple(shape):
-        raise ValueError(
-            f"{key!r} has shape {tuple(logged.shape)} and the policy's actions have shape "
-            f"{tuple(shape)}; expected one shape, so that nothing broadcasts. An action of one number "
-            "is stored as (*B, 1): batch['action'].unsqueeze(-1)."
+    found, expected = tuple(logged.shape), tuple(shape)
+    if found == expected:
+        return
+    discrete = ", or use DiscreteIQLLoss, which accepts indices and one-hot actions"
+    if found == expected[:-1] and expected[-1] == 1:
+        advice = "An action of one number is stored as (*B, 1): batch['action'].unsqueeze(-1)"
+    elif found == (*expected, 1):
+        advice = (
+            "This distribution takes one number per sample without a dimension of its own, such as the "
+            f"index of a Categorical: give it batch['action'].squeeze(-1){discrete}"
         )
+    elif found[:-1] == expected:
+        advice = (
+            f"If these are one-hot, give it their indices, batch['action'].argmax(-1){discrete}"
+        )
+    else:
+        advice = "Make the policy with the action spec of the data, dataset.action_spec"
+    raise ValueError(
+        f"{key!r} has shape {found} and the policy's actions have shape {expected}; expected one "
+        f"shape, so that nothing broadcasts. {advice}."
+    )
 
 
 def _missing(key: NestedKey, tensordict: TensorDictBase) -> str:

@@ -15,7 +15,14 @@ from torch import Tensor
 from torchrl.objectives.value import TD0Estimator
 
 from iql_torchrl import functional as F
-from iql_torchrl.losses.batch import Batch, agree, check_chunks, output_of, per_sample, read_batch
+from iql_torchrl.losses.batch import (
+    Batch,
+    check_chunks,
+    check_same_shape,
+    output_of,
+    per_sample,
+    read_batch,
+)
 from iql_torchrl.losses.checks import FLOWS
 from iql_torchrl.losses.draws import (
     FLOW_DROP,
@@ -359,7 +366,13 @@ class EvaluatedLoss(NetworkLoss):
                 gamma = gamma ** per_sample(steps, shape, keys.steps_to_next_obs)
             if next_value is None:
                 next_value = self.state_value(batch.next)
-            agree(reward=reward, terminated=terminated, next_state_value=next_value)
+            check_same_shape(
+                "Where V gives a value for each agent, a team's reward and 'terminated' are stored for "
+                "each agent too: entry.expand(*B, agents). Else check V's last layer.",
+                reward=reward,
+                terminated=terminated,
+                next_state_value=next_value,
+            )
             return F.td_target(reward, next_value, terminated, gamma=gamma)
 
     def _discount(self, batch: Batch) -> Tensor:

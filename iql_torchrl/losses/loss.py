@@ -17,7 +17,7 @@ from torchrl.modules import Delta
 from iql_torchrl import functional as F
 from iql_torchrl.config import IQLConfig, Knob, check_choice, loss_knobs
 from iql_torchrl.config.iql_config import OWN_WEIGHTS
-from iql_torchrl.losses.batch import Batch, agree, check_action, per_sample
+from iql_torchrl.losses.batch import LAST_LAYERS, Batch, check_action, check_same_shape, per_sample
 from iql_torchrl.losses.checks import FLOWS, check_actor, check_form
 from iql_torchrl.losses.critics import Critics
 from iql_torchrl.losses.draws import FLOW_DROP, FLOW_NOISE, FLOW_TIME
@@ -165,7 +165,7 @@ class ImplicitQLoss(EvaluatedLoss):
         With ``pessimism`` the target is ``mean - pessimism * std`` in place of the minimum.
         """
         value = self.state_value(batch)
-        agree(state_value=value, target_qvalue=target_qvalue)
+        check_same_shape(LAST_LAYERS, state_value=value, target_qvalue=target_qvalue)
         if callable(self.value_objective):
             loss = self.value_objective(target_qvalue, value)
             loss = per_sample(loss, batch.data.batch_size, "value_objective's result")
@@ -205,7 +205,12 @@ class ImplicitQLoss(EvaluatedLoss):
         if self.actor_objective == "conditioned_flow":
             metadata["condition"] = self.condition_of(advantage, batch)
         error = self._actor_error(batch, metadata.get("condition"))
-        agree(policy_error=error, advantage=advantage)
+        check_same_shape(
+            "Sum a log-probability over the dimensions of the action "
+            "(torch.distributions.Independent(distribution, 1)).",
+            policy_error=error,
+            advantage=advantage,
+        )
         if self.actor_objective == "log_prob":
             metadata["log_prob"] = -error.detach()
         return self._reduce(weight * error, batch), metadata
@@ -249,7 +254,7 @@ class ImplicitQLoss(EvaluatedLoss):
         ``metadata["td_error"]`` is the squared error of every critic, ``(K, *B)``, 0 where masked.
         """
         qvalue = self.action_values(batch, LIVE_CRITICS)
-        agree(qvalue=qvalue[0], td_target=td_target)
+        check_same_shape(LAST_LAYERS, qvalue=qvalue[0], td_target=td_target)
         target = td_target.expand_as(qvalue)
         loss = F.regression_loss(qvalue, target, loss_function=self.loss_function).sum(0)
         td_error = (qvalue.detach() - target).square()
@@ -304,7 +309,8 @@ class ImplicitQLoss(EvaluatedLoss):
     def logged_action(self, batch: Batch, dist: distributions.Distribution) -> Tensor:
         """The logged action in the form that ``dist.log_prob`` takes."""
         action, shape = batch.data.get(self.tensor_keys.action), dist.batch_shape + dist.event_shape
-        if len(shape) >= action.ndim:  # a class of the user's may leave its shapes empty
+        # A class of the user's may leave its shapes empty; a Categorical does not.
+        if len(shape) >= action.ndim or isinstance(dist, distributions.Categorical):
             check_action(self.tensor_keys.action, action, shape)
         return action
 
@@ -373,7 +379,7 @@ class ImplicitQLoss(EvaluatedLoss):
             error = _where(self.made_actions(batch), (action - logged).square()).sum(-1)
         else:
             error = -self._log_prob(batch, dist)
-        agree(value_of_policy=q, cloning_error=error)
+        check_same_shape(LAST_LAYERS, value_of_policy=q, cloning_error=error)
         return self.bc_weight * error - q / scale, values.detach().amin(0)
 
     # -- TorchRL's interface -----------------------------------------------------------------------

@@ -92,7 +92,9 @@ class ImageEncoder(nn.Module):
 
     Args:
         shape: of one image, ``(H, W, C)`` or ``(C, H, W)``: the shorter of the two outer dimensions is
-            the channels, and the last where they are equal.
+            the channels, and the last where they are equal. With a dimension before these it is a
+            stack of k images, as Gymnasium's ``FrameStackObservation`` gives; their channels become
+            ``k * C`` channels of one image, the first image's first.
         features: width of the output.
         kind: ``"small"``: three convolutions, those of Mnih et al. 2015 ("Human-level control
             through deep reinforcement learning") for sides of at least 36, else of 3 x 3 with
@@ -100,7 +102,7 @@ class ImageEncoder(nn.Module):
             maximum over 3 x 3 with stride 2, and two residual blocks (Espeholt et al. 2018,
             arXiv:1802.01561).
 
-    Raises ``ValueError`` on a shape that is not of three dimensions, images smaller than 8 x 8,
+    Raises ``ValueError`` on a shape that is not of three or four dimensions, images smaller than 8 x 8,
     and another kind; a call raises it on images of another size.
     """
 
@@ -109,15 +111,16 @@ class ImageEncoder(nn.Module):
         self.shape = tuple(int(size) for size in shape)
         check_whole(features=features)
         check_choice("kind", kind, ("small", "residual"))
-        if len(self.shape) != 3:
+        if len(self.shape) not in (3, 4):
             raise ValueError(
                 f"shape is {self.shape}; expected that of one image, (height, width, channels) or "
-                "(channels, height, width)."
+                "(channels, height, width), or of a stack of images, with their number before these."
             )
-        self.kind = kind
-        self.channels = "first" if channels_come_first(self.shape) else "last"
+        self.kind, self.image = kind, self.shape[-3:]
+        self.stacked = self.shape[0] if len(self.shape) == 4 else 1
+        self.channels = "first" if channels_come_first(self.image) else "last"
         first = self.channels == "first"
-        depth, *self.size = self.shape if first else (self.shape[2], *self.shape[:2])
+        depth, *self.size = self.image if first else (self.image[2], *self.image[:2])
         if min(self.size) < 8:
             raise ValueError(
                 f"shape is {self.shape}, with channels {self.channels} an image of "
@@ -125,6 +128,7 @@ class ImageEncoder(nn.Module):
                 "for smaller ones."
             )
         layers = MNIH if min(self.size) >= DEEP_ENOUGH else HALVING
+        depth *= self.stacked
         self.convolutions = _small(depth, layers) if kind == "small" else _residual(depth)
         with torch.no_grad():
             outputs = self.convolutions(torch.zeros(1, depth, *self.size)).numel()
@@ -142,12 +146,14 @@ class ImageEncoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         rows = batch_shape(images, self.shape)
         dtype = self.linear.weight.dtype
-        x = images.reshape(-1, *self.shape)
+        x = images.reshape(-1, *self.image)
         if self.channels == "last":
             # One channel is moved without a permutation: after one, its strides would be those of both
             # memory formats, and a traced program and torch choose different ones.
-            one = self.shape[2] == 1
-            x = x.reshape(-1, 1, *self.shape[:2]) if one else x.permute(0, 3, 1, 2)
+            one = self.image[2] == 1
+            x = x.reshape(-1, 1, *self.size) if one else x.permute(0, 3, 1, 2)
+        if self.stacked != 1:
+            x = x.reshape(-1, self.stacked * x.shape[1], *self.size)
         x = x.to(dtype) if images.is_floating_point() else x.to(dtype) / 255
         out: Tensor = self.norm(self.linear(self.convolutions(x).flatten(1)))
         return out.tanh().reshape(*rows, -1)
@@ -160,8 +166,10 @@ class ImageEncoder(nn.Module):
         ``floor(offset * (2 * pixels + 1))`` into it is taken: the random shift of DrQ.
         """
         rows = batch_shape(images, self.shape)
-        x = images.reshape(-1, *self.shape)
+        x = images.reshape(-1, *self.image)
         start = (offset.reshape(-1, 2) * (2 * pixels + 1)).long().clamp(max=2 * pixels) - pixels
+        if self.stacked != 1:  # all images of a stack are moved alike
+            start = start.repeat_interleave(self.stacked, 0)
         down, right = (
             (torch.arange(size, device=x.device) + start[:, i : i + 1]).clamp(0, size - 1)
             for i, size in enumerate(self.size)

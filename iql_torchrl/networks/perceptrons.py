@@ -25,8 +25,9 @@ class Standardise(nn.Module):
     """``(x - mean) / std`` over the last dimension, with the statistics as buffers.
 
     As the first layer of a network it lets the replay buffer store raw observations, and it is part
-    of an exported policy. A column that does not vary (``std`` below 1e-6 of its magnitude) is
-    centred and not divided.
+    of an exported policy. A column whose ``std`` is 0 is centred and not divided: the statistics say
+    which columns are constant, because small numbers may only have a large unit. Tensors of floats
+    keep their dtype, so that float64 observations get float64 statistics.
 
     Raises ``ValueError`` when the statistics differ in shape, are not finite, or a ``std`` is
     negative.
@@ -37,8 +38,7 @@ class Standardise(nn.Module):
 
     def __init__(self, mean: Tensor, std: Tensor) -> None:
         super().__init__()
-        mean = torch.as_tensor(mean, dtype=torch.get_default_dtype())
-        std = torch.as_tensor(std, dtype=torch.get_default_dtype())
+        mean, std = _floats(mean), _floats(std)
         if mean.shape != std.shape:
             raise ValueError(f"mean has shape {tuple(mean.shape)} and std {tuple(std.shape)}.")
         if not bool(torch.isfinite(mean).all() & torch.isfinite(std).all()):
@@ -47,12 +47,18 @@ class Standardise(nn.Module):
             raise ValueError(
                 f"std has the entry {float(std.min()):g}; standard deviations are >= 0."
             )
-        constant = std <= 1e-6 * mean.abs().clamp(min=1.0)
         self.register_buffer("mean", mean.clone())
-        self.register_buffer("std", torch.where(constant, torch.ones_like(std), std))
+        self.register_buffer("std", torch.where(std == 0, torch.ones_like(std), std))
 
     def forward(self, observation: Tensor) -> Tensor:
         return (observation - self.mean) / self.std
+
+
+def _floats(values: Any) -> Tensor:
+    """``values`` as a tensor of floats: with its own dtype if it is one, else with torch's default."""
+    if isinstance(values, Tensor) and values.is_floating_point():
+        return values
+    return torch.as_tensor(values, dtype=torch.get_default_dtype())
 
 
 class MLP(nn.Sequential):

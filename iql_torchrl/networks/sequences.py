@@ -74,8 +74,9 @@ def stack_frames(window: Tensor, dims: int) -> Tensor:
 
     Scalars become ``(B, T)``, vectors ``(B, T * F)``. Matrices, such as grey images, get a last
     dimension: ``(B, H, W, T)``. Images of three dimensions are joined on their channels: the
-    shorter of the two outer dimensions, the last one where they are equal. Anything larger is joined
-    on its last dimension. One frame (T = 1) stays as it is, ``(B, *shape)``.
+    shorter of the two outer dimensions, the last one where they are equal; so are stacks of images,
+    by their last three dimensions. Anything larger is joined on its last dimension. One frame (T = 1)
+    stays as it is, ``(B, *shape)``.
     """
     if window.shape[1] == 1:
         return window.squeeze(1)
@@ -83,8 +84,8 @@ def stack_frames(window: Tensor, dims: int) -> Tensor:
         return window
     if dims == 2:
         return window.movedim(1, -1)
-    first = dims == 3 and channels_come_first(window.shape[2:])
-    return torch.cat(window.unbind(1), 1 if first else -1)
+    first = dims in (3, 4) and channels_come_first(window.shape[-3:])
+    return torch.cat(window.unbind(1), -3 if first else -1)
 
 
 def repeat_first(window: Tensor, mask: Tensor) -> Tensor:

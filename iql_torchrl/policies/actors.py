@@ -172,6 +172,6 @@ def bounds_of(action_spec: TensorSpec) -> Bounds:
     if faults := faulty_bounds(low.double().cpu(), high.double().cpu(), largest=largest):
         raise ValueError(
             f"action_spec is {describe_space(action_spec)}; {faults}. Pass a Bounded spec with the "
-            "range the actuators accept, finite low < high."
+            "range the actuators accept, finite low <= high."
         )
     return low, high

@@ -9,11 +9,13 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch import distributions as D
 
 from iql_torchrl.networks import AroundPerceptron
+from iql_torchrl.tolerance import rounding
 
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
@@ -25,8 +27,17 @@ class _BoundedGaussian(D.Independent):  # type: ignore[type-arg]
 
     extra_noise = 0  # numbers that from_noise takes for a sample besides one for each dimension
 
-    def __init__(self, loc: Tensor, scale: Tensor, *, low: Tensor, high: Tensor) -> None:
+    def __init__(
+        self,
+        loc: Tensor,
+        scale: Tensor,
+        *,
+        low: Tensor,
+        high: Tensor,
+        varying: Tensor | None = None,
+    ) -> None:
         self.low, self.high = low.to(loc.device), high.to(loc.device)
+        self.varying = None if varying is None else varying.to(loc.device)
         super().__init__(D.Normal(loc, scale, validate_args=False), 1, validate_args=False)
 
     def action(self, x: Tensor) -> Tensor:
@@ -44,16 +55,19 @@ class _BoundedGaussian(D.Independent):  # type: ignore[type-arg]
         raise NotImplementedError
 
     def log_prob(self, value: Tensor) -> Tensor:
+        if self.varying is not None:
+            return self.masked_log_prob(value, self.varying)
         return self.log_probs(value).sum(-1)
 
     def masked_log_prob(self, value: Tensor, mask: Tensor) -> Tensor:
         """``log_prob`` of the dimensions where ``mask`` ``(*B, A)`` is true: ``(*B,)``."""
+        mask = mask if self.varying is None else mask & self.varying
         return self.log_probs(value).where(mask, 0).sum(-1)
 
     def expand(self, batch_shape: Sequence[int], _instance: object = None) -> _BoundedGaussian:
         shape = (*batch_shape, *self.event_shape)
         loc, scale = self.base_dist.loc.expand(shape), self.base_dist.scale.expand(shape)
-        return type(self)(loc, scale, low=self.low, high=self.high)
+        return type(self)(loc, scale, low=self.low, high=self.high, varying=self.varying)
 
     @property
     def deterministic_sample(self) -> Tensor:
@@ -95,20 +109,31 @@ class SquashedGaussian(_BoundedGaussian):
     so an action on a bound has a finite, very negative log-probability.
     """
 
-    def __init__(self, loc: Tensor, scale: Tensor, *, low: Tensor, high: Tensor) -> None:
-        super().__init__(loc, scale, low=low, high=high)
+    def __init__(
+        self,
+        loc: Tensor,
+        scale: Tensor,
+        *,
+        low: Tensor,
+        high: Tensor,
+        varying: Tensor | None = None,
+    ) -> None:
+        super().__init__(loc, scale, low=low, high=high, varying=varying)
         self.centre, self.half_range = (self.high + self.low) / 2, (self.high - self.low) / 2
+        self.unit = self.half_range
+        if self.varying is not None:
+            self.unit = self.half_range.where(self.varying, 1.0)
 
     def action(self, x: Tensor) -> Tensor:
         limit = 1 - torch.finfo(x.dtype).resolution
         return self.centre + self.half_range * x.tanh().clamp(-limit, limit)
 
     def log_probs(self, value: Tensor) -> Tensor:
-        y = (value - self.centre) / self.half_range
+        y = (value - self.centre) / self.unit
         limit = 1 - torch.finfo(y.dtype).resolution
         x = y.clamp(-limit, limit).atanh()
         slope = 2 * (math.log(2) - x - nn.functional.softplus(-2 * x))
-        return self.gaussian_log_prob(x) - slope - self.half_range.log()
+        return self.gaussian_log_prob(x) - slope - self.unit.log()
 
 
 class ClippedMixture(D.MixtureSameFamily):
@@ -121,9 +146,11 @@ class ClippedMixture(D.MixtureSameFamily):
     extra_noise = 1
 
     def __init__(
-        self, logits: Tensor, loc: Tensor, scale: Tensor, *, low: Tensor, high: Tensor
-    ) -> None:
+        self, logits: Tensor, loc: Tensor, scale: Tensor, *,
+        low: Tensor, high: Tensor, varying: Tensor | None = None,
+    ) -> None:  # fmt: skip
         self.low, self.high, self.loc, self.scale = low, high, loc, scale
+        self.varying = varying
         normal = D.Normal(loc, scale, validate_args=False)
         components = D.Independent(normal, 1, validate_args=False)
         weights = D.Categorical(logits=logits, validate_args=False)
@@ -153,8 +180,15 @@ class ClippedMixture(D.MixtureSameFamily):
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         return _clip(super().sample(torch.Size(sample_shape)), self.low, self.high)
 
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self.varying is not None:
+            return self.masked_log_prob(value, self.varying)
+        result: Tensor = super().log_prob(value)
+        return result
+
     def masked_log_prob(self, value: Tensor, mask: Tensor) -> Tensor:
         """``log_prob`` of the dimensions where ``mask`` ``(*B, A)`` is true: ``(*B,)``."""
+        mask = mask if self.varying is None else mask & self.varying
         each = D.Normal(self.loc, self.scale, validate_args=False).log_prob(value.unsqueeze(-2))
         of_components = each.where(mask.unsqueeze(-2), 0).sum(-1)
         return (self.mixture_distribution.logits + of_components).logsumexp(-1)
@@ -213,8 +247,12 @@ class Head(AroundPerceptron):
     """Base of the policies' networks: preprocess, MLP, affine map of [-1, 1] to the spec's bounds.
 
     ``limits``: the bounds, also the keyword arguments of the policy's distribution, which move with
-    this module. They are no buffers: the state has centre and half range already. ``log_std``: a
+    this module. They are not buffers: the state has centre and half range already. ``log_std``: a
     parameter of the shape ``log_std_shape``; None without it.
+
+    A dimension whose bounds are equal but for rounding is constant: every action has its centre
+    there, and it does not count in log-probabilities. Where there is one, ``limits`` has ``varying``,
+    the mask of the others ``(A,)``. ``unit``, of standard deviations: the half range, 1 where constant.
     """
 
     centre: Tensor
@@ -235,6 +273,9 @@ class Head(AroundPerceptron):
             self.limits = {"low": low, "high": high}
             self.register_buffer("centre", (high + low) / 2)
             self.register_buffer("half_range", (high - low) / 2)
+            constant = high - low <= rounding(np.float32) * torch.maximum(low.abs(), high.abs())
+            if bool(constant.any()):
+                self.limits["varying"] = ~constant
         self.log_std = None if log_std_shape is None else nn.Parameter(torch.zeros(*log_std_shape))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Head:
@@ -242,6 +283,11 @@ class Head(AroundPerceptron):
         for name, bound in self.limits.items():
             self.limits[name] = fn(bound)
         return self
+
+    @property
+    def unit(self) -> Tensor:
+        varying = self.limits.get("varying")
+        return self.half_range if varying is None else self.half_range.where(varying, 1.0)
 
     def inside(self, x: Tensor) -> Tensor:
         return self.centre + self.half_range * x.tanh()
@@ -253,7 +299,7 @@ class GaussianHead(Head):
     def around(self, *parts: Any) -> tuple[Tensor, Tensor]:
         out = super().around(*parts)
         out, log_std = out.chunk(2, -1) if self.log_std is None else (out, self.log_std)
-        std = log_std.clamp(LOG_STD_MIN, LOG_STD_MAX).exp() * self.half_range
+        std = log_std.clamp(LOG_STD_MIN, LOG_STD_MAX).exp() * self.unit
         return self.inside(out), std.expand_as(out)
 
 
@@ -281,5 +327,5 @@ class MixtureHead(Head):
         shape = self.log_std.shape[-2:]
         logits, loc = super().around(*parts).split([shape[0], shape.numel()], -1)
         loc = self.inside(loc.unflatten(-1, shape))
-        std = self.log_std.clamp(LOG_STD_MIN, LOG_STD_MAX).exp() * self.half_range
+        std = self.log_std.clamp(LOG_STD_MIN, LOG_STD_MAX).exp() * self.unit
         return logits, loc, std.expand_as(loc)

@@ -161,7 +161,7 @@ class FlowPolicy(TensorDictModuleBase):
 
     def normalise(self, action: Tensor) -> Tensor:
         """``action`` in units in which its bounds are -1 and 1."""
-        return (action - self.head.centre) / self.head.half_range
+        return (action - self.head.centre) / self.head.unit
 
     def velocity(
         self, observation: Tensor, action: Tensor, time: Tensor, *condition: Tensor

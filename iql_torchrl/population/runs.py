@@ -20,6 +20,7 @@ from iql_torchrl.agent.build import (
     LEARNING_RATES,
     Agent,
     build_agent,
+    check_discount,
     ends_before,
     make_step,
     rate_factors,
@@ -96,6 +97,7 @@ class IQLPopulation:
         self.runs = self.ranks.part(len(configs))
         self.configs = self.all_configs[self.runs.start : self.runs.stop]
         self.task = Task.of(dataset)
+        check_discount(max(config.discount for config in configs), dataset)
         first = self.all_configs[0]
         self.loss = stack_losses([self._agent(number).loss for number in range(len(self))])
         if self.ranks.size > 1:

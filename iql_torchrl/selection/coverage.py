@@ -7,7 +7,7 @@ from gymnasium import spaces
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from iql_torchrl.data import OfflineDataset
+from iql_torchrl.data import ObservationStatistics, OfflineDataset
 from iql_torchrl.data.codec import leaf_spaces
 from iql_torchrl.data.spaces import is_image, usual_encoder
 from iql_torchrl.descriptions import describe_space
@@ -70,8 +70,8 @@ class Coverage:
             self.num_actions = int(train.action_space.n)
             scores = self._by_action(own).gather(1, usual["action"].reshape(-1, 1))
         else:
-            action = train.transitions["action"].float()
-            self.scale = Standardise(action.mean(0), action.std(0, unbiased=False))
+            logged_actions = ObservationStatistics.of(train.transitions["action"].float())
+            self.scale = Standardise(logged_actions.mean, logged_actions.std)
             scores = self._gaps(own, usual["action"][None, :, None])
         self.action_limit = _quantile(scores.flatten())
 

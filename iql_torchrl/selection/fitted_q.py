@@ -22,7 +22,7 @@ from tqdm import tqdm
 from iql_torchrl import functional as F
 from iql_torchrl.config.arithmetic import check_usable
 from iql_torchrl.config.knobs import check_choice, check_whole
-from iql_torchrl.data import OfflineDataset
+from iql_torchrl.data import ObservationStatistics, OfflineDataset
 from iql_torchrl.networks import Standardise
 from iql_torchrl.networks.evaluation import chain
 from iql_torchrl.selection.bounds import FloatArray
@@ -36,6 +36,7 @@ from iql_torchrl.selection.members import (
     states,
 )
 from iql_torchrl.selection.tabular import finite_states, table_scores
+from iql_torchrl.tolerance import rounding
 
 Layers = list[Tensor]
 
@@ -218,14 +219,15 @@ class Critics:
 
     def __post_init__(self) -> None:
         log, returns = self.train.log, self.train.returns_to_go(self.discount)
-        # If all returns are equal, their deviation is 0 and cannot be the unit.
-        self.unit = float(returns.std()) or max(float(np.abs(returns).mean()), 1.0)
+        # If all returns are equal, their deviation is 0 but for rounding and cannot be the unit.
+        spread, size = float(returns.std()), float(np.abs(returns).mean())
+        self.unit = spread if spread > rounding(np.float64) * size else size or 1.0
         self.mean_return = float(returns.mean())
         self.discrete = isinstance(log.action_space, spaces.Discrete)
         self.outputs = int(log.action_space.n) if self.discrete else 1  # type: ignore[attr-defined]
         if not self.discrete:
-            logged = log.transitions["action"].float()
-            self.scale = Standardise(logged.mean(0), logged.std(0, unbiased=False)).to(self.device)
+            logged = ObservationStatistics.of(log.transitions["action"].float())
+            self.scale = Standardise(logged.mean, logged.std).to(self.device)
 
     def choices(self, table: TensorDictBase) -> Tensor:
         """Of every member, then of the log's policy: ``(P + 1, N, n)`` or ``(P + 1, N, K, A)``."""

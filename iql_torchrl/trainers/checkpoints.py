@@ -134,7 +134,12 @@ def _compared(
         replay = states["replay_buffer"]
         sharded, seeded = "rotation" in replay.get("whole", {}), replay.get("generator") is not None
         kind = "fixed" if "sampler" in replay else "of shards" if sharded else "growing"
-        groups["replay"] = {"the kind of replay buffer": kind, "seed= of the replay buffer": seeded}
+        sampler = replay.get("sampler") or replay.get("whole", {}).get("_sampler") or {}
+        groups["replay"] = {
+            "the kind of replay buffer": kind,
+            "seed= of the replay buffer": seeded,
+            "priorities of the sampler": private_apis.has_priorities(sampler),
+        }
     tensors = states.get("loss_module", {}).items()
     if tensors:
         shapes = {f"the shape of {name}": tuple(getattr(v, "shape", ())) for name, v in tensors}
@@ -241,16 +246,17 @@ class ResumableTrainer(Trainer):
         if _is_fixed(buffer):
             generator = private_apis.generator_of(buffer)
             state = None if generator is None else generator.get_state()
-            return {"sampler": buffer.sampler.state_dict(), "generator": state}
+            sampler = private_apis.plain_sampler_state(buffer.sampler)
+            return {"sampler": sampler, "generator": state}
         if not hasattr(buffer, "state_dict"):
             return {}
-        return {"whole": private_apis.without_prefetched(buffer.state_dict())}
+        return {"whole": private_apis.plain_buffer_state(buffer)}
 
     def _load_sampling(self, state: Mapping[str, Any]) -> None:
         if "whole" in state:
-            self.replay_buffer.load_state_dict(state["whole"])
+            private_apis.load_buffer_state(self.replay_buffer, state["whole"])
         elif "sampler" in state:
-            self.replay_buffer.sampler.load_state_dict(state["sampler"])
+            private_apis.load_sampler_state(self.replay_buffer.sampler, state["sampler"])
             generator = private_apis.generator_of(self.replay_buffer)
             if generator is not None:
                 generator.set_state(state["generator"].cpu())

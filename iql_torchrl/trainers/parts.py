@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import gymnasium as gym
+import numpy as np
 import torch
+from gymnasium import spaces
+from numpy.typing import NDArray
 from torchrl import logger as torchrl_logger
 from torchrl.data import Composite, TensorSpec
 from torchrl.trainers import LRSchedulerHook
@@ -13,12 +18,23 @@ from torchrl.trainers.trainers import TargetNetUpdaterHook
 
 from iql_torchrl.agent.build import Agent, ends_before
 from iql_torchrl.agent.task import Task
-from iql_torchrl.data import DatasetSummary, RewardMap, ShardedDataset
+from iql_torchrl.data import (
+    DatasetSummary,
+    DatasetWarning,
+    OfflineDataset,
+    RelabelledDataset,
+    RewardMap,
+    ShardedDataset,
+)
+from iql_torchrl.data.schema import dotted
 from iql_torchrl.descriptions import describe_space
 from iql_torchrl.distributed import Ranks
 from iql_torchrl.losses import ImplicitQLoss
 from iql_torchrl.networks import history_of
+from iql_torchrl.tolerance import outside_bounds
 from iql_torchrl.update.step import IQLStep, part_of
+
+FAR, SMALL = 10, 1e-3  # means and deviations in units of the agent's deviations
 
 
 def one_step(
@@ -116,7 +132,11 @@ def check_parts(step: Any, replay_buffer: Any, evaluation: Any, logger: Any, ran
 def check_agent(
     agent: Agent, dataset: DatasetSummary | None, total_updates: int, *, warns: bool
 ) -> None:
-    """Refuse data of other keys or shapes; with ``warns`` report other rewards, a short schedule."""
+    """Refuse data of other keys or shapes, or with actions that the agent's policy can never take.
+
+    With ``warns`` report a short schedule, and rewards or observations in other units than those of
+    the data that the agent was made for.
+    """
     if warns and (after := ends_before(agent.config, total_updates)):
         torchrl_logger.warning(after)
     if dataset is None:
@@ -130,7 +150,11 @@ def check_agent(
                 f"{name}: the agent was made for {spaces[0]} and the dataset {dataset.name!r} has "
                 f"{spaces[1]}; make_agent(config, dataset) with this dataset makes one that fits."
             )
-    if warns and (asked == "raw") is not (mapped == RewardMap()):
+    _check_action_range(agent.task.action_space, dataset)
+    rewards = list(_other_rewards(agent.task, other))
+    for text in (*rewards, *_other_units(agent.task, other)) * warns:
+        warnings.warn(text, DatasetWarning, stacklevel=3)
+    if warns and not rewards and (asked == "raw") is not (mapped == RewardMap()):
         torchrl_logger.warning(
             f"config.reward is {asked!r} and the rewards of {dataset.name} have the map "
             f"{(mapped.scale, mapped.shift)} (1, 0 is raw). Training uses them as they are; if that "
@@ -142,6 +166,78 @@ def _shapes(spec: TensorSpec) -> dict[Any, tuple[torch.Size, int | None]]:
     """Shape of each leaf, and the number of categories where it is one."""
     leaves = spec.items(True, True) if isinstance(spec, Composite) else [("", spec)]
     return {key: (leaf.shape, getattr(leaf.space, "n", None)) for key, leaf in leaves}
+
+
+def _check_action_range(policy: gym.Space[Any], dataset: DatasetSummary) -> None:
+    """Refuse actions outside of the ``policy``'s space, and categories counted from another number."""
+    space = dataset.action_space
+    if getattr(policy, "start", 0) != getattr(space, "start", 0):
+        raise ValueError(
+            f"action: the agent was made for {describe_space(policy)} and the dataset "
+            f"{dataset.name!r} has {describe_space(space)}; make_agent(config, dataset) with this "
+            "dataset makes one that fits."
+        )
+    if not isinstance(policy, spaces.Box) or not isinstance(space, spaces.Box):
+        return
+    low, high = space.low, space.high
+    if (_outside(low, policy) | _outside(high, policy)).any():  # what counts are the actions
+        rows = dataset.dataset if isinstance(dataset, RelabelledDataset) else dataset
+        if isinstance(rows, OfflineDataset):
+            actions = rows.transitions["action"].cpu()
+            low, high = actions.amin(0).numpy(), actions.amax(0).numpy()
+        else:
+            low, high = np.clip([low, high], *rows.range_of(("action",)))
+    outside = np.flatnonzero(_outside(low, policy) | _outside(high, policy))
+    if outside.size:
+        first = int(outside[0])
+        here, there = (
+            f"[{a.flat[first]:.6g}, {b.flat[first]:.6g}]"
+            for a, b in ((low, high), (policy.low, policy.high))
+        )
+        raise ValueError(
+            f"action: the actions of {dataset.name!r} lie in {here} in dimension {first}, and the "
+            f"agent's policy acts within {there}: it would be trained on actions that it can never "
+            "take. make_agent(config, dataset) with this dataset makes one that fits; or "
+            "load_dataset(..., action_space=agent.task.action_space, clip_actions=True) clips them."
+        )
+
+
+def _outside(values: NDArray[Any], space: spaces.Box) -> NDArray[np.bool_]:
+    return outside_bounds(values, space.low, space.high)
+
+
+def _other_rewards(own: Task, other: Task) -> Iterator[str]:
+    """A sentence where the rewards of two tasks are scaled differently."""
+    if None in (own.reward_map, other.reward_map) or own.reward_map == other.reward_map:
+        return
+    before, now = ((m.scale, m.shift) for m in (own.reward_map, other.reward_map) if m is not None)
+    yield (
+        f"reward: the agent was made for rewards of {own.name!r} with (scale, shift) {before}, and "
+        f"those of {other.name!r} have {now}: its values are in other units, and its temperature means "
+        f"something else. Load this dataset with reward={before}, or make a new agent for it."
+    )
+
+
+def _other_units(own: Task, other: Task) -> Iterator[str]:
+    """A sentence for each entry of the observations that is far from what the networks standardise."""
+    for key in own.statistics.keys() & other.statistics.keys():
+        before, now = own.statistics[key], other.statistics[key]
+        varying = torch.ones(before.mean.numel(), dtype=torch.bool)
+        varying[[*before.constant, *now.constant]] = False
+        shift = ((now.mean - before.mean) / before.std).abs().flatten()
+        ratio = (now.std / before.std).flatten()
+        far = varying & ((shift > FAR) | (ratio > FAR) | (ratio < SMALL))
+        if not far.any():
+            continue
+        place = int(far.nonzero()[0])
+        words = [
+            f"{s.mean.flatten()[place]:.4g} +- {s.std.flatten()[place]:.4g}" for s in (before, now)
+        ]
+        yield (
+            f"{key if isinstance(key, str) else dotted(key)}: column {place} was {words[0]} in "
+            f"{own.name!r}, with which the agent's networks standardise, and is {words[1]} in "
+            f"{other.name!r}. Store the column in the same unit, or make a new agent for this dataset."
+        )
 
 
 def is_called_by_step(step: Any, op: Callable[..., Any]) -> bool:

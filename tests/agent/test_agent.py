@@ -67,6 +67,21 @@ def test_standardisation_is_the_first_layer_of_every_network():
     assert not [n for n, _ in plain.loss.named_buffers() if "preprocess" in n]
 
 
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_columns_of_any_unit_are_of_order_one_in_the_networks(tmp_path, on_disk):
+    draw = np.random.default_rng(0)
+    light, second = 550e-9 + 150e-9 * draw.normal(size=60), 1.7e9 + np.arange(60) % 10
+    columns = np.stack([light, np.full(60, 3e-12), second], 1)
+    place = tmp_path / "table" if on_disk else None
+    data = load_dataset(log(60, columns), reward="raw", dtype=torch.float64, memmap=place)
+    first = make_agent(config(), data).actor.module[0].module.preprocess
+    deviation = np.where([True, False, True], columns.std(0), 1)
+    expected = (columns - columns.mean(0)) / deviation
+    given = first(data.transitions["observation"]).numpy()
+    np.testing.assert_allclose(given, expected, atol=1e-6)
+    assert data.statistics["observation"].constant == (1,)
+
+
 @pytest.mark.parametrize("policy", ["gaussian", "flow"])
 def test_initial_weights_of_torch_in_every_network(policy):
     settings = config(policy=policy, hidden=(64, 64), initialisation="torch")
@@ -345,9 +360,10 @@ def test_one_action_that_differs_refuses_an_export():
     action = torch.zeros(3, 2)
     other = action.clone()
     other[2, 1] = 0.5
-    export._compare(lambda x: x, [[action]], [action], 1e-6, "the program")
+    one = torch.ones(())
+    export._compare(lambda x: x, [[action]], [action], 1e-6, one, "the program")
     with pytest.raises(RuntimeError, match=r"the program acts differently, by 0.5 in a batch of 3"):
-        export._compare(lambda x: x, [[other]], [action], 1e-6, "the program")
+        export._compare(lambda x: x, [[other]], [action], 1e-6, one, "the program")
 
 
 # -- Agents with every policy, the best of several actions, DDPG+BC, and residual blocks

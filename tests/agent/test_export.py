@@ -546,6 +546,13 @@ def test_the_error_names_what_cannot_be_exported(tmp_path, call, reason):
     assert not list(tmp_path.iterdir())
 
 
+def test_actions_of_a_small_unit_are_compared_in_it(tmp_path):
+    task = Task(spaces.Box(-9, 9, (2,)), spaces.Box(-1e-6, 1e-6, (2,)))
+    noisy = actor_of(Pure(lambda _, x: 1e-7 * torch.rand_like(x)))
+    with pytest.raises(RuntimeError, match="acts differently"):
+        export_policy(noisy, task, tmp_path / "p.pt2")
+
+
 def test_what_does_not_fit_is_refused(tmp_path):
     box, path, actor = spaces.Box(-1, 1, (2,)), tmp_path / "p.pt2", actor_of(nn.Linear(2, 3))
     masked = policies.categorical(2, OneHot(4), mask_key="action_mask")

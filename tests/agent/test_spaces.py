@@ -28,6 +28,7 @@ from iql_torchrl.evaluation import Acting
 from iql_torchrl.evaluation.acting import policy_dtype
 from iql_torchrl.evaluation.policy_input import policy_input
 from iql_torchrl.evaluation.policy_input import stacked as frames_of
+from iql_torchrl.networks import ImageEncoder
 from iql_torchrl.population import IQLPopulation
 from iql_torchrl.selection import fitted_q_evaluation
 from iql_torchrl.trainers import OfflineTrainer
@@ -292,6 +293,84 @@ def test_shaped_actions_are_flattened_in_data_and_environment():
     np.testing.assert_allclose(result.returns[0], action[2], rtol=1e-6)
     with pytest.raises(ValueError, match="flatten_actions is for a Box"):
         dataset_of(discrete=True).flatten_actions()
+
+
+class Throttle(gym.Env):
+    """An action is one number without a dimension, and the reward."""
+
+    observation_space = spaces.Box(-1, 1, (3,), np.float32)
+    action_space = spaces.Box(0, 2, (), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros(3, np.float32), {}
+
+    def step(self, action):
+        assert np.shape(action) == ()
+        assert action in self.action_space
+        return np.zeros(3, np.float32), float(action), False, True, {}
+
+
+def test_actions_without_a_dimension_are_flattened_in_data_and_environment():
+    actions = np.random.default_rng(0).uniform(0, 2, 40).astype(np.float32)
+    columns = log(action=actions, terminated=np.zeros(40, bool), truncated=np.ones(40, bool))
+    columns |= {"reward": actions, "next_observation": -columns["observation"]}
+    scalar = load_dataset(columns, env=Throttle)
+    flat = scalar.flatten_actions()
+    np.testing.assert_array_equal(flat.transitions["action"].numpy(), actions[:, None])
+    assert flat.action_space == spaces.Box(0, 2, (1,), np.float32)
+    agent = make_agent(config(), flat)
+    agent.step(flat.replay_buffer(8, seed=0).sample())
+    result = evaluate(agent.policy, flat.make_env, episodes=1, seed=0)
+    np.testing.assert_allclose(result.returns, agent.act(np.zeros(3, np.float32)), rtol=1e-6)
+
+
+def stack_env(shape, kind):
+    picture = spaces.Box(0, 255 if kind == np.uint8 else 1, shape, kind)
+
+    class Pictures(Mixed):
+        def __init__(self):
+            super().__init__()
+            self.observation_space = picture
+
+    return lambda: gym.wrappers.FrameStackObservation(Pictures(), 4)
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind", "options"),
+    [
+        ((10, 12, 3), np.uint8, {"random_shift": 1}),
+        ((10, 12, 1), np.float32, {}),
+        ((3, 10, 12), np.uint8, {"history": 2, "history_encoder": "stack"}),
+        ((10, 12, 3), np.uint8, {"history": 2}),
+    ],
+)
+def test_stacks_of_images_are_folded_into_channels(shape, kind, options, tmp_path):
+    make_env = stack_env(shape, kind)
+    space = make_env().observation_space
+    assert space.shape == (4, *shape)
+    draw = np.random.default_rng(0)
+    rows = draw.integers(0, 256, (40, *space.shape)) / (1 if kind == np.uint8 else 255)
+    actions = draw.uniform(-1, 1, (40, 2)).astype(np.float32)
+    columns = {"action": actions, "reward": actions[:, 0], **episodes(rows.astype(kind), space)}
+    dataset = load_dataset(columns, env=make_env, reward="raw")
+    assert not dataset.statistics
+    agent = make_agent(config(**options), dataset)
+    moved = trained(agent, dataset, tmp_path / "run")
+    assert any(name.startswith("encoder_network") for name in moved)
+    encoder = next(m for m in agent.loss.encoder_network.modules() if isinstance(m, ImageEncoder))
+    channels = 12 if 3 in shape else 4
+    joined = 2 if options.get("history_encoder") == "stack" else 1
+    assert encoder.convolutions[0].in_channels == channels * joined
+    result = evaluate(agent.policy, make_env, episodes=2, seed=0)
+    assert len(result.returns) == 2
+    given = rows[: options["history"]] if "history" in options else rows[0]
+    action = agent.act(given.astype(kind))
+    np.testing.assert_array_equal(Agent.load(tmp_path / "run").act(given.astype(kind)), action)
+    if not options:
+        program = torch.export.load(agent.export(tmp_path / "policy.pt2")).module()
+        found = program(torch.from_numpy(given.astype(kind))[None])
+        np.testing.assert_allclose(found[0].numpy(), action, atol=1e-5)
 
 
 def test_images_under_bfloat16():

@@ -1,8 +1,6 @@
 """Parquet files and tables of ``datasets``: a row a step, or a row an episode."""
 
 import sys
-from datetime import datetime
-from decimal import Decimal
 
 import numpy as np
 import pytest
@@ -46,6 +44,18 @@ def check(dataset, key=("observation",)):
     assert_counted(dataset, LENGTHS, [1], key)
 
 
+def rows_of(path):
+    from iql_torchrl.data.readers.parquet import ParquetRows
+
+    return ParquetRows("log", [path])
+
+
+def columns_of(path):
+    from iql_torchrl.data.readers.arrow import arrow_columns
+
+    return arrow_columns(rows_of(path), {})
+
+
 def assert_pictures(rows, key="observation"):
     assert rows[key].dtype == torch.uint8
     assert np.array_equal(rows[key].numpy(), PICTURES[KEPT])
@@ -79,7 +89,7 @@ def test_folders_are_read_in_the_order_of_numbers_and_again_when_a_file_changes(
 def test_any_division_into_files_row_groups_and_batches(
     tmp_path, row_group, batch_bytes, monkeypatch
 ):
-    monkeypatch.setattr("iql_torchrl.data.readers.arrow.BATCH_BYTES", batch_bytes)
+    monkeypatch.setattr("iql_torchrl.data.readers.parquet.BATCH_BYTES", batch_bytes)
     monkeypatch.setattr("iql_torchrl.data.build.CHUNK_BYTES", 4 * batch_bytes)
     monkeypatch.setattr("iql_torchrl.data.readers.arrow.PART_BYTES", batch_bytes)
     for number, rows in enumerate((slice(7), slice(7, 8), slice(8, 11))):
@@ -152,14 +162,12 @@ BAD = [
     (steps(), {"reward": "r"}, "columns maps reward to 'r'"),
     (steps(observation=WIDE), {}, "lists of 2 and of 3 values|row 5"),
     (steps(observation=[[1.0]] * 5 + [[1.0, 2.0]] * 6), {}, "observation|of 1 and of 2|row 5"),
-    (steps(reward=[None, *[1.0] * 10]), {}, "reward|1 empty values|row 0"),
-    (steps(action=[[0.5]] * 10 + [None]), {}, "action|empty|row 10"),
-    (steps(action=[[0.5]] * 9 + [[None], [0.5]]), {}, "action|empty|row 9"),
-    (steps(observation=["a"] * 11), {}, "observation has values of the Arrow type string; expected"),
-    (steps(reward=[Decimal("0.5")] * 11), {}, "reward has values of the Arrow type decimal128(1, 1)"),
-    (steps(episode_index=[datetime(2026, 1, 1)] * 11), {}, "episode_index has|type timestamp[us]"),
+    (steps(reward=[None, *[1] * 10]), {}, "reward|1 empty values|row 0"),
+    (steps(action=[[5]] * 10 + [None]), {}, "action|empty|row 10"),
+    (steps(action=[[5]] * 9 + [[None], [5]]), {}, "action|empty|row 9"),
+    (steps(reward=[None, *[1.0] * 10]), {}, "reward is NaN or infinite|row 0"),
+    (steps(action=[[0.5], None] + [[0.5]] * 9), {}, "action is NaN or infinite|row 1"),
     (steps(truncated=[None] * 11), {}, "truncated has values of the Arrow type null"),
-    (steps(observation=[[[1, 2]]] * 11), {}, "observation|int64|(1, 2)"),
     (steps(observation=[*STORED[:10], b"PNG"]), {}, "damaged picture|row 10"),
     (steps(observation=[{"bytes": None, "path": "no.png"}] * 11), {}, "no.png|row 0"),
     (steps(observation=[png(np.full((2, 2), 300, np.uint16))] * 11), {}, "uint16|row 0"),
@@ -188,7 +196,7 @@ def test_damaged_and_different_files_are_named(tmp_path):
     refused("a folder of Parquet files, of LeRobot", tmp_path / "empty")
     for name, other, words in (
         ("a", steps(), ""),
-        ("b", steps(reward=[1] * 11), "b.parquet: |differ| reward: double, reward: int64"),
+        ("b", steps(reward=[1] * 11), "b.parquet: |differ| in reward: int64, double before"),
         ("b", steps(reward=None), "b.parquet: its columns differ| in reward"),
     ):
         save(tmp_path / "two" / f"{name}.parquet", other)
@@ -216,18 +224,90 @@ def test_splits_of_one_folder_are_not_joined(tmp_path, names, splits):
 
 def test_memory_stays_bounded(tmp_path, monkeypatch):
     """A column of one large row group is never in memory as a whole."""
-    from iql_torchrl.data.readers.arrow import ParquetRows
-
     numbers = np.random.default_rng(0).normal(size=64 * 60_000)
     column = {"x": pa.FixedSizeListArray.from_arrays(numbers, 64)}
     path = save_parquet(tmp_path / "log.parquet", column, row_group_size=60_000)
-    monkeypatch.setattr("iql_torchrl.data.readers.arrow.BATCH_BYTES", 2**20)
-    rows = ParquetRows("log", [path])
+    monkeypatch.setattr("iql_torchrl.data.readers.parquet.BATCH_BYTES", 2**20)
+    rows = rows_of(path)
     before, most = pa.total_allocated_bytes(), 0
     for start in range(0, 60_000, 1_000):
         assert len(rows.read("x", start, start + 1_000)) == 1_000
         most = max(most, pa.total_allocated_bytes() - before)
     assert most < 64 * 60_000 * 8 / 4
+
+
+def parts(folder, **columns):
+    """A folder of two files of ``steps``: of a list, the first value belongs to the first file."""
+    for number, rows in enumerate((slice(4), slice(4, 11))):
+        part = {key: values[rows] for key, values in steps().items()}
+        for name, kinds in columns.items():
+            values = part.get(name, [0] * len(part["reward"]))
+            part[name] = pa.array(values).cast(kinds[number]) if kinds[number] else None
+        part = {name: values for name, values in part.items() if values is not None}
+        save(folder / f"{number}.parquet", part)
+    return folder
+
+
+def test_files_of_other_types_are_one_table_where_nothing_is_lost(tmp_path):
+    """Types of another size are cast to the wider one; other differences matter if they are used."""
+    wide, single = pa.list_(pa.float64()), pa.list_(pa.float32(), 2)
+    folder = parts(
+        tmp_path / "a",
+        reward=(pa.float32(), pa.float64()), episode_index=(pa.int64(), pa.int32()),
+        observation=(single, wide), note=(pa.string(), pa.int64()), extra=(pa.int8(), None),
+        late=(None, pa.int8()),
+    )  # fmt: skip
+    dataset = load_dataset(folder)
+    check(dataset)
+    assert dataset.observation_space.dtype == np.float64
+    for name, kinds in (("note", "int64, string before"), ("extra", "missing, int8 before"),
+                        ("late", "int8, missing before")):  # fmt: skip
+        refused(f"1.parquet: |differ| in {name}: {kinds}", folder, columns={"episode": name})
+    refused(
+        "1.parquet: its columns differ from those of 0.parquet in reward: int64, double before",
+        parts(tmp_path / "b", reward=(pa.float64(), pa.int64())),
+    )
+    folder = parts(tmp_path / "c", reward=(None, pa.float64()))
+    refused("1.parquet: |in reward: double, missing before", folder)
+
+
+def test_times_decimals_text_and_missing_values(tmp_path):
+    """Times are seconds, decimals floats; a missing vector is NaN, also where a part has no other."""
+    table = {
+        "time": pa.array([0, 1_500_000_000], pa.timestamp("ns", "UTC")),
+        "day": pa.array([1, None], pa.date32()),
+        "reward": pa.array(["0.25", "1"]).cast(pa.decimal128(5, 2)),
+        "text": pa.array(["b", "a"]).dictionary_encode(),
+        "vector": pa.array([None, [1.0, 2.0]], pa.list_(pa.float32())),
+        "picture": pa.array([None, [[1.0], [2.0]]], pa.list_(pa.list_(pa.float32()))),
+        "flag": [True, False],
+    }
+    path = save_parquet(tmp_path / "log.parquet", table)
+    columns = columns_of(path)
+    assert columns["time"][:].tolist() == [0.0, 1.5]
+    assert np.array_equal(columns["day"][:], [86400.0, np.nan], equal_nan=True)
+    assert columns["reward"][:].tolist() == [0.25, 1.0]
+    assert columns["text"][:].tolist() == ["b", "a"]
+    assert columns["flag"][:].dtype == bool
+    for rows in (slice(0, 2), slice(0, 1), slice(1, 2)):
+        vector, picture = columns["vector"][rows], columns["picture"][rows]
+        assert np.array_equal(vector, np.array([[np.nan] * 2, [1, 2]])[rows], equal_nan=True)
+        assert np.array_equal(picture, np.array([[[np.nan]] * 2, [[1], [2]]])[rows], equal_nan=True)
+
+
+def test_a_part_without_values_has_the_shape_of_the_others(tmp_path, monkeypatch):
+    monkeypatch.setattr("iql_torchrl.data.readers.arrow.PART_BYTES", 1)  # each row is a part
+    path = save(tmp_path / "log.parquet", {"a": [None, [1.0, 2.0], None], "b": [1, 2, 3]})
+    column = columns_of(path)["a"]
+    assert np.array_equal(column[:], [[np.nan] * 2, [1, 2], [np.nan] * 2], equal_nan=True)
+
+
+def test_ids_of_steps_divide_rows_of_several_episodes(tmp_path):
+    """RLlib writes batches: the id of each step, and not the row of the table, is its episode."""
+    rows = episodes(eps_id=[[1, 1, 2, 2], [2, 2], [3, 3, 3, 3, 3]])
+    columns = columns_of(save(tmp_path / "log.parquet", rows))
+    assert "episode" not in columns
+    assert columns["eps_id"][:].tolist() == [1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 3]
 
 
 def test_what_to_install(tmp_path, monkeypatch):
@@ -236,7 +316,8 @@ def test_what_to_install(tmp_path, monkeypatch):
     path = save(tmp_path / "log.parquet", steps())
     monkeypatch.setitem(sys.modules, "datasets", None)
     refused("needs the package datasets |iql_torchrl[readers]", tmp_path / "saved")
-    monkeypatch.delitem(sys.modules, "iql_torchrl.data.readers.arrow")
+    for name in ("arrow", "parquet"):
+        monkeypatch.delitem(sys.modules, f"iql_torchrl.data.readers.{name}")
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     refused("needs the package pyarrow |iql_torchrl[readers]", path)
 

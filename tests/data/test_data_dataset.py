@@ -73,7 +73,7 @@ def test_reward_maps_invert():
 @pytest.mark.parametrize("last", [[5.0, 5.0], [7.0, 7.0], [5.0, 6.0]])
 def test_a_column_is_constant_only_over_all_blocks(last, monkeypatch):
     """In blocks of two rows; the second column never changes. NumPy's numbers over all rows."""
-    monkeypatch.setattr("iql_torchrl.data.build.BLOCK", 2)
+    monkeypatch.setattr("iql_torchrl.data.build.CHUNK", 2)
     rows = np.array([[5.0, 1.0], [8.0, 1.0], *([x, 1.0] for x in last)], np.float32)
     data = {name: values[:4] for name, values in LOG.items()}
     following = rows + np.float32([1, 0])

@@ -266,7 +266,8 @@ def test_depth_in_wide_unsigned_integers_has_windows_and_chunks(kind):
 @pytest.mark.parametrize(
     ("shape", "stacked", "channel"),
     [((), (3,), 0), ((2,), (6,), 0), ((5, 4), (5, 4, 3), 2), ((5, 4, 2), (5, 4, 6), 2),
-     ((2, 5, 4), (6, 5, 4), 0), ((3, 3, 3), (3, 3, 9), 2), ((2, 2, 2, 2), (2, 2, 2, 6), 3)],
+     ((2, 5, 4), (6, 5, 4), 0), ((3, 3, 3), (3, 3, 9), 2), ((2, 2, 2, 2), (2, 2, 2, 6), 3),
+     ((4, 2, 5, 6), (4, 6, 5, 6), 1)],
 )  # fmt: skip
 def test_frames_are_stacked_on_their_channels(shape, stacked, channel):
     window = torch.randn(7, 3, *shape)

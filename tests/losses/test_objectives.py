@@ -28,7 +28,7 @@ from tensordict.nn import (
 from tensordict.nn import TensorDictModule as Mod
 from torch import nn
 from torch.distributions import Normal
-from torchrl.data import Bounded, OneHot
+from torchrl.data import Bounded, Categorical, OneHot
 from torchrl.envs.utils import ExplorationType
 from torchrl.modules import LSTMModule, OneHotCategorical, ProbabilisticActor, ValueOperator
 from torchrl.objectives import DiscreteIQLLoss as TorchRLDiscreteIQLLoss
@@ -558,6 +558,55 @@ def test_a_policy_without_independent_dimensions_is_explained(shape):
     _, critic, value = make_networks(act=act)
     with pytest.raises(ValueError, match="Independent"):
         IQLLoss(Actor(OBS, act), critic, value)(make_batch(steps, act=act))
+
+
+@pytest.mark.parametrize(
+    ("form", "advice"),
+    [
+        (lambda index: index.unsqueeze(-1), r"\.squeeze\(-1\), or use DiscreteIQLLoss"),
+        (lambda index: nn.functional.one_hot(index, 4), r"one-hot.*argmax\(-1\), or use Discrete"),
+    ],
+)
+def test_actions_of_another_form_than_a_categoricals_are_explained(form, advice):
+    _, critic, value = make_networks(act=1)
+    batch = make_batch(act=1)
+    batch["action"] = form(torch.randint(4, (32,)))
+    actor = policies.categorical(OBS, Categorical(4), hidden=(8,))
+    loss = IQLLoss(actor, critic, value)
+    with pytest.raises(ValueError, match=advice) as caught:
+        loss.actor_term(loss.read(batch), torch.zeros(32))
+    assert "unsqueeze" not in str(caught.value)
+
+
+def test_actions_of_one_number_and_of_another_size_are_explained():
+    _, critic, value = make_networks(act=1)
+    loss = IQLLoss(policies.gaussian(OBS, Bounded(-1, 1, (1,)), hidden=(8,)), critic, value)
+    for size, advice in (
+        (None, r"'action'\]\.unsqueeze\(-1\)\.$"),
+        (3, r"dataset\.action_spec\.$"),
+    ):
+        batch = make_batch(act=1)
+        batch["action"] = batch["action"].squeeze(-1) if size is None else torch.zeros(32, size)
+        with pytest.raises(ValueError, match=advice):
+            loss.actor_term(loss.read(batch), torch.zeros(32))
+
+
+def test_a_reward_of_a_team_with_a_value_for_each_agent_is_explained():
+    agents = 3
+
+    class Joined(nn.Linear):
+        def forward(self, *inputs):
+            return super().forward(torch.cat(inputs, -1))
+
+    critic = ValueOperator(Joined(OBS + ACT, agents), in_keys=["observation", "action"])
+    value = ValueOperator(nn.Linear(OBS, agents), in_keys=["observation"])
+    loss, batch = IQLLoss(make_networks()[0], critic, value), make_batch()
+    with pytest.raises(ValueError, match=r"^reward has shape \(32,\).*each agent too") as caught:
+        loss.qvalue_loss(batch)
+    assert "Independent" not in str(caught.value)
+    for key in ("reward", "terminated", "done"):
+        batch["next", key] = batch["next", key].expand(32, agents)
+    assert loss.qvalue_loss(batch)[0].isfinite()
 
 
 def test_dispatch_with_keywords():

@@ -26,9 +26,11 @@ def are_orthogonal(net: nn.Module) -> bool:
 
 
 def test_standardise_by_hand_and_constant_columns():
-    layer = networks.Standardise(torch.tensor([1.0, 5.0, 1e4]), torch.tensor([2.0, 0.0, 1e-4]))
-    out = layer(torch.tensor([[3.0, 5.0, 1e4 + 1], [1.0, 6.0, 1e4]]))
-    torch.testing.assert_close(out, torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]]))
+    # a number, a constant column, and wavelengths in metres
+    layer = networks.Standardise(torch.tensor([1.0, 5.0, 550e-9]), torch.tensor([2.0, 0.0, 150e-9]))
+    out = layer(torch.tensor([[3.0, 5.0, 700e-9], [1.0, 6.0, 400e-9]]))
+    torch.testing.assert_close(out, torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, -1.0]]))
+    assert networks.Standardise(np.array([1.0]), np.array([2.0])).mean.dtype == torch.float32
     assert {name for name, _ in layer.named_buffers()} == {"mean", "std"}
     with pytest.raises(ValueError, match="shape"):
         networks.Standardise(torch.zeros(2), torch.ones(3))
@@ -182,6 +184,28 @@ def test_layouts_agree():
     images = torch.randint(0, 256, (4, 10, 12, 3), dtype=torch.uint8)
     torch.testing.assert_close(last(images), first(images.permute(0, 3, 1, 2)))
     assert (last.channels, first.channels) == ("last", "first")
+
+
+@pytest.mark.parametrize("kind", ["small", "residual"])
+@pytest.mark.parametrize("shape", [(4, 10, 12, 3), (4, 10, 12, 1), (2, 3, 10, 12), (1, 10, 12, 3)])
+def test_the_images_of_a_stack_become_channels(shape, kind):
+    encoder, seen = networks.ImageEncoder(shape, 5, kind=kind), []
+    encoder.convolutions.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    stacks = np.random.default_rng(0).integers(0, 256, (2, 6, *shape), dtype=np.uint8)
+    out = encoder(torch.from_numpy(stacks))
+    assert out.shape == (2, 6, 5)
+    last = shape[-1] < 10  # the channels
+    folded = [
+        [image[..., c] if last else image[c] for image in stack for c in range(min(shape[1:]))]
+        for stack in stacks.reshape(-1, *shape)
+    ]
+    np.testing.assert_allclose(seen[0].detach().numpy(), np.array(folded) / 255, rtol=1e-6)
+    offset = torch.rand(2, 6, 2)
+    moved = encoder.shifted(torch.from_numpy(stacks), offset, 2)
+    alone = networks.ImageEncoder(shape[1:], 5)
+    for number in range(shape[0]):
+        expected = alone.shifted(torch.from_numpy(stacks[:, :, number]), offset, 2)
+        assert torch.equal(moved[:, :, number], expected)
 
 
 @settings(deadline=None, max_examples=40)

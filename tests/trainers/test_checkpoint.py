@@ -10,22 +10,25 @@ import pickle
 import zipfile
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from small_agents import by_hand, config, log
+from small_agents import by_hand, config, following, log
+from small_agents import saved as saved_agent
 from small_trainers import make_step, make_trainer, table, weight
 from test_background import pendulum_log
 from torchrl import torchrl_logger
 from torchrl.checkpoint import Checkpoint
 
 from iql_torchrl import Agent, IQLConfig, IQLPopulation, OfflineTrainer, load_dataset, make_agent
-from iql_torchrl.data import replay_buffer
+from iql_torchrl.data import DatasetWarning, build_shards, replay_buffer
 from iql_torchrl.data.digests import fingerprint
 from iql_torchrl.files import (
     CheckpointError,
@@ -321,6 +324,54 @@ def test_a_config_of_another_reward_is_reported(asked, loaded, lines, caplog):
     assert len(caplog.messages) == lines
     for line in caplog.messages:
         assert line.startswith(f"config.reward is '{asked}' and the rewards of ")
+
+
+def trainer_of(agent, dataset):
+    return OfflineTrainer(agent=agent, dataset=dataset, total_updates=1, progress_bar=False)
+
+
+def test_continuing_with_another_reward_scaling_gives_a_warning(tmp_path):
+    agent = make_agent(config(), load_dataset(log(), reward=(2.0, 0.5)))
+    for each in (agent, Agent.load(saved_agent(agent, tmp_path / "agent.torchrl"))):
+        words = r"\(scale, shift\) \(2.0, 0.5\), .* have \(240.0, 0.5\).*reward=\(2.0, 0.5\)"
+        with pytest.warns(DatasetWarning, match=words):
+            trainer_of(each, load_dataset(log(), reward=(240.0, 0.5)))
+        trainer_of(each, load_dataset(log(60), reward=(2.0, 0.5)))
+
+
+def test_continuing_with_observations_in_another_unit_gives_a_warning():
+    metres = log()["observation"].copy()
+    agent = make_agent(config(), load_dataset(log()))
+    metres[:, 1] /= 1e4
+    ends = np.arange(40) % 10 == 9
+    other = load_dataset(log(observation=metres, next_observation=following(metres, ends)))
+    with pytest.warns(DatasetWarning, match=r"^observation: column 1 was -.* and is .*same unit"):
+        trainer_of(agent, other)
+
+
+def actions(high: float):
+    return load_dataset(
+        log(action=np.random.default_rng(3).uniform(-high, high, (40, 2)).astype(np.float32)),
+        action_space=spaces.Box(-high, high, (2,), np.float32),
+    )
+
+
+def test_continuing_with_actions_that_the_policy_cannot_take_is_refused(tmp_path):
+    agent = make_agent(config(), actions(1.0))
+    words = r"of 'arrays' lie in \[-1.9\d+, 1.\d+\] in dimension 0, .* acts within \[-1, 1\]"
+    with pytest.raises(ValueError, match=words):
+        trainer_of(agent, actions(2.0))
+    wider = replace(actions(0.9), action_space=spaces.Box(-5, 5, (2,), np.float32))
+    trainer_of(agent, wider)  # the actions themselves are inside
+    rows = log(action=actions(2.0).transitions["action"].numpy())
+    space = spaces.Box(-2, 2, (2,), np.float32)
+    shards = build_shards(rows, tmp_path / "shards", shards=2, action_space=space)
+    with pytest.raises(ValueError, match="that it can never take"):
+        trainer_of(agent, shards)
+    choice = load_dataset(log(action=np.arange(40) % 3))
+    shifted = replace(choice, action_space=spaces.Discrete(3, start=1))
+    with pytest.raises(ValueError, match=r"^action: the agent was made for Discrete\(3\) and"):
+        trainer_of(make_agent(config(), choice), shifted)
 
 
 def observations(width: int, dtype: type = np.float32):

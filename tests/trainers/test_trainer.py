@@ -13,7 +13,8 @@ from unittest.mock import Mock, create_autospec
 import numpy as np
 import pytest
 import torch
-from small_agents import box_agent, log
+from small_agents import config as small_config
+from small_agents import log
 from small_trainers import Numbers, make_step, make_trainer, same_weights, table, weight
 from tensordict import TensorDict
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
@@ -291,8 +292,8 @@ def test_wrong_parts_are_refused_before_training(options, words):
 
 
 def test_a_step_of_another_agent_is_refused():
-    agent, other = box_agent(), box_agent(seed=1)
     dataset = load_dataset(log())
+    agent, other = (make_agent(small_config(seed=seed), dataset) for seed in (0, 1))
     with pytest.raises(ValueError, match=r"step is not of the agent.*compiled\(agent\.step\)"):
         OfflineTrainer(agent=agent, step=other.step, dataset=dataset, progress_bar=False)
     OfflineTrainer(agent=agent, step=agent.step, dataset=dataset, progress_bar=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,6 +33,14 @@ NO_FRAMES = (
 KEPT_BYTES = 64 * 2**20
 #: Results of a step, which TorchRL's collectors also store for the step before it, at the root.
 AFTER_THE_STEP = ("reward", "done", "terminated", "truncated")
+#: A date and time in ISO 8601: day, time, and the zone's sign, hours and minutes.
+DATE = re.compile(
+    r"(\d{4}-\d\d-\d\d)"
+    r"(?:[T ](\d\d(?::\d\d(?::\d\d(?:\.\d{1,6})?)?)?)(?:(?<=\.\d{6})\d+)?"
+    r"(?:Z|([-+])(\d\d):?(\d\d)?)?)?"
+)
+#: What NumPy and zipfile raise for a damaged archive.
+DAMAGED_NPZ = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile)
 
 
 @contextmanager
@@ -287,18 +296,26 @@ def chosen_rows(columns: Mapping[str, Column], keep: NDArray[np.bool_]) -> dict[
 
 
 def open_npz(path: Path) -> dict[str, Column]:
-    """The archive's arrays. Raises ``DatasetError`` naming a damaged file."""
-    errors = (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError)
+    """The arrays of an archive. Raises ``DatasetError`` naming a damaged file.
+
+    An array that ``numpy.savez`` wrote is read by rows when it is asked for. One of
+    ``numpy.savez_compressed`` is read whole.
+    """
     # Opened here: NumPy leaves a file open that turns out not to be an archive.
-    with reading(path, "not a complete npz archive", *errors), open(path, "rb") as file:
+    with reading(path, "not a complete npz archive", *DAMAGED_NPZ), open(path, "rb") as file:
         archive = np.load(file, allow_pickle=False)
         if isinstance(archive, np.ndarray):
             raise DatasetError(
                 f"{path}: contains one array of shape {archive.shape}; expected an archive of "
                 "named columns, as numpy.savez writes it."
             )
-        columns = {name: _entry(archive, name) for name in archive.files}
-    return {name: column for name, column in columns.items() if column.ndim}
+        members = {info.filename: info for info in archive.zip.infolist()}
+        columns: dict[str, Column] = {}
+        for name in archive.files:
+            info = members.get(f"{name}.npy")
+            stored = _stored(path, info) if info else None
+            columns[name] = _entry(archive, name) if stored is None else stored
+    return {name: column for name, column in columns.items() if column.shape}
 
 
 def _entry(archive: Any, name: str) -> NDArray[Any]:
@@ -310,6 +327,94 @@ def _entry(archive: Any, name: str) -> NDArray[Any]:
         if "allow_pickle" not in str(error):
             raise
         return np.empty(0, object)
+
+
+def _stored(path: Path, member: zipfile.ZipInfo) -> Column | None:
+    """An array read by rows, if it is not compressed and its rows are contiguous.
+
+    The first use of its values compares the checksum of the whole array.
+    """
+    if member.compress_type != zipfile.ZIP_STORED:
+        return None
+    with zipfile.ZipFile(path) as archive, archive.open(member) as header:
+        version, _ = np.lib.format.read_magic(header)
+        if (read_header := getattr(np.lib.format, f"read_array_header_{version}_0", None)) is None:
+            return None
+        shape, by_columns, dtype = read_header(header)
+        begin = member.header_offset + 30 + header.tell()  # after a local header of 30 bytes,
+    if not shape or (by_columns and len(shape) > 1) or dtype.hasobject:
+        return None
+    with open(path, "rb") as file:  # and after a name and extra fields, whose lengths end it
+        file.seek(member.header_offset + 26)
+        begin += int(np.fromfile(file, "<u2", 2).sum())
+    size, checked = int(np.prod(shape[1:])), False
+
+    def read(rows: slice) -> NDArray[Any]:
+        nonlocal checked
+        start, stop, _ = rows.indices(shape[0])
+        count = max(stop - start, 0)
+        with reading(path, "not a complete npz archive", *DAMAGED_NPZ), open(path, "rb") as file:
+            if not checked:
+                with zipfile.ZipFile(file) as archive, archive.open(member) as values:
+                    while values.read(2**22):
+                        checked = True
+            file.seek(begin + start * size * dtype.itemsize)
+            return np.fromfile(file, dtype, count * size).reshape(count, *shape[1:])
+
+    return ComputedColumn(shape, dtype, read)
+
+
+def group_numbered(columns: Mapping[str, Column], name: str) -> dict[str, Column]:
+    """The columns with ``a.0``, ``a.1``, ... as one array ``a``, and other dots as ``/``.
+
+    The number in a name is the place in the array, wherever the column stands. Nothing is read before
+    it is asked for. Arrays of integers stay integers, as categories must. Columns that are not one
+    number a row stay as they are; also those of which a number is missing or occurs twice: then the
+    first use of ``a`` raises ``DatasetError``. ``name``: of the source.
+    """
+    arrays: dict[str, dict[str, int]] = {}  # by name, the columns of each array and their places
+    for column in columns:
+        array, _, place = column.rpartition(".")
+        if array and place.isdecimal() and _is_single(columns[column]):
+            arrays.setdefault(array, {})[column] = int(place)
+    grouped = {column: values for column, values in columns.items() if "." not in column}
+    for array, places in arrays.items():
+        listed = [array] * (array in columns) + list(places)
+        if [*sorted(places.values())] == list(range(len(listed))):
+            ordered = sorted(places, key=lambda column: places[column])
+            grouped[array.replace(".", "/")] = side_by_side([columns[c] for c in ordered])
+            continue
+        grouped |= {column: columns[column] for column in places}
+        grouped[array.replace(".", "/")] = UnreadableColumn(
+            f"{name}: the columns of {array!r} are {', '.join(listed)}; expected {array}, or "
+            f"{array}.0, {array}.1 and so on without a gap."
+        )
+    taken = {column for places in arrays.values() for column in places}
+    for column, values in columns.items():
+        if "." in column and column not in taken:
+            grouped.setdefault(column.replace(".", "/"), values)
+    return grouped
+
+
+def _is_single(column: Column) -> bool:
+    return isinstance(column, UnreadableColumn) or int(np.prod(column.shape[1:])) == 1
+
+
+def side_by_side(columns: Sequence[Column], dtype: Any = None) -> Column:
+    """Columns of one value a row as one array ``(rows, columns)``, by default of their common dtype."""
+    try:
+        rows = sorted({int(column.shape[0]) for column in columns})
+    except DatasetError as error:  # only an error if the array is used
+        return UnreadableColumn(str(error))
+    if len(rows) > 1:
+        return UnreadableColumn(f"columns of {rows[0]} and of {rows[-1]} rows are no array.")
+    kinds = [np.dtype(column.dtype) for column in columns]
+    kind = np.dtype(dtype or (object if np.dtype(object) in kinds else np.result_type(*kinds)))
+
+    def read(part: slice) -> NDArray[Any]:
+        return np.stack([np.asarray(c[part], kind).reshape(-1) for c in columns], axis=1)
+
+    return ComputedColumn((rows[0], len(columns)), kind, read)
 
 
 def open_hdf5(path: Path) -> dict[str, Column]:
@@ -389,6 +494,23 @@ def array_of(value: Any, name: str) -> NDArray[Any]:
         return np.full(len(value), None, object)
 
 
+def text_seconds(texts: Sequence[str]) -> NDArray[np.float64] | None:
+    """Dates and times in ISO 8601 as seconds since 1970, UTC without a zone; None for other text."""
+    found = [DATE.fullmatch(text) for text in texts]
+    parts = [match.groups() for match in found if match]
+    if not texts or len(parts) < len(found):
+        return None
+    try:
+        times = np.array([f"{day}T{time or '00'}" for day, time, *_ in parts], "datetime64[us]")
+    except ValueError:  # such as month 13
+        return None
+    zones = [
+        int(f"{sign}1") * (60 * int(hours) + int(minutes or 0)) if sign else 0
+        for *_, sign, hours, minutes in parts
+    ]
+    return times.astype(np.int64) / 1e6 - 60.0 * np.array(zones)
+
+
 def columns_of_tensordict(source: TensorDictBase | ReplayBuffer | Storage) -> dict[str, Column]:
     """The leaves by ``/``-joined key, ``(N, ...)``.
 
@@ -452,7 +574,3 @@ def _tensordict(source: TensorDictBase | ReplayBuffer | Storage) -> TensorDictBa
             f"the storage has {type(source).__name__} values; expected TensorDicts of transitions."
         )
     return source
-
-
-def group_numbered(columns: Mapping[str, Column], name: str) -> dict[str, Column]:
-    return dict(columns)

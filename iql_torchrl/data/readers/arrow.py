@@ -1,71 +1,97 @@
-"""Tables of Arrow columns, and Parquet files: one row a step, or one row an episode of sequences."""
+"""Tables of Arrow columns: one row a step, or one row an episode of sequences."""
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from iql_torchrl.data.readers.arrays import Column, PartsColumn, UnreadableColumn, package, reading
+from iql_torchrl.data.readers.arrays import Column, PartsColumn, UnreadableColumn, package
 from iql_torchrl.data.readers.columns import NAMES
-from iql_torchrl.data.readers.huggingface import HuggingFaceRows
 from iql_torchrl.data.schema import DatasetError
 from iql_torchrl.descriptions import one_line
 
-pa, pc, pq = (
-    package(name, "a table of Arrow columns")
-    for name in ("pyarrow", "pyarrow.compute", "pyarrow.parquet")
-)
+pa, pc = (package(name, "a table of Arrow columns") for name in ("pyarrow", "pyarrow.compute"))
 
 #: About how many bytes of values are converted together.
 PART_BYTES = 16 * 2**20
-#: About how many bytes of the rows of a file are decoded together, and at most how many rows.
-BATCH_BYTES = 8 * 2**20
-BATCH_ROWS = 65_536
 #: Rows of a table of episodes that are looked at together to measure them.
 EPISODES = 256
 LISTS = (pa.ListType, pa.LargeListType, pa.FixedSizeListType)
-#: What a damaged Parquet file is called, and what pyarrow raises.
-DAMAGED = ("not a complete Parquet file", pa.ArrowException, OSError)
-#: Names of files that each are of one split.
-SPLITS = ("train", "test", "validation", "valid", "val", "dev")
 
-ArrowRows: TypeAlias = "ParquetRows | HuggingFaceRows"
+
+class ArrowRows(Protocol):
+    """Rows of Arrow columns, read when they are asked for.
+
+    ``unreadable``: by their names, columns that are not in ``schema``, and the reason. ``folder``: of
+    the files that rows name.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def folder(self) -> Path | None: ...
+
+    @property
+    def rows(self) -> int: ...
+
+    @property
+    def schema(self) -> Any: ...
+
+    @property
+    def unreadable(self) -> Mapping[str, str]: ...
+
+    def read(self, column: str, start: int, stop: int) -> Any:
+        """The column's rows ``start`` to ``stop - 1`` as an array or chunked array."""
 
 
 def arrow_columns(table: ArrowRows, mapping: Mapping[str, str | None]) -> dict[str, Column]:
     """The columns of ``table``, one row a step; of values only the first of each column are read.
 
     Fields of structs and names with dots become groups: ``observation.state`` is the leaf ``state``
-    of ``observation``. Where the rewards (by their usual names, or what ``mapping`` names) are lists
-    of other lengths than 1, a row of the table is an episode: then each list is a sequence in time,
-    ``episode`` numbers the rows, a single boolean of an episode marks its last step, and other single
-    values are left out. Observations and masks may be one longer than the rewards: then the last one
-    is the observation after the last step, and ``next_observation`` (``next_action_mask``) is added.
+    of ``observation``; a last number, as in ``action.0``, stays. Dates and times become seconds,
+    decimal numbers floats, and missing floats NaN. Where the rewards (by their usual names, or what
+    ``mapping`` names) are lists of other lengths than 1, a row of the table is an episode: then each
+    list is a sequence in time, ``episode`` numbers the rows unless each step has an id, a single
+    boolean of an episode is True at its last step, and other single values are left out. Observations
+    and masks may be one longer than the rewards: then the last one is the observation after the last
+    step, and ``next_observation`` (``next_action_mask``) is added.
 
     Raises ``DatasetError`` for a table without rows. The first use of a column raises it, naming the
     column and the row: empty values, rows or sequences of other lengths, damaged pictures.
     """
     if not table.rows:
         raise DatasetError(f"{table.name}: has no rows; expected at least one.")
-    leaves = [leaf for field in table.schema for leaf in _leaves(table, field.name, field.type)]
+    names = Counter(table.schema.names)
+    fields = [field for field in table.schema if names[field.name] == 1]
+    columns: dict[str, Column] = {
+        name: UnreadableColumn(f"{table.name}: {count} columns are named {name}; rename one.")
+        for name, count in names.items()
+        if count > 1
+    }
+    for name, reason in table.unreadable.items():
+        columns[name.replace(".", "/")] = UnreadableColumn(reason)
+    leaves = [leaf for field in fields for leaf in _leaves(table, field.name, field.type)]
     rewards = [mapping["reward"]] if mapping.get("reward") else NAMES["reward"]
-    names = [str(name).replace(".", "/") for name in rewards]
-    steps = next((leaf.lengths() for leaf in leaves if leaf.name in names), None)
+    known = [str(name).replace(".", "/") for name in rewards]
+    steps = next((leaf.lengths() for leaf in leaves if leaf.name in known), None)
     if steps is None or (steps == 1).all():
-        return {leaf.name: _column(leaf) for leaf in leaves}
-    columns: dict[str, Column] = {}
+        return columns | {leaf.name: _column(leaf) for leaf in leaves}
     for leaf in leaves:
         columns.update(_episode_columns(leaf, steps, mapping))
-    columns["episode"] = np.repeat(np.arange(len(steps)), steps)
+    # a row may be a batch of several episodes, as RLlib writes them, with the id of each step
+    if not {mapping.get("episode"), *NAMES["episode"], "eps_id"} & columns.keys():
+        columns["episode"] = np.repeat(np.arange(len(steps)), steps)
     return columns
 
 
@@ -74,6 +100,8 @@ def _leaves(
 ) -> Iterator[_Leaf]:
     """The kinds of values in a column of an Arrow type."""
     kind = getattr(kind, "storage_type", kind)  # of an extension, such as ``datasets.Array2D``
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
     if isinstance(kind, LISTS):
         yield from _leaves(table, column, kind.value_type, path, True)
     elif pa.types.is_struct(kind) and not _is_picture(kind):
@@ -81,6 +109,26 @@ def _leaves(
             yield from _leaves(table, column, field.type, (*path, field.name), listed)
     else:
         yield _Leaf(table, column, path, kind, listed)
+
+
+def _is_time(kind: Any) -> bool:
+    return bool(pa.types.is_temporal(kind) and not pa.types.is_interval(kind))
+
+
+def _seconds(array: Any) -> NDArray[np.float64]:
+    """Times, dates (from 1970 on, UTC) and durations in seconds."""
+    if pa.types.is_date(array.type):
+        array = array.cast(pa.timestamp("ms"))
+    elif pa.types.is_time32(array.type):
+        array = array.cast(pa.time64("us"))
+    unit = {"s": 1, "ms": 1e3, "us": 1e6, "ns": 1e9}[array.type.unit]
+    floats = array.cast(pa.int64()).cast(pa.float64(), safe=False)
+    return np.asarray(floats.to_numpy(zero_copy_only=False) / unit)
+
+
+def _is_text(kind: Any) -> bool:
+    types = pa.types
+    return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind))
 
 
 def _is_picture(kind: Any) -> bool:
@@ -105,7 +153,7 @@ class _Leaf:
 
     @property
     def name(self) -> str:
-        return "/".join((self.column.replace(".", "/"), *self.path))
+        return "/".join((re.sub(r"\.(?!\d+$)", "/", self.column), *self.path))
 
     @property
     def subject(self) -> str:
@@ -114,9 +162,11 @@ class _Leaf:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Of the values; another kind than numbers for what is not read, such as text."""
+        """Of the values; objects for text, and for what is not read."""
         if _is_picture(self.kind):
             return np.dtype(np.uint8)
+        if _is_time(self.kind) or pa.types.is_decimal(self.kind):
+            return np.dtype(np.float64)
         with suppress(NotImplementedError):
             return np.dtype(self.kind.to_pandas_dtype())
         return np.dtype(object)
@@ -139,6 +189,15 @@ class _Leaf:
             parts.append(np.asarray(pc.fill_null(pc.list_value_length(array), 0), np.int64))
         return np.concatenate(parts)
 
+    def first_known(self, counts: NDArray[np.int64]) -> int:
+        """The first row that has steps, by their ``counts``, and is not missing, if there is one."""
+        for start in range(0, self.table.rows, EPISODES):
+            array, _ = self.read(start, min(start + EPISODES, self.table.rows))
+            known = np.asarray(array.is_valid()) & (counts[start : start + EPISODES] > 0)
+            if known.any():
+                return start + int(known.argmax())
+        return int(counts.argmax())
+
     def values(self, array: Any, path: tuple[str, ...], row: Callable[[int], int]) -> NDArray[Any]:
         """The values of an array, ``(length, ...)``: nested lists become dimensions.
 
@@ -150,24 +209,44 @@ class _Leaf:
             return self.values(pc.struct_field(array, path[0]), path[1:], row)
         if _is_picture(array.type):
             return self._pictures(array, row)
-        if array.null_count:
+        if array.null_count and self.dtype.kind != "f":
             first = int(np.asarray(array.is_null()).argmax())
             raise DatasetError(
                 f"{self.subject} has {array.null_count} empty values, first at row {row(first)}; "
-                "expected numbers in every row: fill them, or leave those rows out."
+                "expected a value in every row: fill them, or leave those rows out."
             )
-        if not isinstance(array.type, LISTS):
-            values: NDArray[Any] = array.to_numpy(zero_copy_only=False)
-            return values
-        sizes = np.asarray(pc.list_value_length(array))
-        size = int(sizes[0]) if len(sizes) else 0
-        if len(wrong := np.flatnonzero(sizes != size)):
+        if isinstance(array.type, LISTS):
+            return self._lists(array, path, row)
+        if pa.types.is_dictionary(array.type):
+            texts = array.dictionary
+            if _is_text(texts.type):  # polars' string_view cannot be decoded
+                texts = texts.cast(pa.large_string())
+            array = pa.DictionaryArray.from_arrays(array.indices, texts).dictionary_decode()
+        if _is_time(array.type):
+            return _seconds(array)
+        if pa.types.is_decimal(array.type):
+            array = array.cast(pa.float64())
+        values: NDArray[Any] = array.to_numpy(zero_copy_only=False)
+        return values
+
+    def _lists(self, array: Any, path: tuple[str, ...], row: Callable[[int], int]) -> NDArray[Any]:
+        """Lists of one length as an array; NaN for a missing list, 0 columns if all are missing."""
+        sizes = np.asarray(pc.fill_null(pc.list_value_length(array), -1))
+        known = np.flatnonzero(sizes >= 0)
+        size = int(sizes[known[0]]) if len(known) else 0
+        if len(wrong := known[sizes[known] != size]):
             raise DatasetError(
                 f"{self.subject} has lists of {size} and of {int(sizes[wrong[0]])} values, first at "
                 f"row {row(int(wrong[0]))}; expected lists of one length, as an array has them."
             )
-        inner = self.values(array.flatten(), path, lambda place: row(place // max(size, 1)))
-        return inner.reshape(len(array), size, *inner.shape[1:])
+        # without those of missing lists
+        inner = self.values(array.flatten(), path, lambda n: row(int(known[n // max(size, 1)])))
+        inner = inner.reshape(len(known), size, *inner.shape[1:])
+        if len(known) == len(array):
+            return inner
+        values = np.full((len(array), *inner.shape[1:]), np.nan, inner.dtype)
+        values[known] = inner
+        return values
 
     def _pictures(self, array: Any, row: Callable[[int], int]) -> NDArray[np.uint8]:
         pictures = [self._picture(item.as_py(), row(place)) for place, item in enumerate(array)]
@@ -211,10 +290,10 @@ def _column(
 
     Sequences have one entry more than steps where one is ``extra``, their first (0) or last (-1).
     """
-    if leaf.dtype.kind not in "biuf":
+    if leaf.dtype.kind not in "biuf" and not _is_text(leaf.kind):
         return UnreadableColumn(
-            f"{leaf.subject} has values of the Arrow type {leaf.kind}; expected integers, floats or "
-            "booleans: cast the column, or leave it out."
+            f"{leaf.subject} has values of the Arrow type {leaf.kind}; expected integers, floats, "
+            "booleans, times or text: cast the column, or leave it out."
         )
     counts = np.ones(leaf.table.rows, np.int64) if steps is None else steps
     stored = counts + (extra is not None)
@@ -231,7 +310,7 @@ def _column(
 
     shape: tuple[int, ...] = ()
     if counts.any():
-        first = int(counts.argmax())
+        first = leaf.first_known(counts)
         try:
             shape = read(first, first + 1).shape[1:]
         except DatasetError as error:  # only an error if the column is used
@@ -242,6 +321,8 @@ def _column(
 
     def part(number: int) -> NDArray[Any]:
         values = read(*parts[number])
+        if not values.size and values.dtype.kind == "f":  # all are missing
+            return np.full((len(values), *shape), np.nan, values.dtype)
         if values.shape[1:] != shape:
             raise DatasetError(
                 f"{leaf.subject} has values of shape {values.shape[1:]} from row {parts[number][0]} "
@@ -285,88 +366,3 @@ def _following_name(name: str, mapping: Mapping[str, str | None]) -> str | None:
             if name == path or name.startswith(f"{path}/"):
                 return str(mapping.get(f"next_{key}") or f"next_{key}") + name[len(path) :]
     return None
-
-
-def parquet_files(folder: Path) -> list[Path]:
-    """All Parquet files below ``folder``, in the order of the numbers in their paths.
-
-    Raises ``DatasetError`` where their names tell several splits, such as ``train-00000-of-00002``.
-    """
-
-    def order(path: Path) -> tuple[list[int], str]:
-        name = path.relative_to(folder).as_posix()
-        return [int(digits) for digits in re.findall(r"\d+", name)], name
-
-    files = sorted((p for p in folder.rglob("*.parquet") if p.is_file()), key=order)
-    names = {re.sub(r"-\d+-of-\d+.*", "", path.stem): path.stem for path in files}
-    splits = sorted(name for name, stem in names.items() if name != stem or stem in SPLITS)
-    if len(splits) > 1:
-        raise DatasetError(
-            f"{folder}: holds the splits {', '.join(splits)}; pass the files of one of them, in a "
-            "folder of their own."
-        )
-    return files
-
-
-class ParquetRows:
-    """The rows of Parquet files of the same columns, one file after the other.
-
-    A column is read forwards in batches of rows of about 8 MB, so that neither a file nor one of its
-    row groups need fit into memory. Raises ``DatasetError`` naming a damaged or different file.
-    """
-
-    def __init__(self, name: str, files: Sequence[Path], folder: Path | None = None) -> None:
-        self.name, self.folder, self.rows = name, folder, 0
-        self._groups: dict[Path, list[int]] = {}  # rows of the row groups of each file
-        for path in files:
-            with reading(path, *DAMAGED):
-                metadata = pq.read_metadata(path)
-                schema = metadata.schema.to_arrow_schema()
-            if not self._groups:
-                self.schema = schema
-            types, expected = (
-                set(zip(s.names, s.types, strict=True)) for s in (schema, self.schema)
-            )
-            if types != expected:
-                differ = sorted(f"{column}: {kind}" for column, kind in types ^ expected)
-                raise DatasetError(
-                    f"{path}: its columns differ from those of {files[0].name} in {', '.join(differ)}; "
-                    "expected files of the same columns and types: load them one by one."
-                )
-            groups = range(metadata.num_row_groups)
-            self._groups[path] = [metadata.row_group(number).num_rows for number in groups]
-            self.rows += metadata.num_rows
-        #: By column: the row read last from, what is decoded from there on, and the batches after that.
-        self._decoded: dict[str, tuple[int, list[Any], Iterator[Any]]] = {}
-
-    def read(self, column: str, start: int, stop: int) -> Any:
-        """The column's rows ``start`` to ``stop - 1`` as a chunked array."""
-        first, arrays, batches = self._decoded.get(column, (start + 1, [], iter(())))
-        if not first <= start <= first + sum(map(len, arrays)):
-            first, arrays, batches = start, [], _batches(self._groups, column, start)
-        while first + sum(map(len, arrays)) < stop:
-            arrays.append(next(batches))
-        values = pa.chunked_array(arrays, self.schema.field(column).type)[start - first :]
-        self._decoded[column] = (start, values.chunks, batches)
-        return values[: stop - start]
-
-
-def _batches(files: Mapping[Path, list[int]], column: str, start: int) -> Iterator[Any]:
-    """The rows of a column from ``start`` on; ``files``: the rows of the row groups of each."""
-    end = 0
-    for path, groups in files.items():
-        with reading(path, *DAMAGED):
-            file = None
-            for number, rows in enumerate(groups):
-                end += rows
-                if not rows or end <= start:
-                    continue
-                file = file or pq.ParquetFile(
-                    path, pre_buffer=False, buffer_size=2**20, page_checksum_verification=True
-                )
-                size = max(file.metadata.row_group(number).total_byte_size // rows, 1)
-                size = max(1, min(BATCH_ROWS, BATCH_BYTES // size))
-                skipped = max(rows - (end - start), 0)
-                for batch in file.iter_batches(size, [number], [column], use_threads=False):
-                    yield batch.column(column)[skipped:]
-                    skipped = max(skipped - len(batch), 0)

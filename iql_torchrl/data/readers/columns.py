@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from iql_torchrl.data.readers.arrays import Column, Columns, ComputedColumn, group_numbered
+from iql_torchrl.data.readers.arrays import Column, Columns, group_numbered, side_by_side
 from iql_torchrl.data.readers.options import ReadOptions
 from iql_torchrl.data.schema import DatasetError, Key, dotted
 
@@ -136,15 +134,8 @@ def _joined(name: str, columns: Mapping[str, Column], options: ReadOptions) -> d
             parts.append(_single(name, columns, key, _named(name, columns, key, each)))
             subject = f"{name}: {each!r}, one of the columns of {key},"
             rows = _checked_rows(subject, parts[-1], rows, "reward")
-        joined[str(options.named[key])] = _side_by_side(parts)
+        joined[str(options.named[key])] = side_by_side(parts, np.float64)
     return joined
-
-
-def _side_by_side(parts: list[Column]) -> Column:
-    def read(rows: slice) -> NDArray[Any]:
-        return np.stack([np.asarray(p[rows], np.float64).reshape(-1) for p in parts], axis=1)
-
-    return ComputedColumn((parts[0].shape[0], len(parts)), np.float64, read)
 
 
 def _paths(

@@ -19,8 +19,10 @@ from iql_torchrl.tolerance import EQUAL, rounding
 
 Flags = NDArray[np.bool_]
 Floats = NDArray[np.float64]
-#: At most so many leading rows, columns, and bytes of each column are read.
-ROWS, COLUMNS, BYTES = 32_768, 128, 2**26
+#: At most so many leading rows, and numbers of each column, are read, and so many columns are used.
+ROWS, VALUES, COLUMNS = 32_768, 2**21, 128
+#: Random pairs of rows that are compared.
+PAIRS = 4096
 #: Fewest rows, and fewest ends or jumps, that a hint is about; fewest rows that may be interleaved.
 FEWEST_ROWS, FEWEST, FEWEST_INTERLEAVED = 20, 3, 128
 #: Most units of a column that count; most environments whose interleaved rows are recognised.
@@ -87,9 +89,9 @@ def boundary_hints(
         ]
     kind, follows = terminated[: len(steps.ended)], steps.ended
     if next_observation:  # A next observation that is not the next row's proves an end.
-        next_values, tolerance = leading_values(next_observation), (rounding(np.float32), EQUAL)
-        same = np.isclose(next_values[:-1], values[1:], *tolerance, equal_nan=True)
-        follows = follows & np.asarray(same).all(axis=1)
+        next_values = leading_values({key: next_observation[key] for key in observation})
+        same = np.isclose(next_values[:-1], values[1:], rounding(np.float32), EQUAL)
+        follows = follows & same.all(axis=1)
     texts = [
         _continued(steps, steps.ended & kind, follows, "terminated", names),
         _continued(steps, steps.ended & ~kind, follows, "truncated", names),
@@ -120,7 +122,9 @@ def interleaved_by(observation: Mapping[Key, Column]) -> int | None:
         columns = np.sort(apart(start, start + lag) / unrelated)
         return float(columns.mean()), float(columns[: -(-len(columns) // 8)].mean())
 
-    unrelated = apart(*generator.integers(0, rows, (2, 2048)))
+    unrelated = apart(*generator.integers(0, rows, (2, PAIRS)))
+    if differ(1)[0] < 0.7:  # as in most data
+        return None
     lags = np.array([differ(lag) for lag in range(1, min(2 * MOST_ENVS, rows // 8))])
     near = np.flatnonzero(lags[:MOST_ENVS, 1] < 0.5)
     if not near.size or (envs := int(near[0]) + 1) == 1:
@@ -137,8 +141,7 @@ def leading_values(observation: Mapping[Key, Column]) -> Floats:
     for column in observation.values():
         kind, width = np.dtype(column.dtype), max(1, int(np.prod(column.shape[1:])))
         if kind.kind in "iuf" and kind != np.uint8:
-            affordable = max(FEWEST_ROWS + 1, BYTES // (width * kind.itemsize))
-            values = np.asarray(column[: min(column.shape[0], ROWS, affordable)])
+            values = np.asarray(column[: min(ROWS, max(FEWEST_ROWS + 1, VALUES // width))])
             parts.append(values.reshape(len(values), width)[:, :COLUMNS].astype(np.float64))
     rows = min(map(len, parts), default=0)
     return np.hstack([np.empty((rows, 0)), *(part[:rows] for part in parts)])[:, :COLUMNS]
@@ -149,8 +152,11 @@ def steps_of(values: Floats, ended: Flags) -> Steps | None:
     rows = len(values)
     values = values[:, np.isfinite(values).all(axis=0)]
     values = values[:, (values[1:] != values[:-1]).sum(axis=0) > rows / 2]
-    pairs = np.abs(values - values[np.random.default_rng(0).permutation(rows)])
-    if rows <= FEWEST_ROWS or not (vary := np.median(pairs, axis=0) > 0).any():
+    if rows <= FEWEST_ROWS:
+        return None
+    first, second = np.random.default_rng(0).integers(0, rows, (2, PAIRS))
+    pairs = np.abs(values[first] - values[second])
+    if not (vary := np.median(pairs, axis=0) > 0).any():
         return None
     values, pairs = values[:, vary], pairs[:, vary]
     changes = np.abs(np.diff(values, axis=0))
@@ -208,16 +214,16 @@ def _continued(
         return ""
     keys = ("terminated", "not_terminated") if key == "terminated" else (key, "trajectory_end")
     path = next((names[k] for k in keys if k in names), "max_episode_steps")
-    remedy = "They may be at wrong rows; if recording was cut there, ignore this warning."
+    remedy = f"{path!r} may be wrong; if recording was cut there on purpose, ignore this warning."
     if key == "terminated":
         remedy = (
             f"If {path!r} only flags where recording was cut, pass columns={{'terminated': None, "
             f"'truncated': {path!r}}}; if it is 0 where a row terminates, columns={{'not_terminated': "
-            f"{path!r}}}; if episodes do continue there, columns={{'episode': ...}} with their numbers."
+            f"{path!r}}}; if episodes do continue there, name their ids: columns={{'episode': ...}}."
         )
     return (
-        f"{count} of the {len(rows)} rows that end an episode as {key} ({path!r}) are followed by a "
-        f"row that continues the same episode. {remedy}"
+        f"{count} of the {len(rows)} rows flagged {key} ({path!r}) are followed by a row that "
+        f"continues the same episode. {remedy}"
     )
 
 
@@ -238,12 +244,11 @@ def _jumps(steps: Steps, rows: int, unused: Mapping[str, Column]) -> str:
     jumps &= ~(steps.ended | np.append(False, steps.ended[:-1]))
     if longest > most or 3 * at_ends < ends or jumps.sum() < max(FEWEST, at_ends / 4):
         return ""
-    reason = "flags of ends are missing there" if ends else f"all {rows:,} rows are one episode"
+    why = "done flags are missing there" if ends else f"all {rows:,} rows were read as one episode"
     text = (
-        f"the observation jumps to the next row's in {jumps.sum()} rows inside episodes (of "
-        f"{len(steps.values):,} rows looked at), first at row {int(jumps.argmax())}: {reason}. Flag "
-        "those rows as truncated or terminated, or name the column of flags or of episode ids: "
-        "columns={'truncated': ...} or columns={'episode': ...}."
+        f"the observation jumps in {jumps.sum()} rows inside episodes (of {len(steps.values):,} looked "
+        f"at), first at row {int(jumps.argmax())}: {why}. Flag them as truncated or terminated, or "
+        "name a column of flags or ids: columns={'truncated': ...} or columns={'episode': ...}."
     )
     for name, column in unused.items():
         if name in POSSIBLE_MARKS and not isinstance(column, UnreadableColumn):

@@ -32,6 +32,7 @@ class HuggingFaceRows:
     """
 
     def __init__(self, dataset: Any, folder: Path | None = None) -> None:
+        self.unreadable: dict[str, str] = {}
         self.name, self.folder = folder.name if folder else type(dataset).__name__, folder
         if isinstance(dataset, dict):
             first = next(iter(dataset), "train")

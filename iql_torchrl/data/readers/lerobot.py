@@ -22,8 +22,9 @@ from iql_torchrl.data.readers.arrays import (
     package,
     reading,
 )
-from iql_torchrl.data.readers.arrow import PART_BYTES, ParquetRows, arrow_columns, parquet_files
+from iql_torchrl.data.readers.arrow import PART_BYTES, arrow_columns
 from iql_torchrl.data.readers.options import ReadOptions
+from iql_torchrl.data.readers.parquet import ParquetRows, parquet_files
 from iql_torchrl.data.schema import DatasetError
 from iql_torchrl.descriptions import one_line
 from iql_torchrl.files import is_safe_relative_path
@@ -192,8 +193,8 @@ def _clips(
 
 def _check_times(clips: list[Clip], seconds: NDArray[np.float64], apart: float) -> None:
     """Raise where rows have less than ``apart`` seconds between them, so that they share a frame."""
-    number = {path: index for index, path in enumerate({clip.path: None for clip in clips})}
-    file = np.repeat([number[c.path] for c in clips], [len(c.rows) for c in clips])
+    numbers = np.unique([str(clip.path) for clip in clips], return_inverse=True)[1]
+    file = np.repeat(numbers, [len(clip.rows) for clip in clips])
     order = np.lexsort((seconds, file))
     near = (np.diff(file[order]) == 0) & (np.diff(seconds[order]) < apart)
     if near.any():

@@ -90,7 +90,7 @@ def open_ogbench(source: str, options: ReadOptions) -> Columns:
     spec, path = _spec(source, environment), _file(source, data)
     columns = open_npz(path)
     relabel = package("ogbench.relabel_utils", source, "ogbench")
-    states: dict[str, Any] = {column: columns[column] for column in STATES if column in columns}
+    states = {column: np.asarray(columns[column][:]) for column in STATES if column in columns}
     env = gym.make(spec)
     try:
         rows = {column: columns[column] for column in ROWS}

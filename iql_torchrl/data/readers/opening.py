@@ -26,12 +26,14 @@ from iql_torchrl.data.readers.d3rlpy import (
     open_d3rlpy_buffer,
     open_d3rlpy_file,
 )
+from iql_torchrl.data.readers.frames import is_frame, open_frame
 from iql_torchrl.data.readers.huggingface import (
     HuggingFaceRows,
     is_saved_dataset,
     is_table_of_datasets,
     load_saved_dataset,
 )
+from iql_torchrl.data.readers.json_files import open_json, open_npy
 from iql_torchrl.data.readers.minari import find_minari, is_minari_id, minari_files, open_minari
 from iql_torchrl.data.readers.ogbench import is_ogbench, ogbench_files, open_ogbench
 from iql_torchrl.data.readers.options import ReadOptions
@@ -39,7 +41,13 @@ from iql_torchrl.data.readers.torchrl_datasets import open_torchrl
 from iql_torchrl.data.schema import DatasetError
 
 #: What reads the columns of a file, by its suffix.
-FILES: dict[str, Callable[[Path], dict[str, Column]]] = {".npz": open_npz, ".csv": open_csv}
+FILES: dict[str, Callable[[Path, Mapping[str, str | None]], Columns | dict[str, Column]]] = {
+    ".npz": lambda path, _: open_npz(path),
+    ".npy": lambda path, _: open_npy(path),
+    ".csv": lambda path, _: open_csv(path),
+    ".tsv": lambda path, _: open_csv(path),
+    **dict.fromkeys((".json", ".jsonl", ".ndjson"), open_json),
+}
 #: Suffixes of the files that contain a table.
 TABLE_FILES = (".hdf5", ".h5", ".parquet", *FILES)
 EXPECTED = (
@@ -107,10 +115,12 @@ def _open_path(path: Path, options: ReadOptions) -> Columns:
         raise DatasetError(f"{path}: no such file.")
     if not path.is_dir() and kind != ".parquet":
         if kind in FILES:
-            return Columns(path.name, FILES[kind](path), text=kind == ".csv")
+            columns = FILES[kind](path, options.named)
+            return columns if isinstance(columns, Columns) else Columns(path.name, columns)
         return open_d3rlpy_file(path, options)
-    from iql_torchrl.data.readers.arrow import ParquetRows, arrow_columns, parquet_files
+    from iql_torchrl.data.readers.arrow import arrow_columns
     from iql_torchrl.data.readers.lerobot import open_lerobot
+    from iql_torchrl.data.readers.parquet import ParquetRows, parquet_files
 
     if is_saved_dataset(path):
         rows = HuggingFaceRows(load_saved_dataset(path), path)
@@ -131,11 +141,13 @@ def _open_object(source: Any, options: ReadOptions) -> Columns:
         from iql_torchrl.data.readers.arrow import arrow_columns
 
         return Columns(name, arrow_columns(HuggingFaceRows(source), options.named))
+    if is_frame(source):
+        return open_frame(source, options.named)
     if isinstance(source, Mapping):
         return Columns("arrays", flatten(source))
     if is_d3rlpy_buffer(source):
         return open_d3rlpy_buffer(source, options)
     raise DatasetError(
         f"source: {name} cannot be read; expected a Minari or OGBench id, a path, a dict of "
-        "arrays, a TensorDict, a TorchRL or d3rlpy buffer, or a datasets.Dataset."
+        "arrays, a TensorDict, a TorchRL or d3rlpy buffer, a datasets.Dataset, or a DataFrame."
     )

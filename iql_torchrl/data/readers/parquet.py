@@ -1,0 +1,128 @@
+"""Parquet files: the rows of one, or of all in a folder, one file after the other."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from iql_torchrl.data.readers.arrays import package, reading
+from iql_torchrl.data.schema import DatasetError
+
+pa, pq = (package(name, "a Parquet file") for name in ("pyarrow", "pyarrow.parquet"))
+
+#: About how many bytes of the rows of a file are decoded together, and at most how many rows.
+BATCH_BYTES = 8 * 2**20
+BATCH_ROWS = 65_536
+LISTS = (pa.ListType, pa.LargeListType, pa.FixedSizeListType)
+#: What a damaged Parquet file is called, and what pyarrow raises.
+DAMAGED = ("not a complete Parquet file", pa.ArrowException, OSError)
+#: Names of files that each are of one split.
+SPLITS = ("train", "test", "validation", "valid", "val", "dev")
+
+
+def parquet_files(folder: Path) -> list[Path]:
+    """All Parquet files below ``folder``, in the order of the numbers in their paths.
+
+    Raises ``DatasetError`` where their names tell several splits, such as ``train-00000-of-00002``.
+    """
+
+    def order(path: Path) -> tuple[list[int], str]:
+        name = path.relative_to(folder).as_posix()
+        return [int(digits) for digits in re.findall(r"\d+", name)], name
+
+    files = sorted((p for p in folder.rglob("*.parquet") if p.is_file()), key=order)
+    names = {re.sub(r"-\d+-of-\d+.*", "", path.stem): path.stem for path in files}
+    splits = sorted(name for name, stem in names.items() if name != stem or stem in SPLITS)
+    if len(splits) > 1:
+        raise DatasetError(
+            f"{folder}: holds the splits {', '.join(splits)}; pass the files of one of them, in a "
+            "folder of their own."
+        )
+    return files
+
+
+class ParquetRows:
+    """The rows of Parquet files, one file after the other.
+
+    A column is read forwards in batches of rows of about 8 MB, so that neither a file nor one of its
+    row groups need fit into memory. Types that differ in their size alone, such as int32 and int64, are
+    cast to the wider one. ``unreadable`` says which columns differ more, or are missing in some files.
+    Raises ``DatasetError`` naming a damaged file.
+    """
+
+    def __init__(self, name: str, files: Sequence[Path], folder: Path | None = None) -> None:
+        self.name, self.folder, self.rows = name, folder, 0
+        self.unreadable: dict[str, str] = {}
+        self._groups: dict[Path, list[int]] = {}  # rows of the row groups of each file
+        types: dict[str, Any] = {}
+        for path in files:
+            with reading(path, *DAMAGED):
+                metadata = pq.read_metadata(path)
+                schema = metadata.schema.to_arrow_schema()
+            found = dict(zip(schema.names, schema.types, strict=True))
+            for column in found | types if self._groups else ():
+                kind, other = types.get(column), found.get(column)
+                if (wider := _wider(kind, other)) is None and column not in self.unreadable:
+                    self.unreadable[column] = (
+                        f"{path}: its columns differ from those of {files[0].name} in {column}: "
+                        f"{other or 'missing'}, {kind or 'missing'} before; expected a column of one "
+                        "type in all files: cast it, or load the files one by one."
+                    )
+                types[column] = wider or kind or other
+            types = types if self._groups else found
+            groups = range(metadata.num_row_groups)
+            self._groups[path] = [metadata.row_group(number).num_rows for number in groups]
+            self.rows += metadata.num_rows
+        self.schema = pa.schema([(c, t) for c, t in types.items() if c not in self.unreadable])
+        #: By column: the row read last from, what is decoded from there on, and the batches after that.
+        self._decoded: dict[str, tuple[int, list[Any], Iterator[Any]]] = {}
+
+    def read(self, column: str, start: int, stop: int) -> Any:
+        """The column's rows ``start`` to ``stop - 1`` as a chunked array."""
+        kind = self.schema.field(column).type
+        first, arrays, batches = self._decoded.get(column, (start + 1, [], iter(())))
+        if not first <= start <= first + sum(map(len, arrays)):
+            first, arrays, batches = start, [], _batches(self._groups, column, start)
+        while first + sum(map(len, arrays)) < stop:
+            arrays.append(next(batches).cast(kind))
+        values = pa.chunked_array(arrays, kind)[start - first :]
+        self._decoded[column] = (start, values.chunks, batches)
+        return values[: stop - start]
+
+
+def _wider(first: Any, second: Any) -> Any:
+    """The type that has all values of both types; None if there is none, or a type is None."""
+    if first is None or second is None or first == second:
+        return first if first == second else None
+    if pa.types.is_null(first) or pa.types.is_null(second):
+        return second if pa.types.is_null(first) else first
+    if isinstance(first, LISTS) and isinstance(second, LISTS):
+        inner = _wider(first.value_type, second.value_type)
+        return None if inner is None else pa.large_list(inner)
+    kinds = [pa.types.is_floating, pa.types.is_signed_integer, pa.types.is_unsigned_integer]
+    if any(same(first) and same(second) for same in kinds):
+        return first if first.bit_width > second.bit_width else second
+    return None
+
+
+def _batches(files: Mapping[Path, list[int]], column: str, start: int) -> Iterator[Any]:
+    """The rows of a column from ``start`` on; ``files``: the rows of the row groups of each."""
+    end = 0
+    for path, groups in files.items():
+        with reading(path, *DAMAGED):
+            file = None
+            for number, rows in enumerate(groups):
+                end += rows
+                if not rows or end <= start:
+                    continue
+                file = file or pq.ParquetFile(
+                    path, pre_buffer=False, buffer_size=2**20, page_checksum_verification=True
+                )
+                size = max(file.metadata.row_group(number).total_byte_size // rows, 1)
+                size = max(1, min(BATCH_ROWS, BATCH_BYTES // size))
+                skipped = max(rows - (end - start), 0)
+                for batch in file.iter_batches(size, [number], [column], use_threads=False):
+                    yield batch.column(column)[skipped:]
+                    skipped = max(skipped - len(batch), 0)
