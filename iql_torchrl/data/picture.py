@@ -98,7 +98,7 @@ def dataset_figure(dataset: OfflineDataset, hints: Sequence[str] = ()) -> Figure
         axes["rows"].legend(named.values(), named, loc="upper left", bbox_to_anchor=(1, 1))
         title = f"Observations row by row: {len(observed.shown)} of {len(observed.names)} numbers"
         _titles(axes["rows"], title, "Those that change least. Right if they are continuous between "
-                "the vertical lines. A red area marks a leap inside an episode.")  # fmt: skip
+                "the vertical lines. A red area marks a discontinuity inside an episode.")  # fmt: skip
         _curves(axes["near"], observed, observed.place - REACH, observed.place + REACH + 2)
         _titles(axes["near"], "The same, enlarged", "each dot is a row")
     if observed.image is not None:
@@ -130,8 +130,8 @@ class _Points(NamedTuple):
 class _Observed:
     """The standardised numbers of observations, in at most 64 columns of all leaves.
 
-    ``place``: the transition at whose end the picture looks: the largest leap inside an episode, or
-    the boundary near it; else the first boundary. ``leap``: from this size a step is a leap.
+    ``threshold``: a longer step is a discontinuity. ``place``: the transition at whose end the picture
+    looks: the largest discontinuity inside an episode or the boundary near it; else the first boundary.
     """
 
     def __init__(self, dataset: OfflineDataset) -> None:
@@ -155,9 +155,9 @@ class _Observed:
         points = self.points(0, max(1000, SCANNED // len(numbers)))
         inside = np.flatnonzero(np.diff(points.episode) == 0)
         size = np.append(0, self.steps(points.values)[inside])
-        self.leap = max(0.5, *(np.quantile(size, [0.5, 0.9]) * [6, 2]))
+        self.threshold = max(0.5, *(np.quantile(size, [0.5, 0.9]) * [6, 2]))
         self.place = int(self.stops[0]) - 1
-        if size.max() > self.leap:
+        if size.max() > self.threshold:
             self.place = int(points.row[inside[size.argmax() - 1]])
         near = np.abs(self.stops[:-1] - 1 - self.place) <= REACH
         self.place = int(self.stops[:-1][near][0] - 1) if near.any() else self.place
@@ -295,16 +295,18 @@ def _actions(axes: Axes, dataset: OfflineDataset) -> None:
 
 
 def _curves(axes: Axes, observed: _Observed, low: int, high: int) -> None:
-    """The columns that change least from row to row, with boundaries and leaps."""
+    """The columns that change least from row to row, with boundaries and discontinuities."""
     points = observed.points(low, high)
     first = np.concatenate([[0], points.first(), [len(points.row)]])
     x = np.arange(len(points.row)) - np.searchsorted(points.row, observed.place, side="right") + 0.5
     for n, colour in zip(observed.shown, (BLUE, RED, GREEN, PINK), strict=False):
         for part in starmap(slice, pairwise(first)):
             axes.plot(x[part], points.values[part, n], ".-", color=colour, label=observed.names[n])
-    leaps = (np.diff(points.episode) == 0) & (observed.steps(points.values) > observed.leap)
-    for i in np.flatnonzero(leaps):
-        axes.axvspan(x[i], x[i + 1], color="red", alpha=0.25, lw=0, label="leap inside an episode")
+    found = (np.diff(points.episode) == 0) & (observed.steps(points.values) > observed.threshold)
+    for i in np.flatnonzero(found):
+        axes.axvspan(
+            x[i], x[i + 1], color="red", alpha=0.25, lw=0, label="discontinuity inside an episode"
+        )
     for i in first[1:-1] - 1:
         end = observed.ends[points.episode[i]]
         colour, style = ENDS[end]

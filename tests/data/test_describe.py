@@ -52,9 +52,9 @@ def panel(figure, title):
     return found
 
 
-def leaps(figure):
+def discontinuities(figure):
     names = panel(figure, "Observations row by row").get_legend_handles_labels()[1]
-    return names.count("leap inside an episode")
+    return names.count("discontinuity inside an episode")
 
 
 def heights(axes):
@@ -74,7 +74,7 @@ def test_a_shifted_flag_is_seen(end, following):
         dataset = load_dataset(wave(shift=shift, end=end, following=following))
         figure = dataset_figure(dataset)
         assert text in texts(figure)
-        assert bool(leaps(figure)) == (shift != 0), "a red area is in the curves"
+        assert bool(discontinuities(figure)) == (shift != 0), "a red area is in the curves"
 
 
 def test_missing_flags_are_seen():
@@ -82,8 +82,8 @@ def test_missing_flags_are_seen():
     data["truncated"] &= np.arange(len(data["truncated"])) % (2 * LENGTH) >= LENGTH
     figure = dataset_figure(load_dataset(data))
     curves = panel(figure, "The same, enlarged")
-    (leap,) = curves.patches
-    assert (leap.get_x(), leap.get_width()) == (-0.5, 1.0)
+    (area,) = curves.patches
+    assert (area.get_x(), area.get_width()) == (-0.5, 1.0)
     assert not any("end of an episode" in text for text in curves.get_legend_handles_labels()[1])
 
 
@@ -100,7 +100,7 @@ def test_independent_rows_get_no_verdict(rows):
     )  # fmt: skip
     figure = dataset_figure(dataset)
     assert "At no offset are the steps regularly the largest" in texts(figure)
-    assert leaps(figure) == 0
+    assert discontinuities(figure) == 0
 
 
 def test_steps_and_curves_are_those_of_the_rows():
