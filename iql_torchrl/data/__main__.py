@@ -224,9 +224,9 @@ def _hints(dataset: DatasetSummary) -> list[str]:
 # -- messages name arguments of Python
 
 VALUE = r"\{[^{}]*\}|\([^()]*\)|\[[^][]*\]|'[^']*'|True|None|[\d.]*\d"
-ARGUMENT = re.compile(
-    rf"\b({'|'.join(each.name for each in fields(Source)[1:])})=({VALUE})?(?![\w'\"({{[])"
-)
+NAMES = "|".join(each.name for each in fields(Source)[1:])
+#: An argument; or a call, whose arguments stay as they are.
+ARGUMENT = re.compile(rf"\w\([^()]*\)|\b({NAMES})=({VALUE})?(?![\w'\"({{[])")
 ITEM = re.compile(r"'(\w+)': (\[[^]]*\]|[^,}]+)")
 
 
@@ -239,6 +239,8 @@ def as_typed(message: str) -> str:
 
     def option(found: re.Match[str]) -> str:
         name, value = found[1], found[2] or ""
+        if name is None:
+            return found[0]
         if name == "columns" and value:
             items = ITEM.findall(value) or [("KEY", "...")]
             words = [shlex.quote(f"{key}={_name(item)}") for key, item in items]

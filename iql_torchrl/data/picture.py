@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 SUFFIXES = (".png", ".pdf", ".svg")
 REACH, FRAMES, DIMENSIONS, HINTS = 6, 8, 12, 14  # most that are drawn; REACH: steps on each side
 PICTURES = " ".join(f"picture{n}" for n in range(FRAMES))
-BOUNDARIES, NUMBERS, SCANNED = 200, 64, 10_000_000  # most that are read; SCANNED: numbers in a row
+BOUNDARIES, NUMBERS, SCANNED = 200, 64, 4_000_000  # most that are read; SCANNED: numbers in a row
 # Okabe and Ito's colours, which colour-blind readers tell apart too.
 BLUE, RED, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "0.35"
 ENDS = {"terminated": (RED, "-"), "truncated": (BLUE, "--")}
@@ -243,7 +243,7 @@ def _histogram(axes: Axes, title: str, unit: str, parts: Mapping[str, NDArray[An
         counts, colour = np.histogram(part, edges)[0], ENDS.get(name, (GREEN,))[0]
         axes.bar(edges[:-1], counts, np.diff(edges), bottom, align="edge", color=colour, ec="white")
         bottom += counts
-    few = bottom[bottom > 0].min() < 0.02 * bottom.max()
+    few = 0.9 * bottom.sum() < bottom.max() < bottom.sum()
     axes.set(xlabel=unit, ylabel="number (log scale)" if few else "number")
     if wide:
         axes.set_xscale("symlog", linthresh=typical)

@@ -135,7 +135,10 @@ def test_a_huge_reward_leaves_the_others_visible():
     rewards = panel(dataset_figure(load_dataset(data)), "Rewards")
     assert rewards.get_xscale() == "symlog"
     assert len(heights(rewards)) > 4
-    assert panel(dataset_figure(load_dataset(wave())), "Returns").get_xscale() == "linear"
+    data["reward"] = (np.arange(240) % 80 == 79).astype(np.float32)  # 3 of 240
+    assert panel(dataset_figure(load_dataset(data)), "Rewards").get_yscale() == "log"
+    rewards = panel(dataset_figure(load_dataset(wave())), "Rewards")
+    assert (rewards.get_xscale(), rewards.get_yscale()) == ("linear", "linear")
 
 
 def test_actions_against_their_bounds():
@@ -315,6 +318,7 @@ def test_build_prints_warnings_once(tmp_path, capsys):
         ("reward_offset=1; if", "--reward-offset 1; if"),
         ("concatenate=['a', 'b'], but", "--concatenate a b, but"),
         ("reward='return_range' needs", "--reward return_range needs"),
+        ("env=lambda: make(..., limit=3)", "env=lambda: make(..., limit=3)"),
         ("make_env=3 and action_space= stay", "make_env=3 and action_space= stay"),
     ],
 )
