@@ -111,7 +111,13 @@ def guess_action_space(parts: Sequence[Columns]) -> Guess:
     if one_hot:
         warning = _one_hot_warning(path, low.size)
         low, high = np.minimum(low, -1), np.maximum(high, 1)
-    elif integers and low.size == 1 and 1 <= (high - low).max() < MOST_FLOAT_CATEGORIES:
+    elif (
+        integers
+        and low.size == 1
+        and 1
+        <= (high - low).max()
+        < min(MOST_FLOAT_CATEGORIES, sum(part.rows for part in parts) / 3)
+    ):
         first, count = int(low.min()), int(high.max() - low.min()) + 1
         start = f", start={first}" if first < 0 else ""
         if first >= 0:
