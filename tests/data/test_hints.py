@@ -138,7 +138,7 @@ def test_rows_that_continue():
     last = np.arange(400) % 25 == 24  # 15 of these rows are followed by a row
     said("15 of the 15 rows flagged truncated ('timeouts')|on purpose", observation, last)
     terminated = last & (np.arange(400) % 50 == 49)
-    words = "7 of the 7 rows flagged terminated ('dead')|columns={'terminated': None, 'truncated': 'dead'}"
+    words = "7 of the 7 rows flagged terminated ('dead')|{'terminated': None, 'truncated': 'dead'}"
     texts = hints(observation, last, terminated=terminated, following=following)
     assert len(texts) == 2
     assert all(word in texts[0] for word in words.split("|"))

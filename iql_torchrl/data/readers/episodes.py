@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from iql_torchrl.data.readers.arrays import Columns
 from iql_torchrl.data.readers.columns import FLAGS
-from iql_torchrl.data.readers.contradictions import contradictions
+from iql_torchrl.data.readers.contradictions import contradictions, one_episode
 from iql_torchrl.data.readers.following import SAMPLE, differs
 from iql_torchrl.data.readers.hints import boundary_hints, interleaved_by
 from iql_torchrl.data.readers.options import ReadOptions
@@ -120,7 +120,7 @@ def find_episodes(source: Columns, options: ReadOptions) -> tuple[Columns, Episo
             columns.leaves("observation"), following, columns.columns["next/reward"],
             flags["terminated"], last, names=columns.paths, unused=columns.unused,
             ids_given=bool({"episode", "env_index"} & columns.paths.keys()),
-        )  # fmt: skip
+        ) or one_episode(columns, flags, last)  # fmt: skip
     notes = [*notes, *gap_notes, *episodes.notes, *_flag_notes(columns, flags, episodes)]
     return columns, replace(episodes, notes=tuple(notes), warnings=(*episodes.warnings, *warnings))
 

@@ -203,8 +203,11 @@ def _continued(
     Their steps are ordinary, and shorter than the distances from them to the rows after other ends.
     Where the next episode begins independently of the last one, both are alike, whatever the data.
     """
-    rows, ordinary = np.flatnonzero(ended), np.quantile(steps.length[steps.inside], 0.99)
-    count = int((follows[rows] & (steps.length[rows] <= ordinary)).sum())
+    rows, (high, highest) = (
+        np.flatnonzero(ended),
+        np.quantile(steps.length[steps.inside], [0.9, 0.99]),
+    )
+    count = int((follows[rows] & (steps.length[rows] <= min(2 * high, highest))).sum())
     if count < max(FEWEST, 0.75 * len(rows)):
         return ""
     some = rows[:: -(-len(rows) // 64)]
