@@ -25,6 +25,7 @@ EXTRAS = {
     "optuna": "search",
     "pandas": "readers",
     "PIL": "readers",
+    "pandas": "readers",
     "pyarrow": "readers",
     "pygame": "video",
     "ray": "ray",

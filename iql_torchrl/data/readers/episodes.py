@@ -117,7 +117,7 @@ def find_episodes(source: Columns, options: ReadOptions) -> tuple[Columns, Episo
     warnings = contradictions(columns, flags, last, broken, episodes.lengths)
     if not warnings:
         warnings = boundary_hints(
-            columns.leaves("observation"), following, columns.columns["next/reward"],
+            columns.leaves("observation"), broken, columns.columns["next/reward"],
             flags["terminated"], last, names=columns.paths, unused=columns.unused,
             ids_given=bool({"episode", "env_index"} & columns.paths.keys()),
         ) or one_episode(columns, flags, last)  # fmt: skip
