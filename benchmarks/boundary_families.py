@@ -1,4 +1,4 @@
-"""Families of datasets for ``bench_boundaries.py``: each seed gives episodes whose boundaries are known."""
+"""Families of datasets for ``bench_boundaries.py``: episodes with known boundaries, by seed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Episode:
         return len(self.reward)
 
 
-#: ``(generator, episodes, length)``: a length of 0 leaves it to the family. Those of ``NATURAL`` ignore it.
+#: ``(generator, episodes, length)``: a length of 0 leaves it to the family. ``NATURAL`` ignore it.
 Family: TypeAlias = Callable[[np.random.Generator, int, int], Iterator[Episode]]
 
 

@@ -25,7 +25,6 @@ EXTRAS = {
     "optuna": "search",
     "pandas": "readers",
     "PIL": "readers",
-    "pandas": "readers",
     "pyarrow": "readers",
     "pygame": "video",
     "ray": "ray",

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from small_logs import drift
 
+from iql_torchrl.data.readers.following import differs
 from iql_torchrl.data.readers.hints import (
     ROWS,
     boundary_hints,
@@ -76,7 +77,7 @@ def hints(observation, last, *, terminated=None, following=None, reward=None, id
     rows = len(last)
     return boundary_hints(
         {KEY: observation},
-        {} if following is None else {KEY: following},
+        None if following is None else differs({KEY: observation}, {KEY: following}, rows),
         np.ones(rows) if reward is None else reward,
         np.zeros(rows, bool) if terminated is None else terminated,
         last,
@@ -138,7 +139,7 @@ def test_rows_that_continue():
     last = np.arange(400) % 25 == 24  # 15 of these rows are followed by a row
     said("15 of the 15 rows flagged truncated ('timeouts')|on purpose", observation, last)
     terminated = last & (np.arange(400) % 50 == 49)
-    words = "7 of the 7 rows flagged terminated ('dead')|columns={'terminated': None, 'truncated': 'dead'}"
+    words = "7 of the 7 rows flagged terminated ('dead')|{'terminated': None, 'truncated': 'dead'}"
     texts = hints(observation, last, terminated=terminated, following=following)
     assert len(texts) == 2
     assert all(word in texts[0] for word in words.split("|"))

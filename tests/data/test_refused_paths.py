@@ -144,9 +144,7 @@ def test_whole_numbers_of_a_text_file_are_numbers(tmp_path, following):
 
 def test_a_whole_number_that_would_be_rounded_is_refused(tmp_path):
     path = table(tmp_path / "log.csv", first=2**24 + 1)
-    with pytest.raises(
-        DatasetError, match=r"observation has the integer 16777217, which torch"
-    ):
+    with pytest.raises(DatasetError, match=r"observation has the integer 16777217, which torch"):
         load_dataset(path, **OPTIONS)
     dataset = load_dataset(path, **OPTIONS, dtype=torch.float64)
     assert dataset.transitions["observation"][1, 0] == 2**24 + 1

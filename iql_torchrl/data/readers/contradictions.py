@@ -36,8 +36,6 @@ def contradictions(
         _no_terminations(columns) or _opposite(columns, flags, last, broken),
         "" if broken is None else _breaks_inside(columns, flags, last, broken),
     ]
-    if not any(texts):
-        texts.append(_one_episode(columns, flags, last))
     texts.append(_little_kept(columns, flags, last, lengths, any(texts)))
     return [text for text in texts if text]
 
@@ -63,7 +61,7 @@ def _opposite(
     if other in columns.paths:
         key, other = other, key
         going_on = flags["valid"] & ~last
-    elif broken is not None:
+    elif broken is not None and not flags["terminated"].all():  # as those of a bandit
         going_on = np.append(~broken, False)
     else:
         return ""
@@ -127,11 +125,6 @@ def _missing_or_shifted(flagged: Flags, breaks: Flags) -> str:
 def _unrelated(columns: Columns, inside: Flags) -> str:
     """Most rows break: what the next observations seem to be."""
     observed, following = columns.leaves("observation"), columns.leaves("next/observation")
-    if found_among(observed, following) > 0.5:
-        return (
-            "the rows are not in the order of time, as shuffled transitions are. Each transition is "
-            "used as it stands, but lengths and returns of episodes have no meaning."
-        )
     reason = "the next observations may be shifted, in another scale, or of other rows"
     for ahead, meaning in (
         (0, "the same row's observation: they are copies, or shifted by one row to the end"),
@@ -142,23 +135,30 @@ def _unrelated(columns: Columns, inside: Flags) -> str:
         if 2 * (equal & rows).sum() > rows.sum():
             reason = f"{(equal & rows).sum()} of {rows.sum()} rows looked at contain {meaning}"
             break
+    else:
+        if found_among(observed, following) > 0.5:
+            return (
+                "the rows are not in the order of time, as shuffled transitions are. Each transition "
+                "is used as it stands, but lengths and returns of episodes have no meaning."
+            )
     return (
         f"{reason}. Repair the column, or pass columns={{'next_observation': None}} to use the "
         "following rows."
     )
 
 
-def _one_episode(columns: Columns, flags: Mapping[str, Flags], last: Flags) -> str:
-    """All rows are one episode, and nothing in the source says so."""
+def one_episode(columns: Columns, flags: Mapping[str, Flags], last: Flags) -> list[str]:
+    """A sentence if all rows are one episode, and nothing in the source says so."""
     if columns.rows <= MANY or last[:-1].any() or {"episode", "env_index"} & columns.paths.keys():
-        return ""
+        return []
     if any(flags[key].any() for key in ("terminated", "truncated", "trajectory_end")):
-        return ""
-    return (
-        f"all {columns.rows:,} rows were read as one episode, because no row is terminated or truncated "
-        "and there are no episode ids. If there are several, pass max_episode_steps=, or name the column "
-        "of episode ids or done flags with columns={'episode': ...} or columns={'truncated': ...}."
-    )
+        return []
+    return [
+        f"all {columns.rows:,} rows were read as one episode, because no row is terminated or "
+        "truncated and there are no episode ids. If there are several, pass max_episode_steps=, or "
+        "name the column of episode ids or done flags with columns={'episode': ...} or "
+        "columns={'truncated': ...}."
+    ]
 
 
 def _little_kept(

@@ -35,14 +35,14 @@ def sorted_rows(columns: Columns) -> tuple[Columns, list[str]]:
         path, blocks, count = columns.paths[key], int(ends.sum()), int(codes.max()) + 1
         if key == "episode" and _numbered_anew(columns, codes, ends):
             notes.append(
-                f"{path!r} has {count} ids in {blocks} blocks of rows, which do not continue each other: "
-                "every block is an episode."
+                f"{path!r} has {count} ids in {blocks} blocks of rows, which do not continue each "
+                "other: every block is an episode."
             )
             continue
         columns = columns.sorted_by(np.argsort(codes, kind="stable"))
         notes.append(
-            f"rows are sorted by {path!r}, whose {count} ids take turns in {blocks} blocks of rows; the "
-            "order inside an id is that of the source."
+            f"rows are sorted by {path!r}, whose {count} ids take turns in {blocks} blocks of rows; "
+            "the order inside an id is that of the source."
         )
     return columns, notes
 
@@ -133,8 +133,9 @@ def time_gaps(
     times = raw.astype(np.float64)
     if (unknown := np.flatnonzero(~np.isfinite(times))).size:
         raise DatasetError(
-            f"{columns.name}: time ({path!r}) is missing in {len(unknown)} of {rows} rows, first at row "
-            f"{columns.source_row(unknown[0])}; expected a time in every row, or columns={{'time': None}}."
+            f"{columns.name}: time ({path!r}) is missing in {len(unknown)} of {rows} rows, first at "
+            f"row {columns.source_row(unknown[0])}; expected a time in every row, or columns={{'time': "
+            f"None}}."
         )
     inside = ~(flags["terminated"] | flags["truncated"] | flags["trajectory_end"])[:-1]
     if (ids := episode_ends(columns)) is not None:
@@ -156,8 +157,8 @@ def time_gaps(
     ):
         if where.any():
             notes.append(
-                f"time ({path!r}) {text} after {int(where.sum())} rows inside episodes, first after row "
-                f"{columns.source_row(int(where.argmax()))}: episodes are truncated there. "
+                f"time ({path!r}) {text} after {int(where.sum())} rows inside episodes, first after "
+                f"row {columns.source_row(int(where.argmax()))}: episodes are truncated there. "
                 "columns={'time': None} ignores the column."
             )
     return gaps, notes
