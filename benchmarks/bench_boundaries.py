@@ -5,7 +5,7 @@
 
 Each family of ``boundary_families.py`` is written with right flags in several forms, and with each
 fault; ``load_dataset`` reads it. A fault is found if there is a warning or a refusal about episode
-boundaries; on right flags these are false alarms. Writes benchmarks/results/boundaries.json.
+boundaries, or a note that rows of autoreset were dropped; on right flags these are false alarms. Writes benchmarks/results/boundaries.json.
 """
 
 from __future__ import annotations
@@ -222,10 +222,11 @@ def reports(table: Table) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            load_dataset(table)
+            notes = load_dataset(table).notes
         except DatasetError as error:
             return [f"refused: {error}"]
     texts = [str(w.message) for w in caught]
+    texts += [note for note in notes if "autoreset" in note and note not in texts]
     return [text for text in texts if not UNRELATED.search(text)]
 
 
