@@ -5,7 +5,8 @@
 
 Each family of ``boundary_families.py`` is written with right flags in several forms, and with each
 fault; ``load_dataset`` reads it. A fault is found if there is a warning or a refusal about episode
-boundaries, or a note that rows of autoreset were dropped; on right flags these are false alarms. Writes benchmarks/results/boundaries.json.
+boundaries, or a note that rows of autoreset were dropped; on right flags these are false alarms.
+Writes benchmarks/results/boundaries.json.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ Minari folder that contains them; without it a log of the same id, spaces and nu
 from random actions, which shows whether the script runs and what it trains on, and not how well it
 learns. ``CHANGES`` lists what is replaced in its text, each with the reason; a replaced text must occur.
 Writes benchmarks/results/minari_tutorial.json.
-"""
+"""  # noqa: E501
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import make_dataclass, replace
@@ -103,12 +104,28 @@ def errors_in_one_line() -> Iterator[None]:
 
     For a ``with`` block, or as the decorator of a script's ``main``. These are ``ImportError``,
     ``OSError``, ``RuntimeError``, ``ValueError`` and the ``AssertionError`` of environments; any other
-    has its traceback, as usual.
+    has its traceback, as usual. Warnings are shown as by :func:`warnings_in_one_line`.
     """
     try:
-        yield
+        with warnings_in_one_line():
+            yield
     except (AssertionError, ImportError, OSError, RuntimeError, ValueError) as error:
         refuse(str(error).partition("\n")[0])
+
+
+@contextmanager
+def warnings_in_one_line() -> Iterator[None]:
+    """Print each ``UserWarning`` on stderr as ``warning: ...``, without its source line."""
+
+    def show(message: Any, category: Any, *place: Any, **more: Any) -> None:
+        if issubclass(category, UserWarning):
+            print(f"warning: {message}", file=sys.stderr)
+        else:
+            usual(message, category, *place, **more)
+
+    with warnings.catch_warnings():
+        usual, warnings.showwarning = warnings.showwarning, show
+        yield
 
 
 def refuse(error: object) -> NoReturn:

@@ -1,126 +1,191 @@
 """``python -m iql_torchrl.data list | make | describe | build | verify``: see ``--help``."""
 
-from __future__ import annotations
-
-import argparse
+import re
+import shlex
 import sys
 import textwrap
+import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from iql_torchrl.data import DatasetSummary, build_shards, load_dataset
+import tyro
+from tyro.conf import Positional, arg, subcommand
+
+from iql_torchrl.config import cli
+from iql_torchrl.data import (
+    DatasetSummary,
+    DatasetWarning,
+    OfflineDataset,
+    build_shards,
+    load_dataset,
+)
 from iql_torchrl.data.builtin import (
     BUILTIN,
     ensure_dataset,
     ensure_source,
     make_dataset,
 )
+from iql_torchrl.data.codec import leaf_spaces
+from iql_torchrl.data.picture import check_picture_path, draw
 from iql_torchrl.data.replay import leaf_keys
 from iql_torchrl.data.saved import verify
 from iql_torchrl.data.schema import ACTION, REWARD
+from iql_torchrl.descriptions import describe_space
 
 NAME_WIDTH = 26
 
 
+@dataclass(frozen=True)
+class List:
+    """List the datasets that can be made on this machine."""
+
+    def run(self) -> None:
+        for name, recipe in BUILTIN.items():
+            print(f"{name} ({recipe.episodes} episodes)")
+            print(textwrap.indent(textwrap.fill(recipe.description, 92), "    "))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Make:
+    """Make one of the listed datasets, unless it exists."""
+
+    name: Annotated[Positional[str], arg(metavar="NAME")]
+    """as listed"""
+    seed: int | None = None
+    """seed of the episodes; refuses an existing dataset"""
+    episodes: int | None = None
+    """number of episodes; refuses an existing dataset"""
+    quiet: bool = False
+    """no progress bar"""
+
+    def run(self) -> None:
+        progress = not self.quiet
+        if self.seed is None and self.episodes is None:
+            print(ensure_dataset(self.name, progress=progress))
+        else:
+            seed, episodes = self.seed or 0, self.episodes
+            print(make_dataset(self.name, seed=seed, episodes=episodes, progress=progress))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """The arguments of ``load_dataset`` that can be typed."""
+
+    source: Annotated[Positional[str], arg(metavar="SOURCE")]
+    """Minari or OGBench id, file or folder of load_dataset; build: or a built-in name"""
+    columns: Annotated[tuple[str, ...], arg(metavar="KEY=NAME [...]")] = ()
+    """the file's names of our keys; KEY=A,B,C joins columns, KEY= leaves one out"""
+    env: str | None = None
+    """environment id, for files that name none"""
+    reward: tuple[float, float] | str = "raw"
+    """raw, return_range, minus_one, or SCALE SHIFT"""
+    reward_offset: int = 0
+    """1 for files that store a reward one row later"""
+    concatenate: tuple[str, ...] = ()
+    """leaves of a Dict observation to join"""
+    limit: int | None = None
+    """at most this many transitions"""
+    max_episode_steps: int | None = None
+    """length at which episodes without truncated flags are cut"""
+    clip_actions: bool = False
+    """clip actions to their bounds"""
+    autoreset: bool | None = None
+    """True drops the row after each end of an episode, False keeps all; None recognises them"""
+
+    def options(self) -> dict[str, Any]:
+        given = {each.name: getattr(self, each.name) for each in fields(Source)[1:]}
+        columns = dict(map(_column, self.columns))
+        return given | {"columns": columns, "concatenate": self.concatenate or None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Describe(Source):
+    """Print what a dataset contains, and draw it."""
+
+    output: Path | None = None
+    """a picture of the dataset: a .png, .pdf or .svg file"""
+
+    def run(self) -> None:
+        if self.output is not None:
+            check_picture_path(self.output)
+        dataset = load_dataset(self.source, **self.options())
+        for name, text in _contents(dataset).items():
+            print(f"{name:<{NAME_WIDTH}}{text}")
+        print("\n".join(hints := _hints(dataset)))
+        if self.output is not None:
+            draw(dataset, self.output, hints)
+            print(f"picture: {self.output}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Build(Source):
+    """Build a memory-mapped dataset, which load_dataset(FOLDER) opens on any machine."""
+
+    folder: Annotated[Positional[Path], arg(metavar="FOLDER")]
+    """where the dataset is written"""
+    shards: int | None = None
+    """write this many shards of whole episodes, for load_shards(FOLDER)"""
+
+    def run(self) -> None:
+        name = ensure_source(self.source)
+        if self.shards is None:
+            built: DatasetSummary = load_dataset(name, memmap=self.folder, **self.options())
+            parts, how = "", "load_dataset(FOLDER)"
+        else:
+            built = build_shards(name, self.folder, self.shards, **self.options())
+            parts, how = f" in {len(built.shards)} shards", "load_shards(FOLDER)"
+        print("\n".join(_hints(built)))
+        print(f"{self.folder}: {len(built):,} transitions{parts}; open it with {how}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verify:
+    """Compare a built dataset or shards with their checksums."""
+
+    folder: Annotated[Positional[Path], arg(metavar="FOLDER")]
+    """where the dataset was written"""
+
+    def run(self) -> None:
+        print(f"{self.folder}: {verify(self.folder):,} bytes have the content that was built.")
+
+
+COMMANDS: Any = (
+    Annotated[List, subcommand("list")]
+    | Annotated[Make, subcommand("make")]
+    | Annotated[Describe, subcommand("describe")]
+    | Annotated[Build, subcommand("build")]
+    | Annotated[Verify, subcommand("verify")]
+)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status, 1 after an error (printed on stderr)."""
-    options = _parser().parse_args(arguments)
+    command = tyro.cli(
+        COMMANDS, args=arguments, prog="python -m iql_torchrl.data",
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )  # fmt: skip
     try:
-        options.run(options)
+        with cli.warnings_in_one_line():
+            # describe and build print a dataset's warnings beside its notes.
+            warnings.simplefilter("ignore", DatasetWarning)
+            command.run()
     except (ValueError, ImportError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {as_typed(str(error))}", file=sys.stderr)
         return 1
     return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m iql_torchrl.data")
-    commands = parser.add_subparsers(required=True)
-
-    def command(run: Any, summary: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(run.__name__.strip("_"), help=summary)
-        added.set_defaults(run=run)
-        return added
-
-    command(_list, "the datasets that can be made on this machine")
-    make = command(_make, "make one of them, unless it exists")
-    make.add_argument("name", metavar="NAME", help="as listed")
-    make.add_argument("--seed", type=int, help="of the episodes; refuses an existing dataset")
-    make.add_argument("--episodes", type=int, help="how many; refuses an existing dataset")
-    make.add_argument("--quiet", action="store_true", help="no progress bar")
-    describe = command(_describe, "print what a dataset contains")
-    build = command(
-        _build, "build a memory-mapped table, which load_dataset(FOLDER) opens on any machine"
-    )
-    for reads in (describe, build):
-        reads.add_argument(
-            "source", metavar="SOURCE",
-            help="Minari or OGBench id, file or folder of load_dataset; build: or a built-in name",
-        )  # fmt: skip
-        reads.add_argument("--env", help="environment id, for files that name none")
-        reads.add_argument("--limit", type=int, help="at most this many transitions")
-        reads.add_argument("--concatenate", nargs="+", help="leaves of a Dict observation to join")
-        reads.add_argument(
-            "--columns", nargs="+", type=_column, metavar="KEY=NAME", default=(),
-            help="the file's names of our keys; KEY=A,B,C joins columns, KEY= leaves one out",
-        )  # fmt: skip
-    build.add_argument("folder", metavar="FOLDER", type=Path, help="of the table")
-    build.add_argument(
-        "--shards", type=int, help="write so many tables of whole episodes, for load_shards(FOLDER)"
-    )
-    verify = command(_verify, "compare a built table or shards with checksums")
-    verify.add_argument("folder", metavar="FOLDER", type=Path, help="of the table or the shards")
-    return parser
 
 
 def _column(text: str) -> tuple[str, str | list[str] | None]:
     key, equals, name = text.partition("=")
     if not equals:
-        raise argparse.ArgumentTypeError(f"{text!r} has no '='; expected KEY=NAME")
+        cli.refuse(f"--columns: {text!r} has no '='; expected KEY=NAME.")
     return key, name.split(",") if "," in name else name or None
 
 
-def _reading(options: argparse.Namespace) -> dict[str, Any]:
-    """The options of ``load_dataset`` that were given."""
-    read = {name: getattr(options, name) for name in ("env", "limit", "concatenate")}
-    return {**read, "columns": dict(options.columns)}
-
-
-def _list(_: argparse.Namespace) -> None:
-    for name, recipe in BUILTIN.items():
-        print(f"{name} ({recipe.episodes} episodes)")
-        print(textwrap.indent(textwrap.fill(recipe.description, 92), "    "))
-
-
-def _make(options: argparse.Namespace) -> None:
-    progress = not options.quiet
-    if options.seed is None and options.episodes is None:
-        print(ensure_dataset(options.name, progress=progress))
-    else:
-        seed, episodes = options.seed or 0, options.episodes
-        print(make_dataset(options.name, seed=seed, episodes=episodes, progress=progress))
-
-
-def _build(options: argparse.Namespace) -> None:
-    name = ensure_source(options.source)
-    read = _reading(options)
-    if options.shards is None:
-        log: DatasetSummary = load_dataset(name, memmap=options.folder, **read)
-        parts, how = "", "load_dataset(FOLDER)"
-    else:
-        log = build_shards(name, options.folder, options.shards, **read)
-        parts, how = f" in {len(log.shards)} shards", "load_shards(FOLDER)"
-    log.print_notes()
-    print(f"{options.folder}: {len(log):,} transitions{parts}; open it with {how}.")
-
-
-def _verify(options: argparse.Namespace) -> None:
-    print(f"{options.folder}: {verify(options.folder):,} bytes have the content that was built.")
-
-
-def _describe(options: argparse.Namespace) -> None:
-    dataset = load_dataset(options.source, **_reading(options))
+def _contents(dataset: OfflineDataset) -> dict[str, str]:
+    """The lines of ``describe`` by name."""
     table, returns, lengths = dataset.transitions, dataset.episode_returns, dataset.episode_lengths
     flags = table["next", "terminated"].flatten().numpy()
     terminated = int(flags[lengths.cumsum() - 1].sum())
@@ -139,14 +204,56 @@ def _describe(options: argparse.Namespace) -> None:
         score = float(dataset.normalised_score(returns.mean()))
         rows["reference returns"] = f"random {random:.6g}, expert {expert:.6g}"
         rows["score of the mean"] = f"{score:.1f} (0 random, 100 expert)"
+    spaces = leaf_spaces(dataset.observation_space) | {ACTION: dataset.action_space}
+    for key, space in spaces.items():
+        rows[f"space of {'/'.join(key)}"] = describe_space(space)
     for key in leaf_keys(table):
-        if key[0] == "observation" or key in (ACTION, REWARD):
+        if key in spaces or key == REWARD:
             values, (low, high) = table[key], dataset.range_of(key)
             kind = f"{str(values.dtype).removeprefix('torch.')} {tuple(values.shape[1:])}"
             rows["/".join(key)] = f"{low:.6g} to {high:.6g}, {kind}"
-    for name, text in rows.items():
-        print(f"{name:<{NAME_WIDTH}}{text}")
-    dataset.print_notes()
+    return rows
+
+
+def _hints(dataset: DatasetSummary) -> list[str]:
+    """The warnings and the other notes, each once."""
+    notes = [f"note: {text}" for text in dataset.notes if text not in dataset.warnings]
+    return [as_typed(text) for text in [*(f"warning: {w}" for w in dataset.warnings), *notes]]
+
+
+# -- messages name arguments of Python
+
+VALUE = r"\{[^{}]*\}|\([^()]*\)|\[[^][]*\]|'[^']*'|True|None|[\d.]*\d"
+ARGUMENT = re.compile(
+    rf"\b({'|'.join(each.name for each in fields(Source)[1:])})=({VALUE})?(?![\w'\"({{[])"
+)
+ITEM = re.compile(r"'(\w+)': (\[[^]]*\]|[^,}]+)")
+
+
+def as_typed(message: str) -> str:
+    """``message`` with the arguments of ``load_dataset`` as options of the command line.
+
+    >>> as_typed("pass columns={'terminated': None, 'truncated': 'done'} or clip_actions=True.")
+    'pass --columns terminated= truncated=done or --clip-actions.'
+    """
+
+    def option(found: re.Match[str]) -> str:
+        name, value = found[1], found[2] or ""
+        if name == "columns" and value:
+            items = ITEM.findall(value) or [("KEY", "...")]
+            words = [shlex.quote(f"{key}={_name(item)}") for key, item in items]
+        else:
+            words = [] if value in ("True", "None") else [re.sub(r"[][(),']", "", value)]
+        return " ".join(filter(None, [f"--{name.replace('_', '-')}", *words]))
+
+    return ARGUMENT.sub(option, message)
+
+
+def _name(item: str) -> str:
+    """A column's name as typed, from the value of an item of ``columns={...}``."""
+    if "..." in item:
+        return "NAME,NAME" if item.startswith("[") else "NAME"
+    return "" if item == "None" else ",".join(re.split(r"',\s*'", item.strip("[]'")))
 
 
 if __name__ == "__main__":

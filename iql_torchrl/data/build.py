@@ -47,8 +47,8 @@ BLOCK_BYTES = 64 * 2**20
 class DiskTables:
     """Transitions in files, written one chunk after the other.
 
-    Table n, in ``folders[n]``, has the transitions ``edges[n]`` to ``edges[n + 1]``, and a file for each
-    entry. ``ranges``: the smallest and largest number of each entry over all transitions.
+    Table n, in ``folders[n]``, has the transitions ``edges[n]`` to ``edges[n + 1]``, and a file for
+    each entry. ``ranges``: the smallest and largest number of each entry over all transitions.
     """
 
     def __init__(self, layout: Layout, edges: NDArray[np.int64], folders: list[Path]) -> None:

@@ -130,7 +130,8 @@ class ChunkChecker:
         self.rewards = self.rewards[0] + number, self.rewards[1] + squares
 
     def check(self, chunk: Mapping[Key, Tensor], raw: Mapping[Key, NDArray[Any]]) -> None:
-        """Check converted values, of which ``raw`` are the source's; raises naming the first wrong one."""
+        """Check converted values, of which ``raw`` are the source's; raises naming the first wrong "
+        "one."""
         # NumPy is faster here than torch: chunks are short, and starting torch's threads takes time.
         rows = {key: values.numpy() for key, values in chunk.items()}
         self._replace_unused(rows)
@@ -188,8 +189,8 @@ class ChunkChecker:
         row = self.columns.source_row(self.rows[found[0]])
         raise DatasetError(
             f"{self.columns.name}: {dotted(key)} {problem} in {len(found)} of the {len(wrong)} "
-            f"transitions checked together, first at row {row} of {self.columns.rows} (episode {episode}, "
-            f"step {number - int(self.index.offsets[episode])}); {expected}"
+            f"transitions checked together, first at row {row} of {self.columns.rows} (episode "
+            f"{episode}, step {number - int(self.index.offsets[episode])}); {expected}"
         )
 
     def _categories(self, key: Key, values: NDArray[Any], space: gym.Space[Any]) -> None:
@@ -219,8 +220,8 @@ class ChunkChecker:
             largest = float(np.abs(values[wrong]).max())
             self._refuse(
                 ACTION, wrong, f"is outside its bounds (up to |{largest:.6g}|)",
-                f"expected {bounds_in_words(space.low, space.high)}: pass clip_actions=True, or the env "
-                "with the right bounds.",
+                f"expected {bounds_in_words(space.low, space.high)}: pass clip_actions=True, or the "
+                "env with the right bounds.",
             )  # fmt: skip
         np.clip(values, low, high, out=values)
 
@@ -240,8 +241,8 @@ class ChunkChecker:
     def notes(self) -> Iterator[str]:
         if self.unused:
             yield (
-                f"next_observation is NaN in {self.unused} rows that terminate, where it is never used; "
-                "the observation is stored there."
+                f"next_observation is NaN in {self.unused} rows that terminate, where it is never "
+                "used; the observation is stored there."
             )
 
     def warnings(self) -> Iterator[str]:
@@ -267,10 +268,10 @@ class ChunkChecker:
             usual = max(usual, float(self.largest[-count - 1]) / max(number - count, 1) ** 0.5)
             if self.largest[-count - 1] * DOMINATES < smallest and usual * DOMINATES < smallest:
                 yield (
-                    f"{count} of {self.index.rows} rewards are of magnitude {smallest:.3g} and more, the "
-                    f"others at most {self.largest[-count - 1]:.3g}: they dominate the sum of squares, so "
-                    "that values are learned of them alone. Repair those rows if they are errors, or "
-                    "scale or clip the rewards."
+                    f"{count} of {self.index.rows} rewards are of magnitude {smallest:.3g} and more, "
+                    f"the others at most {self.largest[-count - 1]:.3g}: they dominate the sum of "
+                    "squares, so that values are learned of them alone. Repair those rows if they are "
+                    "errors, or scale or clip the rewards."
                 )
                 return
 
@@ -305,15 +306,13 @@ def _lost_by_rounding(key: str, rows: NDArray[np.float64], names: list[str]) -> 
 def fixed_horizon(source: Source, limit: int | None) -> tuple[str, str]:
     """A warning, or a note, where all episodes terminate at one step: it may be a time limit.
 
-    A warning where the environment has this limit; a note where none is known and no column has
-    truncated flags; both are empty otherwise.
+    A warning where the environment has this limit, a note where none is known; else both are empty.
     """
-    lengths, ended, known = [], [], False
-    for columns, episodes in source.parts:
+    lengths, ended = [], []
+    for _, episodes in source.parts:
         ends = np.cumsum(episodes.lengths) - 1
         lengths.append(episodes.lengths)
         ended.append(episodes.terminated[ends])
-        known |= bool({"truncated", "valid", "not_terminated"} & columns.paths.keys())
     length, end = np.concatenate(lengths), np.concatenate(ended)
     # The file may cut the last episode short. Short episodes often have equal lengths.
     complete = length if end[-1] else length[:-1]
@@ -337,7 +336,7 @@ def fixed_horizon(source: Source, limit: int | None) -> tuple[str, str]:
             f"{remedy}. If each episode really terminates after that many steps, ignore this warning.",
             "",
         )
-    if limit is None and not known:
+    if limit is None:
         return (
             "",
             f"{text}. If that is a time limit, at which values must be bootstrapped, {remedy}.",

@@ -139,6 +139,9 @@ def load_dataset(
         observation_space=observation_space, action_space=action_space, autoreset=autoreset,
         download=download, progress=progress,
     )  # fmt: skip
+    parts = source if isinstance(source, list | tuple) else ()
+    if built := next((part for part in parts if is_saved(part)), None):
+        raise DatasetError(f"{built}: a built dataset is loaded alone, not in a list of sources.")
     if is_saved(source):
         for name in FIXED:
             if value := memmap if name == "memmap" else getattr(options, name):

@@ -168,7 +168,6 @@ BAD = [
     (steps(reward=[None, *[1.0] * 10]), {}, "reward is NaN or infinite|row 0"),
     (steps(action=[[0.5], None] + [[0.5]] * 9), {}, "action is NaN or infinite|row 1"),
     (steps(truncated=[None] * 11), {}, "truncated has values of the Arrow type null"),
-    (steps(observation=[[[1, 2]]] * 11), {}, "observation|int64|(1, 2)"),
     (steps(observation=[*STORED[:10], b"PNG"]), {}, "damaged picture|row 10"),
     (steps(observation=[{"bytes": None, "path": "no.png"}] * 11), {}, "no.png|row 0"),
     (steps(observation=[png(np.full((2, 2), 300, np.uint16))] * 11), {}, "uint16|row 0"),

@@ -196,7 +196,10 @@ def test_rows_that_were_left_out_take_their_frames_with_them(tmp_path):
     frames = np.insert(FRAMES[6:], 1, EXTRA[0], axis=0)
     video(folder.joinpath(*SECOND), frames, np.arange(6) * 100)
     times(folder, timestamp=[0.0, 0.2, 0.3, 0.4, 0.5])
-    assert_frames(load_dataset(folder, columns=SOLVED))
+    assert_frames(load_dataset(folder, columns=SOLVED | {"time": None}))
+    cut = load_dataset(folder, columns=SOLVED)
+    assert any("time ('timestamp') has gaps" in note for note in cut.notes)
+    assert len(cut) == len(load_dataset(folder, columns=SOLVED | {"time": None})) - 1
 
 
 @pytest.mark.parametrize("missing", ["timestamp", "frame_index"])
@@ -320,7 +323,7 @@ BAD = [
         edited(lambda f: descriptions(f, from_timestamp=None), videos=True),
         "episode 0|/from_timestamp|video_path|Download",
     ),
-    (edited(lambda f: times(f, timestamp=[np.nan] * 5), videos=True), "no frame at nan s|row 6"),
+    (edited(lambda f: times(f, timestamp=[np.nan] * 5), videos=True), "timestamp|row 6"),
     (edited(describe_wrongly, videos=True, version=2), "episode 2|5 rows|the length 6"),
     (
         edited(lambda f: (f / "meta" / "episodes.jsonl").unlink(), videos=True, version=2),

@@ -115,7 +115,10 @@ def test_d4rls_zeroed_successors_at_timeouts(with_next, tmp_path, monkeypatch):
     buffer = of_d4rl(tmp_path, monkeypatch, 8, with_next)
     # The fault: the file's timeout at 8 has the successor 9 with next_observations.
     assert buffer[:]["next", "observation"].flatten().tolist()[7] == 0
-    words = "1 rows hold zeros in place of their next observation", "1 episodes end without a mark"
+    words = (
+        "1 rows hold zeros in place of their next observation",
+        "1 episodes end without a done flag",
+    )
     observed, following = [1, 2, 3, 4, 5, 6, 7, 9, 10, 11], [2, 3, 4, 0, 6, 7, 8, 10, 11, 12]
     dataset = check(buffer, observed, ([3], [6, 9]), *words, following=following)
     assert first(dataset, ("next", "reward")) == observed
@@ -125,7 +128,7 @@ def test_split_trajectories_of_d4rl(tmp_path, monkeypatch):
     buffer = of_d4rl(tmp_path, monkeypatch, 9, split_trajs=True)
     assert buffer.storage[:].shape == (3, 5)  # trajectories of 4, 5 and 2 steps
     observed, following = [1, 2, 3, 4, 5, 6, 7, 8, 10, 11], [2, 3, 4, 0, 6, 7, 8, 9, 11, 12]
-    words = f"1 {ZEROS}", "1 episodes end without a mark"
+    words = f"1 {ZEROS}", "1 episodes end without a done flag"
     check(buffer, observed, ([3], [7, 9]), *words, following=following)
 
 

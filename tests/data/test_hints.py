@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from small_logs import drift
 
+from iql_torchrl.data.readers.following import differs
 from iql_torchrl.data.readers.hints import (
     ROWS,
     boundary_hints,
@@ -76,7 +77,7 @@ def hints(observation, last, *, terminated=None, following=None, reward=None, id
     rows = len(last)
     return boundary_hints(
         {KEY: observation},
-        {} if following is None else {KEY: following},
+        None if following is None else differs({KEY: observation}, {KEY: following}, rows),
         np.ones(rows) if reward is None else reward,
         np.zeros(rows, bool) if terminated is None else terminated,
         last,

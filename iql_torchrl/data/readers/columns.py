@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from iql_torchrl.data.readers.arrays import Column, Columns, group_numbered, side_by_side
 from iql_torchrl.data.readers.options import ReadOptions
@@ -239,7 +237,7 @@ def _hint(key: str, columns: Mapping[str, Column]) -> str:
 
 
 def _checked_rows(subject: str, column: Column, rows: int | None, key: str) -> int:
-    """The column's number of rows, which is ``rows`` if known; raises unless each has values of ``key``.
+    """The column's number of rows, which is ``rows`` if known; raises unless its values fit ``key``.
 
     These are numbers and booleans; text for ids, actions and observations; dates for ``time``.
     """
@@ -354,8 +352,8 @@ def _log_probabilities(named: Columns) -> Columns:
             )
         elif np.dtype(columns["action"].dtype).kind in "iu" and (values > 0).any():
             raise DatasetError(
-                f"{named.name}: action_log_prob is {values.max():g} at row {int(values.argmax())}, more "
-                "than 0, and the actions are discrete; expected logarithms of probabilities. Name a "
-                "column of probabilities with columns={'action_prob': ...}."
+                f"{named.name}: action_log_prob is {values.max():g} at row {int(values.argmax())}, "
+                "more than 0, and the actions are discrete; expected logarithms of probabilities. Name "
+                "a column of probabilities with columns={'action_prob': ...}."
             )
     return replace(named, columns=columns, warnings=warnings)

@@ -139,8 +139,8 @@ def _unrelated(columns: Columns, inside: Flags) -> str:
         # Of shuffled rows, the leading next observations are as often among the leading observations.
         if found_among(observed, following) > 0.5 * min(1.0, SAMPLE / columns.rows):
             return (
-                "the rows are not in the order of time, as shuffled transitions are. Each transition is "
-                "used as it stands, but lengths and returns of episodes have no meaning."
+                "the rows are not in the order of time, as shuffled transitions are. Each transition "
+                "is used as it stands, but lengths and returns of episodes have no meaning."
             )
     return (
         f"{reason}. Repair the column, or pass columns={{'next_observation': None}} to use the "
@@ -155,9 +155,10 @@ def one_episode(columns: Columns, flags: Mapping[str, Flags], last: Flags) -> li
     if any(flags[key].any() for key in ("terminated", "truncated", "trajectory_end")):
         return []
     return [
-        f"all {columns.rows:,} rows were read as one episode, because no row is terminated or truncated "
-        "and there are no episode ids. If there are several, pass max_episode_steps=, or name the column "
-        "of episode ids or done flags with columns={'episode': ...} or columns={'truncated': ...}."
+        f"all {columns.rows:,} rows were read as one episode, because no row is terminated or "
+        "truncated and there are no episode ids. If there are several, pass max_episode_steps=, or "
+        "name the column of episode ids or done flags with columns={'episode': ...} or "
+        "columns={'truncated': ...}."
     ]
 
 

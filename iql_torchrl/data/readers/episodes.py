@@ -1,4 +1,5 @@
-"""Episodes: which rows are transitions, which of them terminate or are truncated, where episodes end."""
+"""Episodes: which rows are transitions, which of them terminate or are truncated, where episodes "
+"end."""
 
 from __future__ import annotations
 
@@ -42,7 +43,8 @@ class Episodes:
     warnings: tuple[str, ...] = ()
 
     def limited(self, limit: int) -> Episodes:
-        """At most ``limit`` transitions: the first complete episodes, or a part of a longer first one."""
+        """At most ``limit`` transitions: the first complete episodes, or a part of a longer first "
+        "one."""
         total = len(self.rows)
         if total <= limit:
             return self
@@ -117,7 +119,7 @@ def find_episodes(source: Columns, options: ReadOptions) -> tuple[Columns, Episo
     warnings = contradictions(columns, flags, last, broken, episodes.lengths)
     if not warnings:
         warnings = boundary_hints(
-            columns.leaves("observation"), following, columns.columns["next/reward"],
+            columns.leaves("observation"), broken, columns.columns["next/reward"],
             flags["terminated"], last, names=columns.paths, unused=columns.unused,
             ids_given=bool({"episode", "env_index"} & columns.paths.keys()),
         ) or one_episode(columns, flags, last)  # fmt: skip
@@ -134,9 +136,9 @@ def read_flags(columns: Columns) -> dict[str, Flags]:
             values = np.ravel(columns.columns[key][:])
         if len(wrong := np.flatnonzero((values != 0) & (values != 1))):
             raise DatasetError(
-                f"{name}: {key} ({columns.paths[key]!r}) has {values[wrong[0]]} in {len(wrong)} of {rows} "
-                f"rows with other values than 0 and 1, first at row {columns.source_row(wrong[0])}; "
-                "expected 0 or 1."
+                f"{name}: {key} ({columns.paths[key]!r}) has {values[wrong[0]]} in {len(wrong)} of "
+                f"{rows} rows with other values than 0 and 1, first at row "
+                f"{columns.source_row(wrong[0])}; expected 0 or 1."
             )
         flags[key] = values.astype(np.bool_)
     if "not_terminated" not in columns.paths:
@@ -148,8 +150,8 @@ def read_flags(columns: Columns) -> dict[str, Flags]:
         first, second = columns.paths["not_terminated"], columns.paths["terminated"]
         raise DatasetError(
             f"{name}: {first!r} (0 where a row terminates) and {second!r} (1 there) disagree in "
-            f"{len(differ)} of {rows} rows, first at row {columns.source_row(differ[0])}; choose one with "
-            f"columns={{'terminated': {second!r}}} or columns={{'not_terminated': {first!r}, "
+            f"{len(differ)} of {rows} rows, first at row {columns.source_row(differ[0])}; choose one "
+            f"with columns={{'terminated': {second!r}}} or columns={{'not_terminated': {first!r}, "
             "'terminated': None}."
         )
     return flags | {"terminated": opposite}
@@ -214,9 +216,9 @@ def _last_rows(
         and options.columns.get("truncated", "") is not None
     ):
         raise DatasetError(
-            f"{columns.name}: neither truncated, episode, time nor next_observation shows where episodes "
-            "end besides termination; pass max_episode_steps or env, name one with columns={...}, "
-            "or columns={'truncated': None} if every episode terminates."
+            f"{columns.name}: neither truncated, episode, time nor next_observation shows where "
+            "episodes end besides termination; pass max_episode_steps or env, name one with "
+            "columns={...}, or columns={'truncated': None} if every episode terminates."
         )
     if gaps is not None:
         last |= gaps & valid
@@ -242,8 +244,8 @@ def _ends_of_ids(
         raise DatasetError(
             f"{columns.name}: {int(wrong.sum())} rows are terminated or truncated although the episode "
             f"id ({columns.paths['episode']!r}) continues, first at row "
-            f"{columns.source_row(int(wrong.argmax()))}; expected done flags and ids to agree. If the ids "
-            "number environments, pass columns={'env_index': "
+            f"{columns.source_row(int(wrong.argmax()))}; expected done flags and ids to agree. If the "
+            "ids number environments, pass columns={'env_index': "
             f"{columns.paths['episode']!r}, 'episode': None}}."
         )
     return (last & ~inside) | ids
@@ -325,9 +327,9 @@ def _lost_rewards(columns: Columns, cut: Flags, drop: Flags) -> list[str]:
         return []
     return [
         f"the {int(cut.sum())} dropped last rows have {lost / (lost + kept):.0%} of all rewards (by "
-        "magnitude), which are lost: keep the rows by terminating them (columns={'terminated': ...}) if "
-        "nothing follows, pass next_observation, or reward_offset=1 if a row's reward belongs to the "
-        "action of the row before."
+        "magnitude), which are lost: keep the rows by terminating them (columns={'terminated': ...}) "
+        "if nothing follows, pass next_observation, or reward_offset=1 if a row's reward belongs to "
+        "the action of the row before."
     ]
 
 
@@ -347,10 +349,11 @@ def _check_interleaved(columns: Columns, broken: Flags | None, options: ReadOpti
     if following and differs(observed, following, SAMPLE, envs).mean() > 0.5:
         return
     raise DatasetError(
-        f"{columns.name}: the rows of {envs} environments are interleaved (row = t * {envs} + env): the "
-        f"observation {envs} rows ahead is much nearer than the next one. Add a column that numbers the "
-        f"environments, numpy.arange(rows) % {envs}, and pass columns={{'env_index': ...}}: rows are then "
-        "sorted by it. If all rows are of one environment, pass columns={'env_index': None}."
+        f"{columns.name}: the rows of {envs} environments are interleaved (row = t * {envs} + env): "
+        f"the observation {envs} rows ahead is much nearer than the next one. Add a column that "
+        f"numbers the environments, numpy.arange(rows) % {envs}, and pass columns={{'env_index': "
+        "...}: rows are then sorted by it. If all rows are of one environment, pass "
+        "columns={'env_index': None}."
     )
 
 

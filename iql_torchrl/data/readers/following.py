@@ -20,7 +20,7 @@ VALUES, SAMPLE = 2**22, 4096
 def differs(
     observed: Mapping[Key, Column], following: Mapping[Key, Column], steps: int, ahead: int = 1
 ) -> NDArray[np.bool_]:
-    """True where ``following`` is not ``observed`` so many rows ``ahead``, in the leading ``steps`` rows.
+    """True where ``following`` is not ``observed`` so many rows ``ahead``, in leading ``steps`` rows.
 
     The norm of the difference is above ``tolerance.EQUAL``, with columns of a standard deviation below
     1 in units of it; entries that differ by rounding only, of the less precise of the two

@@ -1,4 +1,5 @@
-"""The spaces of columns whose source declares none: numbers, categories, pictures, bounds of actions."""
+"""The spaces of columns whose source declares none: numbers, categories, pictures, bounds of "
+"actions."""
 
 from __future__ import annotations
 
@@ -111,7 +112,13 @@ def guess_action_space(parts: Sequence[Columns]) -> Guess:
     if one_hot:
         warning = _one_hot_warning(path, low.size)
         low, high = np.minimum(low, -1), np.maximum(high, 1)
-    elif integers and low.size == 1 and 1 <= (high - low).max() < MOST_FLOAT_CATEGORIES:
+    elif (
+        integers
+        and low.size == 1
+        and 1
+        <= (high - low).max()
+        < min(MOST_FLOAT_CATEGORIES, sum(part.rows for part in parts) / 3)
+    ):
         first, count = int(low.min()), int(high.max() - low.min()) + 1
         start = f", start={first}" if first < 0 else ""
         if first >= 0:
@@ -191,8 +198,9 @@ def _discrete(
             space = f"gymnasium.spaces.Discrete({count}, start={int(low.min())})"
             remedy = f"pass action_space={space} if they are categories from there on, or {remedy}"
         raise DatasetError(
-            f"{parts[0].name}: action ({path!r}) has the value {value}, {place}, which is not a category; "
-            f"expected numbers from 0 to {MOST_ACTIONS - 1:,}: number the categories from 0; {remedy}."
+            f"{parts[0].name}: action ({path!r}) has the value {value}, {place}, which is not a "
+            f"category; expected numbers from 0 to {MOST_ACTIONS - 1:,}: number the categories from 0; "
+            f"{remedy}."
         )
     counts = high.astype(np.int64) + 1
     found: gym.Space[Any] = gym.spaces.MultiDiscrete(counts)

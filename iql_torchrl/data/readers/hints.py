@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from iql_torchrl.data.readers.arrays import Column, UnreadableColumn
 from iql_torchrl.data.schema import Key
-from iql_torchrl.tolerance import EQUAL, rounding
 
 Flags = NDArray[np.bool_]
 Floats = NDArray[np.float64]
@@ -52,14 +51,15 @@ class Steps:
 
 
 def boundary_hints(
-    observation: Mapping[Key, Column], next_observation: Mapping[Key, Column],
+    observation: Mapping[Key, Column], broken: Flags | None,
     reward: Column, terminated: Flags, last: Flags,
     *, names: Mapping[str, str], ids_given: bool, unused: Mapping[str, Column],
 ) -> list[str]:  # fmt: skip
     """Sentences about episode boundaries that the observations contradict; empty if there are none.
 
-    ``last``: rows that end an episode; ``terminated``: rows that terminate. ``next_observation`` is
-    empty where it is unknown. ``names``: the source's columns by our keys; ``unused``: its others.
+    ``last``: rows that end an episode; ``terminated``: rows that terminate. ``broken``: rows whose next
+    observation is not the next row's observation, if known. ``names``: the source's columns by our
+    keys; ``unused``: its others.
     ``ids_given``: episode ids end the episodes, and the only hint is about autoreset. There are no
     hints where consecutive rows are hardly nearer than random pairs, as in the contexts of a bandit.
     """
@@ -86,14 +86,13 @@ def boundary_hints(
             f"after which the observation jumps. Set them one row {move}{remedy}."
         ]
     same, terminates = np.ones_like(steps.ended), terminated[: len(steps.ended)]
-    if next_observation:  # A next observation that is not the next row's proves an end.
-        following = leading_values({key: next_observation[key] for key in observation})[:-1]
-        same &= np.isclose(following, values[1:], rounding(np.float32), EQUAL).all(axis=1)
+    if broken is not None:  # A next observation that is not the next row's proves an end.
+        same = ~broken[: len(same)]
     texts = [
         _continued(steps, steps.ended & terminates, same, "terminated", names),
         _continued(steps, steps.ended & ~terminates, same, "truncated", names),
     ]
-    if not any(texts) and not next_observation:
+    if not any(texts) and broken is None:
         texts = [_jumps(steps, len(last), unused)]
     return [text for text in texts if text]
 

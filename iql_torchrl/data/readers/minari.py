@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from iql_torchrl.data.readers.options import ReadOptions
 from iql_torchrl.data.schema import DatasetError, Key
 from iql_torchrl.descriptions import describe_space, one_line
 
+MAIN_FILE = "main_data.hdf5"
 #: Keys that ``columns`` may have, because others are fixed by Minari.
 NAMED = ("observation", "action_mask", "action_log_prob")
 
@@ -116,7 +118,7 @@ def open_minari(dataset: minari.MinariDataset, options: ReadOptions) -> Columns:
     flags = _flags(dataset)
     if not flags:
         raise DatasetError(f"{name}: the dataset has no episodes.")
-    first, observed, actions = _reader(dataset)(0), dataset.observation_space, dataset.action_space
+    values, observed, actions = _reader(dataset), dataset.observation_space, dataset.action_space
     flat, notes = isinstance(actions, gym.spaces.Dict | gym.spaces.Tuple), []
     if flat:
         order = ", ".join(map("/".join, action_leaves(actions)))
@@ -124,7 +126,10 @@ def open_minari(dataset: minari.MinariDataset, options: ReadOptions) -> Columns:
         notes.append(
             f"the actions are {describe_space(actions)}: the leaves {order}, in this order."
         )
-    extras = {key: _extra(first, name, key, options) for key in ("action_mask", "action_log_prob")}
+    extras = {
+        key: _extra(partial(values, 0), name, key, options)
+        for key in ("action_mask", "action_log_prob")
+    }
     if "action_mask" not in options.columns and not isinstance(actions, gym.spaces.Discrete):
         extras["action_mask"] = ()
     mask = extras["action_mask"]
@@ -140,7 +145,7 @@ def open_minari(dataset: minari.MinariDataset, options: ReadOptions) -> Columns:
     columns: dict[str, Column] = {
         "episode": np.repeat(np.arange(len(lengths)), lengths),
         **dict(zip(("terminated", "truncated"), np.concatenate(flags).T, strict=True)),
-        **_columns(dataset, lengths, adaptation, extras, actions),
+        **_columns(dataset, values, lengths, adaptation, extras, actions),
     }
     return Columns(
         name,
@@ -157,30 +162,43 @@ def open_minari(dataset: minari.MinariDataset, options: ReadOptions) -> Columns:
 
 def _columns(
     dataset: minari.MinariDataset,
+    values: Callable[[int, Key], Any],
     lengths: list[int],
     adaptation: Adaptation,
     extras: Mapping[str, Key],
     actions: gym.Space[Any],
 ) -> dict[str, Column]:
     """What is read episode by episode; ``extras``: paths of optional columns, ``()`` without."""
-    name, episode = str(dataset.id), _reader(dataset)
+    name = str(dataset.id)
     kept = adaptation.sources(dataset.observation_space, name)
     sides = {"/".join(("observation", *key)): ("observations", *path) for key, path in kept.items()}
     sides |= {"action_mask": extras["action_mask"]} if extras["action_mask"] else {}
     taken = [("actions", *path) for path in action_leaves(dataset.action_space)]
 
+    def array(number: int, path: Key, *rows: int) -> NDArray[Any]:
+        found = values(number, path)
+        if found is None or len(found) not in rows:
+            raise DatasetError(
+                f"{name}: episode {number} has {'no' if found is None else len(found)} rows of "
+                f"{'/'.join(path)}, expected {rows[0]} (observations have one more than actions); the "
+                "dataset is damaged."
+            )
+        return np.asarray(found)
+
     def read(number: int) -> dict[str, NDArray[Any]]:
-        values, steps, where = episode(number), lengths[number], f"{name}: episode {number}"
-        rewards = _rows(values, ("rewards",), where, steps)
-        parts = [_rows(values, path, where, steps) for path in taken]
+        steps = lengths[number]
+        parts = [array(number, path, steps) for path in taken]
         if adaptation.flat_action:
             parts = [join(parts, rows=True).reshape(-1, *(actions.shape or ()))]
-        columns = {"action": parts[0], "reward": rewards.astype(np.float64)}
+        columns = {
+            "action": parts[0],
+            "reward": array(number, ("rewards",), steps).astype(np.float64),
+        }
         for column, path in sides.items():
-            both = _rows(values, path, where, steps + 1)
+            both = array(number, path, steps + 1)
             columns |= {column: both[:-1], f"next/{column}": both[1:]}
         if path := extras["action_log_prob"]:  # infos may have an entry for the reset too
-            logs = _rows(values, path, where, steps, steps + 1)
+            logs = array(number, path, steps, steps + 1)
             columns["action_log_prob"] = logs[len(logs) - steps :]
         return columns
 
@@ -189,40 +207,63 @@ def _columns(
 
 def _flags(dataset: minari.MinariDataset) -> list[NDArray[Any]]:
     """The flags of each selected episode: terminated and truncated, ``(steps, 2)``."""
-    storage, names = dataset.storage, ["terminations", "truncations"]
+    storage, names = dataset.storage, ("terminations", "truncations")
     indices, folder = [int(i) for i in dataset.episode_indices], Path(storage.data_path)
     with _reading(dataset):
         if storage.FORMAT == "hdf5":
-            with h5py.File(folder / "main_data.hdf5", "r") as file:
-                return [
-                    np.stack([file[f"episode_{i}/{name}"][:] for name in names], axis=1)
-                    for i in indices
-                ]
+            with h5py.File(folder / MAIN_FILE, "r") as file:
+                return [np.stack([_stored(file, i, (n,)) for n in names], axis=1) for i in indices]
         arrow = package("pyarrow.dataset", "Minari's Arrow and Parquet files")
         skipped = {"ignore_prefixes": ["_", ".", "metadata.json"]}
         files = (arrow.dataset(folder / str(i), format=storage.FORMAT, **skipped) for i in indices)
-        tables = [each.to_table(columns=names) for each in files]
+        tables = [each.to_table(columns=list(names)) for each in files]
         # An episode's last row has an observation alone.
         return [np.stack([table[name].to_numpy() for name in names], 1)[:-1] for table in tables]
 
 
-def _reader(dataset: minari.MinariDataset) -> Callable[[int], dict[str, Any]]:
-    """What reads the arrays of the selected episode with a number; successive ones from one stream."""
+def _stored(file: h5py.File, index: int, path: Key) -> NDArray[Any]:
+    """An array of an episode. h5py's other interface takes twice as long."""
+    stored = h5py.h5d.open(file.id, "/".join((f"episode_{index}", *path)).encode())
+    values = np.empty(stored.shape, stored.dtype)
+    stored.read(h5py.h5s.ALL, h5py.h5s.ALL, values)
+    return values
+
+
+def _reader(dataset: minari.MinariDataset) -> Callable[[int, Key], Any]:
+    """What gives the array at a path of the selected episode with a number, or None.
+
+    Minari's reader reads and decodes all arrays of an episode; it is used where arrays are not stored
+    as they are: Arrow's and Parquet's, compressed images, and Tuples.
+    """
     indices = [int(i) for i in dataset.episode_indices]
-    following, stream = -1, iter(list[minari.EpisodeData]())
+    number, episode, stream = -1, dict[str, Any](), iter(list[minari.EpisodeData]())
 
-    def read(number: int) -> dict[str, Any]:
-        nonlocal following, stream
+    def direct(wanted: int, path: Key) -> Any:
+        with _reading(dataset), suppress(KeyError):
+            return _stored(file, indices[wanted], path)
+
+    def decoded(wanted: int, path: Key) -> Any:
+        nonlocal number, episode, stream
         with _reading(dataset):
-            if number != following:
-                stream = _episodes(dataset, indices[number:])
-            episode, following = next(stream), number + 1
-            if following == len(indices):
-                stream = iter([])  # closes the file
-        arrays = {k: getattr(episode, k) for k in ("observations", "actions", "rewards")}
-        return {**arrays, "infos": episode.infos or {}}
+            if wanted != number:
+                if wanted != number + 1 or number < 0:
+                    stream = _episodes(dataset, indices[wanted:])
+                read, number = next(stream), wanted
+                episode = {k: getattr(read, k) for k in ("observations", "actions", "rewards")}
+                episode["infos"] = read.infos or {}
+        with suppress(LookupError, TypeError, ValueError):
+            return leaf_of(episode, path)
 
-    return read
+    if dataset.storage.FORMAT != "hdf5":
+        return decoded
+    with _reading(dataset):
+        file = h5py.File(Path(dataset.storage.data_path) / MAIN_FILE, "r")
+    for side in ("observations", "actions"):
+        for path, leaf in leaf_spaces(getattr(dataset, f"{side[:-1]}_space"), ()).items():
+            values = direct(0, (side, *path)) if has_tensor_form(leaf) else None
+            if has_tensor_form(leaf) and (values is None or values.shape[1:] != leaf.shape):
+                return decoded
+    return direct
 
 
 def _episodes(dataset: minari.MinariDataset, indices: list[int]) -> Iterator[minari.EpisodeData]:
@@ -235,39 +276,20 @@ def _episodes(dataset: minari.MinariDataset, indices: list[int]) -> Iterator[min
 def _reading(dataset: minari.MinariDataset) -> AbstractContextManager[None]:
     """Errors of Minari and of HDF5 as ``DatasetError`` naming the files."""
     files = Path(dataset.storage.data_path)
-    path = files / "main_data.hdf5" if dataset.storage.FORMAT == "hdf5" else files
-    return reading(
-        path, "not a complete Minari dataset", OSError, LookupError, ValueError, StopIteration
-    )
+    path = files / MAIN_FILE if dataset.storage.FORMAT == "hdf5" else files
+    errors = (OSError, LookupError, ValueError, StopIteration)
+    return reading(path, "not a complete Minari dataset", *errors)
 
 
-def _rows(values: Mapping[str, Any], path: Key, where: str, *rows: int) -> NDArray[Any]:
-    """The array at a path of an episode, which must have one of the numbers of ``rows``."""
-    found = _at(values, path)
-    if found is None or len(found) not in rows:
-        raise DatasetError(
-            f"{where} has {'no' if found is None else len(found)} rows of {'/'.join(path)}, expected "
-            f"{rows[0]} (observations have one more than actions); the dataset is damaged."
-        )
-    return np.asarray(found)
-
-
-def _at(values: Mapping[str, Any], path: Key) -> Any:
-    """The values at a path of an episode, such as ``("observations", "goal")``, or None."""
-    with suppress(LookupError, TypeError, ValueError):
-        return leaf_of(values, path)
-    return None
-
-
-def _extra(values: Mapping[str, Any], name: str, key: str, options: ReadOptions) -> Key:
-    """The path of an optional column in an episode; empty without."""
+def _extra(values: Callable[[Key], Any], name: str, key: str, options: ReadOptions) -> Key:
+    """The path of an optional column, of which ``values`` are those of an episode; empty without."""
     column = options.named.get(key, key)
     if column is None:
         return ()
     candidates: list[Key] = [("observations", column), ("infos", column)]
     if key in options.named:
         candidates.insert(0, tuple(column.split("/")))
-    path = next((path for path in candidates if _at(values, path) is not None), ())
+    path = next((path for path in candidates if values(path) is not None), ())
     if not path and key in options.named:
         raise DatasetError(
             f"{name}: columns maps {key} to {column!r}, but the episodes have none of "

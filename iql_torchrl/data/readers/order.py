@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from iql_torchrl.data.readers.arrays import Columns
+from iql_torchrl.data.readers.arrays import Column, Columns
 from iql_torchrl.data.readers.columns import IDS
+from iql_torchrl.data.readers.hints import leading_values
 from iql_torchrl.data.schema import DatasetError
+from iql_torchrl.tolerance import EQUAL
 
 #: A gap ends an episode if it is longer than so many usual steps: where most steps of time are equal
 #: (within 1 %), and where they are not.
@@ -19,9 +21,8 @@ REGULAR_GAP, IRREGULAR_GAP = 1.5, 20.0
 def sorted_rows(columns: Columns) -> tuple[Columns, list[str]]:
     """The columns with the rows of each id together, in the order of the source; and notes.
 
-    Rows are sorted, stably, by ``env_index`` and ``episode`` where an id occurs again after another one.
-    Ids that number episodes anew, as in joined recordings, are not sorted: each row before another
-    id has a done flag there.
+    Rows are sorted, stably, by ``env_index`` and ``episode`` where an id occurs again after another,
+    unless episodes are numbered anew there, as in joined recordings (:func:`_numbered_anew`).
     """
     notes: list[str] = []
     for key in ("env_index", "episode"):
@@ -34,14 +35,14 @@ def sorted_rows(columns: Columns) -> tuple[Columns, list[str]]:
         path, blocks, count = columns.paths[key], int(ends.sum()), int(codes.max()) + 1
         if key == "episode" and _numbered_anew(columns, codes, ends):
             notes.append(
-                f"{path!r} has {count} ids in {blocks} blocks of rows that each end with a done flag: "
-                "every block is an episode."
+                f"{path!r} has {count} ids in {blocks} blocks of rows, which do not continue each "
+                "other: every block is an episode."
             )
             continue
         columns = columns.sorted_by(np.argsort(codes, kind="stable"))
         notes.append(
-            f"rows are sorted by {path!r}, whose {count} ids take turns in {blocks} blocks of rows; the "
-            "order inside an id is that of the source."
+            f"rows are sorted by {path!r}, whose {count} ids take turns in {blocks} blocks of rows; "
+            "the order inside an id is that of the source."
         )
     return columns, notes
 
@@ -75,17 +76,44 @@ def episode_ends(columns: Columns, keys: Sequence[str] = IDS) -> NDArray[np.bool
 
 
 def _numbered_anew(columns: Columns, codes: NDArray[np.int64], ends: NDArray[np.bool_]) -> bool:
-    """Each block of an id that occurs again ends with a done flag."""
+    """Ids occur again because episodes are numbered anew, not because they take turns.
+
+    Decided for the blocks of rows whose id occurs again, by the first that is known: done flags at all
+    of their ends; next observations, of which the most are not those of the id's next row; blocks of
+    one row, which take turns; the median distance to the id's next row, which is above 90 % of the
+    steps inside blocks.
+    """
     done = np.zeros(len(codes), np.bool_)
-    for key in ("terminated", "truncated", "trajectory_end"):
+    for key in ("terminated", "truncated", "trajectory_end", "not_terminated"):
         if key in columns.columns:
-            done |= np.ravel(columns.columns[key][:]) == 1
-    if "not_terminated" in columns.columns:
-        done |= np.ravel(columns.columns["not_terminated"][:]) == 0
-    rows = np.flatnonzero(ends)
-    final = np.zeros(int(codes.max()) + 1, np.int64)
-    final[codes[rows]] = rows  # the last block of each id
-    return bool(done[rows[final[codes[rows]] != rows]].all())
+            done |= np.ravel(columns.columns[key][:]) == (key != "not_terminated")
+    order = np.argsort(codes, kind="stable")
+    same = codes[order[1:]] == codes[order[:-1]]
+    again = same & ends[order[:-1]]
+    rows, successors = order[:-1][again], order[1:][again]
+    if done[rows].all():
+        return True
+    if following := columns.leaves("next/observation"):
+        pairs = columns.leaves("observation"), following
+        sides = [np.hstack([_flat(side[key]) for key in pairs[0]]) for side in pairs]
+        return bool(np.median(np.abs(sides[1][rows] - sides[0][successors]).max(axis=1)) > EQUAL)
+    if len(codes) < 2 * int(ends.sum()):
+        return False
+    values = leading_values(columns.leaves("observation"))
+    spread = values.std(axis=0)
+    values = values[:, spread > 0] / spread[spread > 0]
+    looked_at = successors < len(values)
+    inside = np.flatnonzero(~ends[: len(values) - 1])
+    if not values.shape[1] or not looked_at.any() or not len(inside):
+        return True
+    step = np.abs(values[inside + 1] - values[inside]).mean(axis=1)
+    jump = np.abs(values[successors[looked_at]] - values[rows[looked_at]]).mean(axis=1)
+    return bool(np.median(jump) > np.quantile(step, 0.9))
+
+
+def _flat(column: Column) -> NDArray[np.float64]:
+    values = np.asarray(column[:], np.float64)
+    return values.reshape(len(values), -1)
 
 
 def time_gaps(
@@ -105,8 +133,9 @@ def time_gaps(
     times = raw.astype(np.float64)
     if (unknown := np.flatnonzero(~np.isfinite(times))).size:
         raise DatasetError(
-            f"{columns.name}: time ({path!r}) is missing in {len(unknown)} of {rows} rows, first at row "
-            f"{columns.source_row(unknown[0])}; expected a time in every row, or columns={{'time': None}}."
+            f"{columns.name}: time ({path!r}) is missing in {len(unknown)} of {rows} rows, first at "
+            f"row {columns.source_row(unknown[0])}; expected a time in every row, or columns={{'time': "
+            f"None}}."
         )
     inside = ~(flags["terminated"] | flags["truncated"] | flags["trajectory_end"])[:-1]
     if (ids := episode_ends(columns)) is not None:
@@ -128,8 +157,8 @@ def time_gaps(
     ):
         if where.any():
             notes.append(
-                f"time ({path!r}) {text} after {int(where.sum())} rows inside episodes, first after row "
-                f"{columns.source_row(int(where.argmax()))}: episodes are truncated there. "
+                f"time ({path!r}) {text} after {int(where.sum())} rows inside episodes, first after "
+                f"row {columns.source_row(int(where.argmax()))}: episodes are truncated there. "
                 "columns={'time': None} ignores the column."
             )
     return gaps, notes
