@@ -248,7 +248,7 @@ def measure(names: Sequence[str], seeds: int, verbose: bool) -> dict[str, Any]:
             entries.setdefault(fault, {})[form] = {
                 "reported": sum(map(bool, said)),
                 "named": sum(any(word in text for text in texts) for texts in said),
-                "text": next((texts for texts in said if texts), []),
+                "text": next((texts[0] for texts in said if texts), ""),
             }
             if verbose:
                 print(family.__name__, fault, form, entries[fault][form], file=sys.stderr)
