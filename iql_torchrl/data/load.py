@@ -65,72 +65,73 @@ def load_dataset(
 ) -> OfflineDataset:
     """Read offline data, check it once, and return an ``OfflineDataset``.
 
+    One row of a source is one step. Transitions are read, checked and written in chunks. Parquet, HDF5,
+    Minari's, d3rlpy's and ``numpy.savez``'s files are read as chunks need them; CSV, JSON, compressed
+    npz files, and rows that are sorted by ids, are in memory meanwhile.
+
     Args:
-        source: a Minari id (downloaded only when absent), a ``MinariDataset``, a path to
-            ``.hdf5``/``.h5`` (D4RL's layout, or written by d3rlpy), ``.npz``, ``.csv``, ``.parquet``,
-            or a folder (LeRobot's, one that ``datasets.save_to_disk`` wrote, or of Parquet files), a
-            dict of arrays, a TensorDict, a TorchRL replay buffer, dataset or storage, a d3rlpy buffer,
-            a ``datasets.Dataset``; or a list of these, joined if their spaces agree. A row of a
-            ``Dataset`` or Parquet file is a step, or an episode if its reward is a list. The readers
-            ``d3rlpy``, ``arrow``, ``lerobot`` and ``torchrl_datasets`` say what they do.
-            ``"ogbench/cube-single-play-singletask-task2-v0"`` is OGBench's data for one task, from
-            npz files in the folder ``OGBENCH_DATASETS_PATH`` (else ``~/.ogbench/data``): see
-            ``readers.ogbench``. They are never downloaded here; the error says how.
-            Or the path of a folder that ``memmap=`` or ``python -m iql_torchrl.data build`` made,
-            copied to any machine: it is opened without its source. Of the options, ``env``,
-            ``reward`` (where it was built raw), ``dtype`` (the same) and ``reference_scores`` apply.
-            A log that is larger than the memory: ``build_shards`` and ``load_shards``.
-        env: id, spec, instance or function; its spaces describe a table's columns, and
-            ``make_env`` makes it. Minari's own record is used where this is None.
+        source: a Minari id (downloaded only when absent) or ``MinariDataset``; a path to ``.npz``,
+            ``.npy`` (structured), ``.csv``, ``.tsv``, ``.json``, ``.jsonl``, ``.parquet`` or
+            ``.hdf5``/``.h5`` (D4RL's layout, or written by d3rlpy); a folder of Parquet files, of
+            LeRobot, or that ``datasets.save_to_disk`` wrote; a DataFrame (pandas, polars), Arrow table
+            or DuckDB relation; a dict of arrays, a TensorDict, a TorchRL replay buffer, dataset or
+            storage, a d3rlpy buffer, a ``datasets.Dataset``; or a list of these, joined (see
+            ``readers.source.open_source``). A row of an Arrow table is an episode if its reward is a
+            list. ``"ogbench/cube-single-play-singletask-task2-v0"`` is OGBench's data for one task,
+            from npz files in the folder ``OGBENCH_DATASETS_PATH`` (else ``~/.ogbench/data``), never
+            downloaded here. Or a folder that ``memmap=`` or ``python -m iql_torchrl.data build`` made,
+            copied to any machine: then ``env``, ``reward`` (where it was built raw), ``dtype`` (the
+            same) and ``reference_scores`` apply. What is larger than the memory: ``build_shards``.
+        env: id, spec, instance or function; its spaces describe columns whose source declares none,
+            and ``make_env`` makes it. Minari's own record is used where this is None.
         reward: ``"raw"``, ``"return_range"`` (1000 / (max - min episode return): the paper's
             locomotion), ``"minus_one"`` (AntMaze), or ``(scale, shift)``: r' = scale * r + shift.
-        columns: maps our keys to the file's columns: ``observation``, ``action``, ``reward``,
+        columns: maps our keys to the source's columns; common names are recognised
+            (``readers.columns.NAMES``). ``observation``, ``action``, ``reward``,
             ``next_observation``, ``terminated``, ``not_terminated`` (its opposite: 0 where a row
-            terminates), ``truncated``, ``episode``, ``valid`` (0 where a row is no transition and
-            only has the observation after the row before), ``action_mask``,
-            ``next_action_mask``, ``action_log_prob``; None leaves an optional one out, and
-            ``terminated`` where no row terminates. A list of columns of one number each, for
-            ``observation``, ``next_observation`` or ``action``, is joined to a vector of floats.
-            ``a.b`` and ``a/b`` name the leaf b of a group a.
-            A column of booleans is a reward only if it is named here. Common names are recognised,
-            also OGBench's:
-            ``masks`` is ``not_terminated`` (also where ``columns`` maps ``terminated`` to it), and
-            ``terminals`` in a file with ``masks`` or ``valids`` marks ends of trajectories, which may
-            continue after a termination (see ``table_source``).
+            terminates), ``truncated``, ``episode`` (ids, numbers or text; rows are sorted by them if
+            they take turns), ``env_index`` (the same for environments, whose episodes end by flags),
+            ``time`` (gaps end episodes), ``valid`` (0 where a row is not a transition and only has the
+            observation after the row before), ``action_mask``, ``next_action_mask``,
+            ``action_log_prob`` or ``action_prob`` of the behaviour policy. None leaves an optional
+            one out, and ``terminated`` where no row terminates. A list of columns of one number each,
+            for ``observation``, ``next_observation`` or ``action``, is a vector of floats; of a Minari
+            dataset it chooses leaves of the observation. ``a.b`` and ``a/b`` name the leaf b of a
+            group a; ``a.0``, ``a.1``, ... are one array ``a``. How done flags and ids end episodes, and
+            OGBench's ``masks``, ``terminals`` and ``valids``: ``readers.episodes.find_episodes``.
         reward_offset: 1 where a row's reward belongs to the action of the row before.
         concatenate: leaves of a Dict observation to join, in order, into one ``observation``; the
             environments of ``make_env`` join it too.
         limit: at most this many transitions: the first complete episodes. A first episode that is
             longer than the limit is cut, and truncated there.
-        memmap: a folder for a memory-mapped table, built in bounded memory and reused while the
+        memmap: a folder for a memory-mapped dataset, built in bounded memory and reused while the
             files and options stay the same. Several processes may use the same folder: one builds,
-            the others wait. The table's tensors are views of the files: changing them
+            the others wait. The tensors are views of the files: changing them
             (``transitions["action"].mul_(2)``) changes the files, also for the next call; clone the
             transitions before you change them.
         dtype: of observations, continuous actions and rewards.
         clip_actions: clip continuous actions to their bounds; otherwise such actions are an error.
-        max_episode_steps: cuts longer episodes of a table without truncation marks; by default
+        max_episode_steps: cuts longer episodes where nothing says which rows are truncated; by default
             the environment's own limit.
+        autoreset: True drops the row after each ended row, which a vector environment wrote when it
+            reset itself; None does so where ``next_observation`` proves it, with a note; False never.
         reference_scores: (random, expert) raw returns, or a task of ``REFERENCE_RETURNS``.
-        observation_space, action_space: for tables, instead of ``env``. Without either, float
+        observation_space, action_space: in place of the source's or the environment's. Without any,
+            they are made from the data, with a note of what was chosen (``readers.guess``): float
             actions within [-1, 1] get those bounds, others the data's range with a warning.
         download: False never uses the network.
         progress: a progress bar; None shows it on terminals only.
 
-    Warns with ``DatasetWarning``, and adds the sentence to ``notes``, where marks contradict the
-    rows: a termination after which the same trajectory continues; terminations at one fixed length
-    in every episode; truncation marks inside smooth motion; no mark at all in a table that jumps;
-    ends of episodes that do not lie where the rows jump (``readers.motion`` says what is
-    measured); a ``next_observation`` that is not the following
-    row's observation inside an episode, or is at truncated ends;
-    terminations in nearly every row of a trajectory. Also where float32 removes changes of float64
-    observations, most rows are dropped, most
-    episodes have one row, or actions look like encoded categories; and where a dataset class of
-    TorchRL has lost values (``readers.torchrl_datasets``), or part of a d3rlpy source is not read. A
-    memory-mapped table that is reused repeats its warnings.
+    Warns with ``DatasetWarning``, and adds the sentence to ``notes``, where something contradicts the
+    flags: exactly (``readers.contradictions``), or by the distances between consecutive observations
+    (``readers.hints``; these never change what is read). Also where dropped rows have much of the
+    reward, a handful of rewards dominates, float32 removes changes of observations, episodes are longer
+    than the environment's limit, actions look like encoded categories, or a dataset class of TorchRL
+    has lost values. A memory-mapped dataset that is reused repeats its warnings.
 
     Raises:
-        DatasetError: naming the key, rows, episode, what was expected and what to do.
+        DatasetError: naming the key, the row of the source, the episode, what was expected and what
+            to do.
     """
     options = ReadOptions(
         env=env, reward=reward, columns={} if columns is None else columns,
@@ -146,7 +147,7 @@ def load_dataset(
         for name in FIXED:
             if value := memmap if name == "memmap" else getattr(options, name):
                 raise DatasetError(
-                    f"{source}: {name}={value!r} cannot be applied to a table that is built already; "
+                    f"{source}: {name}={value!r} cannot be applied to a dataset that is built already; "
                     f"leave {name} out, or load the source with it."
                 )
         table, description = open_saved(Path(source), reward, dtype)
