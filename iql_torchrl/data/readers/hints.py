@@ -57,11 +57,11 @@ def boundary_hints(
 ) -> list[str]:  # fmt: skip
     """Sentences about episode boundaries that the observations contradict; empty if there are none.
 
-    ``last``: rows that end an episode; ``terminated``: rows that terminate. ``broken``: rows whose next
-    observation is not the next row's observation, if known. ``names``: the source's columns by our
-    keys; ``unused``: its others.
-    ``ids_given``: episode ids end the episodes, and the only hint is about autoreset. There are no
-    hints where consecutive rows are hardly nearer than random pairs, as in the contexts of a bandit.
+    ``last``: rows that end an episode; ``terminated``: rows that terminate. ``broken``: rows whose
+    next observation is not the next row's observation, if known. ``names``: the source's columns by
+    our keys; ``unused``: its others. ``ids_given``: episode ids end the episodes, and the only hint is
+    about autoreset. There are no hints where consecutive rows are hardly nearer than random pairs, as
+    in the contexts of a bandit.
     """
     values = leading_values(observation)
     steps = steps_of(values, last[: max(0, len(values) - 1)])
