@@ -5,7 +5,8 @@
 
 Each family of ``boundary_families.py`` is written with right flags in several forms, and with each
 fault; ``load_dataset`` reads it. A fault is found if there is a warning or a refusal about episode
-boundaries; on right flags these are false alarms. Writes benchmarks/results/boundaries.json.
+boundaries, or a note that rows of autoreset were dropped; on right flags these are false alarms.
+Writes benchmarks/results/boundaries.json.
 """
 
 from __future__ import annotations
@@ -222,10 +223,11 @@ def reports(table: Table) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            load_dataset(table)
+            notes = load_dataset(table).notes
         except DatasetError as error:
             return [f"refused: {error}"]
     texts = [str(w.message) for w in caught]
+    texts += [note for note in notes if "autoreset" in note and note not in texts]
     return [text for text in texts if not UNRELATED.search(text)]
 
 
@@ -246,7 +248,7 @@ def measure(names: Sequence[str], seeds: int, verbose: bool) -> dict[str, Any]:
             entries.setdefault(fault, {})[form] = {
                 "reported": sum(map(bool, said)),
                 "named": sum(any(word in text for text in texts) for texts in said),
-                "text": next((texts for texts in said if texts), []),
+                "text": next((texts[0] for texts in said if texts), ""),
             }
             if verbose:
                 print(family.__name__, fault, form, entries[fault][form], file=sys.stderr)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from iql_torchrl.data.readers.arrays import Columns
 from iql_torchrl.data.readers.columns import TRAJECTORY_ENDS
-from iql_torchrl.data.readers.following import differs, found_among
+from iql_torchrl.data.readers.following import SAMPLE, differs, found_among
 
 Flags: TypeAlias = NDArray[np.bool_]
 #: In sources of up to so many rows, or episodes, nothing is said about what most of them are.
@@ -136,7 +136,8 @@ def _unrelated(columns: Columns, inside: Flags) -> str:
             reason = f"{(equal & rows).sum()} of {rows.sum()} rows looked at contain {meaning}"
             break
     else:
-        if found_among(observed, following) > 0.5:
+        # Of shuffled rows, the leading next observations are as often among the leading observations.
+        if found_among(observed, following) > 0.5 * min(1.0, SAMPLE / columns.rows):
             return (
                 "the rows are not in the order of time, as shuffled transitions are. Each transition "
                 "is used as it stands, but lengths and returns of episodes have no meaning."

@@ -18,10 +18,8 @@ from iql_torchrl.data.schema import Key
 
 Flags = NDArray[np.bool_]
 Floats = NDArray[np.float64]
-#: At most so many leading rows, and numbers of each column, are read, and so many columns are used.
-ROWS, VALUES, COLUMNS = 32_768, 2**21, 128
-#: Random pairs of rows that are compared.
-PAIRS = 4096
+#: Most leading rows and numbers of a column that are read, columns and random pairs that are used.
+ROWS, VALUES, COLUMNS, PAIRS = 32_768, 2**21, 128, 4096
 #: Fewest rows, and fewest ends or jumps, that a hint is about; fewest rows that may be interleaved.
 FEWEST_ROWS, FEWEST, FEWEST_INTERLEAVED = 20, 3, 128
 #: Most units of a column that count; most environments whose interleaved rows are recognised.
@@ -59,11 +57,11 @@ def boundary_hints(
 ) -> list[str]:  # fmt: skip
     """Sentences about episode boundaries that the observations contradict; empty if there are none.
 
-    ``last``: rows that end an episode; ``terminated``: rows that terminate. ``broken``: rows whose next
-    observation is not the next row's observation, if known. ``names``: the source's columns by our
-    keys; ``unused``: its others.
-    ``ids_given``: episode ids end the episodes, and the only hint is about autoreset. There are no
-    hints where consecutive rows are hardly nearer than random pairs, as in the contexts of a bandit.
+    ``last``: rows that end an episode; ``terminated``: rows that terminate. ``broken``: rows whose
+    next observation is not the next row's observation, if known. ``names``: the source's columns by
+    our keys; ``unused``: its others. ``ids_given``: episode ids end the episodes, and the only hint is
+    about autoreset. There are no hints where consecutive rows are hardly nearer than random pairs, as
+    in the contexts of a bandit.
     """
     values = leading_values(observation)
     steps = steps_of(values, last[: max(0, len(values) - 1)])
@@ -87,12 +85,12 @@ def boundary_hints(
             f"the flags of the {ends} ends of episodes are shifted: each lies one row {where} a row "
             f"after which the observation jumps. Set them one row {move}{remedy}."
         ]
-    kind, follows = terminated[: len(steps.ended)], steps.ended
+    same, terminates = np.ones_like(steps.ended), terminated[: len(steps.ended)]
     if broken is not None:  # A next observation that is not the next row's proves an end.
-        follows = follows & ~broken[: len(follows)]
+        same = ~broken[: len(same)]
     texts = [
-        _continued(steps, steps.ended & kind, follows, "terminated", names),
-        _continued(steps, steps.ended & ~kind, follows, "truncated", names),
+        _continued(steps, steps.ended & terminates, same, "terminated", names),
+        _continued(steps, steps.ended & ~terminates, same, "truncated", names),
     ]
     if not any(texts) and broken is None:
         texts = [_jumps(steps, len(last), unused)]
@@ -124,13 +122,12 @@ def interleaved_by(observation: Mapping[Key, Column]) -> int | None:
     if differ(1)[0] < 0.7:  # as in most data
         return None
     lags = np.array([differ(lag) for lag in range(1, min(2 * MOST_ENVS, rows // 8))])
-    near = np.flatnonzero(lags[:MOST_ENVS, 1] < 0.5)
-    if not near.size or (envs := int(near[0]) + 1) == 1:
-        return None
+    envs = int(np.argmax(lags[:MOST_ENVS, 1] < 0.5)) + 1  # 1 if there are none
     others = np.delete(lags[: 2 * envs - 1, 0], envs - 1)
     later = [differ(envs * k)[1] for k in range(2, 17) if envs * k < rows // 2]
-    evident = min(others) > max(0.7, lags[envs - 1, 0])
-    return envs if evident and max(later, default=0) > 1.3 * lags[envs - 1, 1] else None
+    if envs == 1 or min(others) < max(0.7, lags[envs - 1, 0]):
+        return None
+    return envs if max(later, default=0) > 1.3 * lags[envs - 1, 1] else None
 
 
 def leading_values(observation: Mapping[Key, Column]) -> Floats:
@@ -193,19 +190,14 @@ def _shift(steps: Steps) -> int:
     return 0
 
 
-def _continued(
-    steps: Steps, ended: Flags, follows: Flags, key: str, names: Mapping[str, str]
-) -> str:
+def _continued(steps: Steps, ended: Flags, same: Flags, key: str, names: Mapping[str, str]) -> str:
     """A sentence if the rows after three quarters of the ends continue their episodes.
 
     Their steps are ordinary, and shorter than the distances from them to the rows after other ends.
     Where the next episode begins independently of the last one, both are alike, whatever the data.
     """
-    rows, (high, highest) = (
-        np.flatnonzero(ended),
-        np.quantile(steps.length[steps.inside], [0.9, 0.99]),
-    )
-    count = int((follows[rows] & (steps.length[rows] <= min(2 * high, highest))).sum())
+    rows, ordinary = np.flatnonzero(ended), np.quantile(steps.length[steps.inside], [0.9, 0.99])
+    count = int((same[rows] & (steps.length[rows] <= min(2 * ordinary[0], ordinary[1]))).sum())
     if count < max(FEWEST, 0.75 * len(rows)):
         return ""
     some = rows[:: -(-len(rows) // 64)]
