@@ -6,7 +6,7 @@ is a Dict with the names ``"0"``, ``"1"``, ... Categories are stored counted fro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,7 @@ from iql_torchrl.data.schema import (
     Key,
     Layout,
     dotted,
+    nested,
 )
 from iql_torchrl.descriptions import describe_space
 
@@ -163,16 +164,6 @@ def join(leaves: Sequence[Any], *, rows: bool = False) -> NDArray[Any]:
     """Leaves side by side in one vector ``(F,)``, or with ``rows`` of each row, ``(N, F)``."""
     arrays = [np.asarray(leaf) for leaf in leaves]
     return np.concatenate([a.reshape(len(a), -1) if rows else a.ravel() for a in arrays], axis=-1)
-
-
-def nested(leaves: Mapping[Key, Any], group: Callable[[dict[str, Any]], Any] = dict) -> Any:
-    """Leaves by the rest of their key as ``group`` of ``group``; the key ``()`` is a single leaf."""
-    if () in leaves:
-        return leaves[()]
-    inner: dict[str, dict[Key, Any]] = {}
-    for key, value in leaves.items():
-        inner.setdefault(key[0], {})[key[1:]] = value
-    return group({name: nested(each, group) for name, each in inner.items()})
 
 
 def action_leaves(space: gym.Space[Any]) -> dict[Key, gym.Space[Any]]:

@@ -454,10 +454,4 @@ def _goal_statistics(
             total.update(how.of(lambda key, some=some: dataset.transitions[key][some]))  # type: ignore[misc]
         return total.result()
     part = dataset.statistics.get("observation" if how.wraps else how.path)
-    if part is None:
-        return None
-    still = torch.zeros(part.mean.numel())
-    still[list(part.constant)] = 1
-    mean, std, still = (how.pick(x) for x in (part.mean, part.std, still.view_as(part.mean)))
-    constant = tuple(still.flatten().nonzero().flatten().tolist())
-    return ObservationStatistics(mean, std, constant, part.count)
+    return None if part is None else part.map(how.pick)

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from iql_torchrl.data.codec import leaf_spaces
-from iql_torchrl.data.replay import DeviceSampler, nested
-from iql_torchrl.data.schema import DONE, REWARD, TERMINATED, TRUNCATED, DatasetError, Key
+from iql_torchrl.data.replay import DeviceSampler
+from iql_torchrl.data.schema import DONE, REWARD, TERMINATED, TRUNCATED, DatasetError, Key, nested
 from iql_torchrl.descriptions import describe_space
 from iql_torchrl.networks import History, stack_frames
 

@@ -16,7 +16,7 @@ from torchrl.data import (
 )
 
 from iql_torchrl.config import check_whole
-from iql_torchrl.data.schema import EPISODE, Key
+from iql_torchrl.data.schema import EPISODE, Key, nested
 
 Part = tuple[Key, torch.Size]  # key, and shape of one transition
 
@@ -76,17 +76,6 @@ def generator_on(device: torch.device, seed: int | None) -> torch.Generator:
 def leaf_keys(transitions: TensorDictBase) -> list[Key]:
     names = transitions.keys(include_nested=True, leaves_only=True)
     return [(name,) if isinstance(name, str) else tuple(name) for name in names]
-
-
-def nested(entries: Mapping[Key, Tensor]) -> dict[str, Any]:
-    """Nested dicts of entries by key, from which a ``TensorDict`` is made fastest."""
-    result: dict[str, Any] = {}
-    for key, values in entries.items():
-        inside = result
-        for name in key[:-1]:
-            inside = inside.setdefault(name, {})
-        inside[key[-1]] = values
-    return result
 
 
 class DeviceSampler:
@@ -169,7 +158,7 @@ class DeviceSampler:
 
     def gather(self, indices: Tensor) -> TensorDict:
         """The transitions numbered by ``indices``, in a batch of its last dimension."""
-        entries = nested(self.entries(indices))
+        entries = nested(self.entries(indices))  # from which a TensorDict is made fastest
         return TensorDict(entries, batch_size=indices.shape[-1:], device=self.device)
 
     def entries(self, indices: Tensor) -> dict[Key, Tensor]:

@@ -7,7 +7,7 @@ numbers of ``ObservationStatistics``.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -101,6 +101,14 @@ class ObservationStatistics:
         total = StatisticsAccumulator(tuple(rows.shape[1:]))
         total.update(rows)
         return total.result()
+
+    def map(self, rearrange: Callable[[Tensor], Tensor]) -> ObservationStatistics:
+        """The statistics of observations whose columns ``rearrange`` selects or repeats."""
+        still = torch.zeros(self.mean.numel(), dtype=torch.bool)
+        still[list(self.constant)] = True
+        mean, std, still = map(rearrange, (self.mean, self.std, still.view_as(self.mean)))
+        constant = tuple(still.flatten().nonzero().flatten().tolist())
+        return ObservationStatistics(mean, std, constant, self.count)
 
     def to(self, dtype: torch.dtype) -> ObservationStatistics:
         """The same numbers in another dtype of floats."""

@@ -7,8 +7,9 @@ A row's reward and flags are those of the step that left ``observation`` through
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -72,11 +73,15 @@ class EpisodeIndex:
         edges = np.clip(self.offsets[first : last + 2], start, stop)
         return np.repeat(np.arange(first, last + 1, dtype=np.int64), np.diff(edges))
 
-    def last_rows(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Rows in ``[start, stop)`` that end their episode."""
-        ends = self.offsets[1:] - 1
-        low, high = np.searchsorted(ends, [start, stop])
-        return ends[low:high]
+
+def nested(leaves: Mapping[Key, Any], group: Callable[[dict[str, Any]], Any] = dict) -> Any:
+    """Leaves by key as ``group`` of ``group``; the key ``()`` is a single leaf."""
+    if () in leaves:
+        return leaves[()]
+    inner: dict[str, dict[Key, Any]] = {}
+    for key, value in leaves.items():
+        inner.setdefault(key[0], {})[key[1:]] = value
+    return group({name: nested(each, group) for name, each in inner.items()})
 
 
 def dotted(key: Key) -> str:

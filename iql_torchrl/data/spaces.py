@@ -50,15 +50,7 @@ def stacked_statistics(
     statistics: Mapping[Name, ObservationStatistics], length: int
 ) -> dict[Name, ObservationStatistics]:
     """Every frame of a stack has the statistics of one frame."""
-    result = {}
-    for key, one in statistics.items():
-        still = torch.zeros(one.mean.numel())
-        still[list(one.constant)] = 1.0
-        parts = one.mean, one.std, still.view_as(one.mean)
-        mean, std, still = (_stacked(part, length) for part in parts)
-        places = tuple(still.flatten().nonzero().flatten().tolist())
-        result[key] = ObservationStatistics(mean, std, places, one.count)
-    return result
+    return {key: one.map(lambda part: _stacked(part, length)) for key, one in statistics.items()}
 
 
 def _stacked(values: Tensor, length: int) -> Tensor:
@@ -145,7 +137,7 @@ def check_categories(column: Callable[[Key], Tensor | None], limits: Limits) -> 
             low, high = (int(value) for value in one.aminmax())
             if low < 0 or high >= count:
                 raise ValueError(
-                    f"{'.'.join(key)} has category {low if low < 0 else high}; expected whole numbers "
+                    f"{'.'.join(key)} has category {low if low < 0 else high}; expected integers "
                     f"from 0 to {count - 1}, which networks.OneHot({count}) reads. Build the networks "
                     "for as many categories as the data hold."
                 )

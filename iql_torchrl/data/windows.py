@@ -23,8 +23,6 @@ from iql_torchrl.data.schema import DatasetError, Key
 from iql_torchrl.networks import HISTORY_MASK, History, stack_frames
 
 JUMPS = ("error", "restart")
-#: Bytes of observations that are compared at once.
-COMPARED_BYTES = 32 * 2**20
 #: Attributes of ``Windows`` by their names in the digests of checkpoints, if these differ.
 NAMES_OF_DIGESTS = {"final": "own", "final_place": "own_place"}
 #: Of these torch has no ``index_put`` on a CPU.
@@ -92,7 +90,11 @@ class Windows:
         following = {key: plain(transitions.get(("next", *key))) for key in keys}
         ends = torch.zeros(len(transitions), dtype=torch.bool)
         ends[torch.as_tensor(lengths).cumsum(0) - 1] = True
-        broken = _discontinuities(self.frames, following, ends)
+        here, after = (
+            {k: v.cpu().numpy() for k, v in part.items()} for part in (self.frames, following)
+        )
+        broken = torch.zeros_like(ends)
+        broken[:-1] = torch.from_numpy(differs(here, after, len(ends))) & ~ends[:-1]
         if jumps == "error" and bool(broken.any()):
             raise DatasetError(
                 f"{name}: in {int(broken.sum())} transitions inside episodes, first transition "
@@ -281,30 +283,6 @@ def _unchanged(batch: Sequence[Any]) -> Sequence[Any]:
 def plain(values: Tensor) -> Tensor:
     """The same memory as an ordinary tensor, which a compiled program can read."""
     return values.as_subclass(Tensor) if type(values) is not Tensor else values
-
-
-def _discontinuities(
-    frames: dict[Key, Tensor], following: dict[Key, Tensor], ends: Tensor
-) -> Tensor:
-    """Bool ``(N,)``: not ``ends``, and the next observation is not the following observation.
-
-    Uses the readers' rule, ``differs``, which is slow, only where bits differ.
-    """
-    broken, steps = torch.zeros_like(ends), len(ends) - 1
-    row_bytes = sum(values[0].nbytes for values in frames.values())
-    size = max(1, COMPARED_BYTES // max(row_bytes, 1))
-    for start in range(0, steps, size):
-        stop = min(start + size, steps)
-        unequal = torch.zeros(stop - start, dtype=torch.bool)
-        for key, values in frames.items():
-            bits = following[key][start:stop] != values[start + 1 : stop + 1]
-            unequal |= bits.reshape(stop - start, -1).any(1).cpu()
-        asked = start + (unequal & ~ends[start:stop]).nonzero().squeeze(1)
-        if len(asked):
-            later = {key: values[asked + 1].cpu().numpy() for key, values in frames.items()}
-            after = {key: values[asked].cpu().numpy() for key, values in following.items()}
-            broken[asked] = torch.from_numpy(differs(later, after, len(asked), ahead=0))
-    return broken
 
 
 def _replace_last(window: Tensor, final: Tensor, place: Tensor) -> None:

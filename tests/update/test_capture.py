@@ -425,7 +425,7 @@ def test_categories_out_of_range_are_said_before_a_program_meets_them(where, wro
     data = categories()
     data[where][7] = wrong
     name = where if isinstance(where, str) else ".".join(where)
-    said = rf"{name} has category {wrong}; expected whole numbers from 0 to {OBS - 1}"
+    said = rf"{name} has category {wrong}; expected integers from 0 to {OBS - 1}"
     before = copy.deepcopy(loss.state_dict())
     with pytest.raises(ValueError, match=said):
         captured(step, DeviceSampler(data, 16))()

@@ -21,10 +21,9 @@ from iql_torchrl.data.codec import (
     join,
     leaf_of,
     leaf_spaces,
-    nested,
     unflat_action,
 )
-from iql_torchrl.data.schema import DatasetError
+from iql_torchrl.data.schema import DatasetError, nested
 from iql_torchrl.descriptions import one_line
 
 # Packages that register environments when they are imported, for a file that names one of theirs.

@@ -36,14 +36,15 @@ def differs(
         stop = min(start + size, steps)
         gap = np.zeros(stop - start)
         for (column, successors), unit in zip(pairs, units, strict=True):
-            later = np.asarray(column[start + ahead : stop + ahead])
-            after = np.asarray(successors[start:stop])
+            later = np.asarray(column[start + ahead : stop + ahead]).reshape(stop - start, -1)
+            after = np.asarray(successors[start:stop]).reshape(stop - start, -1)
             relative = rounding(later.dtype, after.dtype)
-            later, after = (x.astype(np.float64).reshape(stop - start, -1) for x in (later, after))
+            unequal = (later != after).any(axis=1)  # few rows, and the rest is slow
+            later, after = (rows[unequal].astype(np.float64) for rows in (later, after))
             with np.errstate(invalid="ignore"):
                 difference = np.abs(later - after)
                 difference[difference <= relative * np.abs(later)] = 0
-                gap += np.square(difference / unit).sum(1)
+                gap[unequal] += np.square(difference / unit).sum(1)
         broken[start:stop] = np.sqrt(np.nan_to_num(gap)) > EQUAL
     return broken
 
