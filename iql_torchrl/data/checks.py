@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import gymnasium as gym
@@ -34,8 +35,7 @@ from iql_torchrl.tolerance import EQUAL, outside_bounds
 SAMPLE, COLUMNS = 1024, 128
 #: Changes of fewer units in the last place are removed, or far from what they were.
 UNITS = 8
-#: At most so many rewards, each so many times larger than the others usually are, are a handful that
-#: dominates: the value that they teach is of no other use.
+#: At most so many rewards, each so many times larger than all others, dominate what is learned.
 HANDFUL, DOMINATES = 10, 1000.0
 
 
@@ -53,9 +53,8 @@ class ChunkChecker:
     clipped: int = 0
     unused: int = 0
     samples: dict[Key, list[NDArray[Any]]] = field(default_factory=dict)
-    #: the largest rewards by magnitude; the number and the sum of squares of all that are not 0
+    #: the largest magnitudes of rewards, ascending
     largest: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
-    rewards: tuple[int, float] = (0, 0.0)
 
     def begin(self, columns: Columns, rows: NDArray[np.int64], start: int) -> None:
         """The next chunk has these rows of columns; its first transition is number ``start``."""
@@ -121,13 +120,8 @@ class ChunkChecker:
             kept.append(values.reshape(len(values), -1)[:left, :COLUMNS].astype(np.float64))
 
     def count_rewards(self, rewards: NDArray[np.float64]) -> None:
-        """Remember the largest rewards, and the sum of squares of all."""
-        sizes = np.abs(rewards)
-        candidates = np.concatenate([self.largest, sizes])
-        self.largest = np.sort(candidates)[-HANDFUL - 1 :]
-        with np.errstate(over="ignore", invalid="ignore"):
-            number, squares = int((sizes > 0).sum()), float(np.square(sizes).sum())
-        self.rewards = self.rewards[0] + number, self.rewards[1] + squares
+        """Remember the largest rewards."""
+        self.largest = np.sort(np.append(self.largest, np.abs(rewards)))[-HANDFUL - 1 :]
 
     def check(self, chunk: Mapping[Key, Tensor], raw: Mapping[Key, NDArray[Any]]) -> None:
         """Check converted values, of which ``raw`` are the source's; raises naming the first wrong "
@@ -258,20 +252,13 @@ class ChunkChecker:
         yield from self._dominating_rewards()
 
     def _dominating_rewards(self) -> Iterator[str]:
-        number, squares = self.rewards
-        most = min(HANDFUL, len(self.largest) - 1, number - 1)
-        for count in range(1, most + 1):
-            rest = squares - float(np.square(self.largest[-count:]).sum())
-            usual = (max(rest, 0.0) / (number - count)) ** 0.5
-            smallest = float(self.largest[-count])
-            # sums of squares round: what is left may be only the rounding error of the largest
-            usual = max(usual, float(self.largest[-count - 1]) / max(number - count, 1) ** 0.5)
-            if self.largest[-count - 1] * DOMINATES < smallest and usual * DOMINATES < smallest:
+        for count, (high, low) in enumerate(pairwise(self.largest[::-1]), start=1):
+            if 0 < low * DOMINATES < high:
                 yield (
-                    f"{count} of {self.index.rows} rewards are of magnitude {smallest:.3g} and more, "
-                    f"the others at most {self.largest[-count - 1]:.3g}: they dominate the sum of "
-                    "squares, so that values are learned of them alone. Repair those rows if they are "
-                    "errors, or scale or clip the rewards."
+                    f"{count} of {self.index.rows} rewards are of magnitude {high:.3g} and more, the "
+                    f"others at most {low:.3g}: they dominate the sum of squares, so that values are "
+                    "learned of them alone. Repair those rows if they are errors, or scale or clip "
+                    "the rewards."
                 )
                 return
 
@@ -308,12 +295,8 @@ def fixed_horizon(source: Source, limit: int | None) -> tuple[str, str]:
 
     A warning where the environment has this limit, a note where none is known; else both are empty.
     """
-    lengths, ended = [], []
-    for _, episodes in source.parts:
-        ends = np.cumsum(episodes.lengths) - 1
-        lengths.append(episodes.lengths)
-        ended.append(episodes.terminated[ends])
-    length, end = np.concatenate(lengths), np.concatenate(ended)
+    length, terminated = source.episode_lengths, [e.terminated for _, e in source.parts]
+    end = np.concatenate(terminated)[length.cumsum() - 1]
     # The file may cut the last episode short. Short episodes often have equal lengths.
     complete = length if end[-1] else length[:-1]
     if len(complete) < 3 or not end[: len(complete)].all() or complete[0] < 5:
@@ -330,15 +313,9 @@ def fixed_horizon(source: Source, limit: int | None) -> tuple[str, str]:
         f"all {int(end.sum())} terminations{column} come at step {steps} of their episode and no other "
         "step ends one"
     )
-    if limit == steps:
-        return (
-            f"{text}: that is the environment's time limit, at which values must be bootstrapped: "
-            f"{remedy}. If each episode really terminates after that many steps, ignore this warning.",
-            "",
-        )
-    if limit is None:
-        return (
-            "",
-            f"{text}. If that is a time limit, at which values must be bootstrapped, {remedy}.",
-        )
-    return "", ""
+    warning = (
+        f"{text}: that is the environment's time limit, at which values must be bootstrapped: "
+        f"{remedy}. If each episode really terminates after that many steps, ignore this warning."
+    )
+    note = f"{text}. If that is a time limit, at which values must be bootstrapped, {remedy}."
+    return warning if limit == steps else "", note if limit is None else ""

@@ -47,7 +47,7 @@ class Chunks(Windows):
             discontinuity.
         size: number of actions h.
         history: observations that the networks read, as the ``length`` of ``Windows``; with 1 there
-            are no windows and no masks of histories.
+            are no windows or masks of histories.
         stack: as for ``Windows``.
 
     Attributes:

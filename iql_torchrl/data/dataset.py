@@ -14,6 +14,7 @@ import torch
 from gymnasium.envs.registration import EnvSpec
 from numpy.typing import ArrayLike, NDArray
 from tensordict import TensorDict
+from torch.types import Device
 from torchrl.data import Composite, TensorDictReplayBuffer, TensorSpec
 
 from iql_torchrl.data import replay
@@ -209,21 +210,15 @@ class OfflineDataset(DatasetSummary):
         return fingerprint(self.transitions)
 
     def replay_buffer(
-        self,
-        batch_size: int,
-        device: torch.device | str | None = None,
-        seed: int | None = None,
-        *,
-        capacity: int | None = None,
-        **kwargs: Any,
+        self, batch_size: int, device: Device = None, seed: int | None = None, **kwargs: Any
     ) -> TensorDictReplayBuffer:
-        """A TorchRL buffer of the transitions; see ``data.replay_buffer``."""
+        """A TorchRL buffer of the transitions; ``kwargs`` as for ``data.replay_buffer``."""
         return replay.replay_buffer(
-            self.transitions, batch_size, device=device, seed=seed, capacity=capacity, **kwargs
+            self.transitions, batch_size, device=device, seed=seed, **kwargs
         )
 
     def device_sampler(
-        self, batch_size: int, device: torch.device | str | None = None, seed: int | None = None
+        self, batch_size: int, device: Device = None, seed: int | None = None
     ) -> replay.DeviceSampler:
         """A ``DeviceSampler`` of the transitions."""
         return replay.DeviceSampler(self.transitions, batch_size, device=device, seed=seed)
@@ -429,7 +424,7 @@ class RelabelledDataset(DatasetSummary):
         return replace(self, history=History(length, stack), jumps=jumps)
 
     def device_sampler(
-        self, batch_size: int, device: torch.device | str | None = None, seed: int | None = None
+        self, batch_size: int, device: Device = None, seed: int | None = None
     ) -> GoalSampler:
         """A ``GoalSampler`` of the transitions; ``replay_buffer`` is the same."""
         source: Any = self.dataset

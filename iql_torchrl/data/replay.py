@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
+from torch.types import Device
 from torchrl.data import (
     ImmutableDatasetWriter,
     LazyTensorStorage,
@@ -25,7 +26,7 @@ def replay_buffer(
     transitions: TensorDictBase,
     batch_size: int,
     *,
-    device: torch.device | str | None = None,
+    device: Device = None,
     seed: int | None = None,
     capacity: int | None = None,
     **kwargs: Any,
@@ -97,7 +98,7 @@ class DeviceSampler:
         transitions: TensorDictBase,
         batch_size: int,
         *,
-        device: torch.device | str | None = None,
+        device: Device = None,
         seed: int | None = None,
     ) -> None:
         check_whole(batch_size=batch_size)

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from tensordict import TensorDict
 from torch import Tensor
+from torch.types import Device
 
 from iql_torchrl.config import check_whole
 from iql_torchrl.data.dataset import DatasetSummary, OfflineDataset
@@ -130,7 +131,7 @@ def load_shards(
     saved = read_record(place)
     described = replace(saved.description, reward_map=saved.reward_map(reward))
     fields = dataset_fields(described, env, reference_scores)
-    return ShardedDataset(**fields, shards=saved.shards, saved=saved)
+    return ShardedDataset(**fields, saved=saved)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -141,14 +142,16 @@ class ShardedDataset(DatasetSummary):
     ``OfflineDataset``. What needs all transitions at once (``split``, ``windows``, populations,
     estimates without an environment) refuses it.
 
-    Attributes:
-        shards: folder, number of transitions and digest of each shard.
-        saved: the record, its location, and the layout and ranges of the stored transitions.
+    ``saved``: the record, its location, and the layout and ranges of the stored transitions.
     """
 
-    shards: tuple[Shard, ...]
     saved: SavedDataset
     _verified: set[int] = field(default_factory=set, init=False, compare=False)
+
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        """Folder, number of transitions and digest of each shard."""
+        return self.saved.shards
 
     @property
     def masked(self) -> bool:
@@ -197,18 +200,10 @@ class ShardedDataset(DatasetSummary):
             yield transitions
 
     def replay_buffer(
-        self,
-        batch_size: int,
-        device: torch.device | str | None = None,
-        seed: int | None = None,
-        *,
-        loaded: int | None = None,
-        replace_every: int = 1000,
+        self, batch_size: int, device: Device = None, seed: int | None = None, **loading: Any
     ) -> ShardedReplay:
-        """Batches from ``loaded`` shards at a time; see ``ShardedReplay``."""
-        return ShardedReplay(
-            self, batch_size, device=device, seed=seed, loaded=loaded, replace_every=replace_every
-        )
+        """Batches of some shards at a time; ``loading``: the settings of ``ShardedReplay``."""
+        return ShardedReplay(self, batch_size, device=device, seed=seed, **loading)
 
 
 class Rotation:
@@ -301,7 +296,7 @@ class ShardedReplay(DeviceSampler):
         dataset: ShardedDataset,
         batch_size: int,
         *,
-        device: torch.device | str | None = None,
+        device: Device = None,
         seed: int | None = None,
         loaded: int | None = None,
         replace_every: int = 1000,
@@ -324,7 +319,7 @@ class ShardedReplay(DeviceSampler):
             for key, entry in dataset.saved.layout.items()
         }
         blank = TensorDict({}, batch_size=[rows]).update(zeros)
-        super().__init__(blank, batch_size, device="cpu" if device is None else device, seed=seed)
+        super().__init__(blank, batch_size, device=device, seed=seed)  # None: the CPU
         self.rotation = Rotation(count, self.loaded, self.generator.initial_seed() % 2**64)
         self._since = 0  # batches since the last replacement
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="shards")

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from copy import copy
 from typing import Any
 
 import torch
 from numpy.typing import NDArray
 from tensordict import TensorDict, TensorDictBase
-from torch import Tensor
+from torch import Tensor, nn
+from torch.types import Device
 from torchrl.data import ImmutableDatasetWriter, Storage, TensorDictReplayBuffer
 
 from iql_torchrl.data.readers.following import differs
-from iql_torchrl.data.replay import (
-    DeviceSampler,
-    device_of,
-    generator_on,
-    leaf_keys,
-)
-from iql_torchrl.data.schema import DatasetError, Key
+from iql_torchrl.data.replay import DeviceSampler, device_of, generator_on, leaf_keys
+from iql_torchrl.data.schema import DatasetError, Key, dotted
 from iql_torchrl.networks import HISTORY_MASK, History, stack_frames
 
 JUMPS = ("error", "restart")
@@ -39,24 +34,19 @@ class Windows:
       episode the first observation is repeated before it.
     - ``"history_mask"`` and ``("next", "history_mask")``: bool ``(B, length)``, True at real steps.
 
-    With ``stack=True`` a window's frames are one observation (``networks.stack_frames``) and there are
-    no masks; with ``length=1`` as well, the entries are those of the transitions.
+    With ``stack=True`` a window's frames are one observation (``networks.stack_frames``) without masks.
 
-    Every frame is stored once. The observations are those of ``transitions``, without a copy; the last
-    next observation of each episode is extra. Inside an episode a next observation is read from the
-    following transition, from whose observation it may differ by a norm of 1e-6 and by rounding, as in
-    ``load_dataset``. If nothing else refers to the transitions any more, memory is half that of the
-    transitions. Windows and next windows overlap in memory: do not change them in place.
+    Every frame is stored once: the observations of ``transitions``, without a copy, and the last next
+    observation of each episode. Inside an episode a next observation is read from the next transition,
+    from whose observation it may differ by rounding (``tolerance.EQUAL``). Windows and next windows
+    overlap in memory: do not change them in place.
 
     Args:
         transitions: as ``OfflineDataset.transitions``, in memory or memory-mapped.
         lengths: transitions of each episode, ``(E,)``.
         length: number of observations, the current one included.
-        stack: see above.
         jumps: what to do at a discontinuity, where a next observation inside an episode is not the
-            observation of the following transition: ``"error"``, or ``"restart"``, which begins a new
-            history after it.
-        name: of the data, for messages.
+            observation of the following transition: ``"error"``, or ``"restart"`` the history.
 
     Attributes:
         history: length and form of the windows: what a policy trained on them needs.
@@ -164,42 +154,34 @@ class Windows:
         del entries[HISTORY_MASK,], entries["next", HISTORY_MASK]
         return {key: stack_frames(values, values.ndim - 2) for key, values in entries.items()}
 
-    def to(self, device: torch.device | str) -> Windows:
+    def to(self, device: Device) -> Windows:
         """The same windows on ``device``; without a copy of what is there."""
         moved = copy(self)
-        for name, part in self._stored().items():
+        for name, part in vars(self).items():
             if isinstance(part, dict):
                 setattr(moved, name, {key: values.to(device) for key, values in part.items()})
-            else:
+            elif isinstance(part, Tensor | TensorDictBase):
                 setattr(moved, name, part.to(device))
         return moved
 
     def table(self) -> TensorDict:
         """Everything that is stored, for digests: frames, their places, and the other entries."""
-        stored = {}
-        for name, part in self._stored().items():
+        stored: dict[str, Any] = {}
+        for name, part in vars(self).items():
             if isinstance(part, dict):
-                part = {".".join(key): values for key, values in part.items()}
-            stored[NAMES_OF_DIGESTS.get(name, name)] = part
+                part = {dotted(key): values for key, values in part.items()}
+            if isinstance(part, dict | Tensor | TensorDictBase):
+                stored[NAMES_OF_DIGESTS.get(name, name)] = part
         return TensorDict(stored, batch_size=[])
 
-    def _stored(self) -> dict[str, Any]:
-        """The attributes that are data: tensors, TensorDicts, and dicts of tensors by key."""
-        kinds = Tensor, TensorDictBase, dict
-        return {name: part for name, part in vars(self).items() if isinstance(part, kinds)}
-
     def device_sampler(
-        self, batch_size: int, device: torch.device | str | None = None, seed: int | None = None
+        self, batch_size: int, device: Device = None, seed: int | None = None
     ) -> WindowSampler:
         """A ``DeviceSampler`` of the windows. On the same device it shares the frames."""
         return WindowSampler(self, batch_size, device=device, seed=seed)
 
     def replay_buffer(
-        self,
-        batch_size: int,
-        device: torch.device | str | None = None,
-        seed: int | None = None,
-        **kwargs: Any,
+        self, batch_size: int, device: Device = None, seed: int | None = None, **kwargs: Any
     ) -> TensorDictReplayBuffer:
         """A TorchRL buffer of windows, to which nothing can be written.
 
@@ -212,7 +194,7 @@ class Windows:
             writer=ImmutableDatasetWriter(),
             batch_size=batch_size,
             generator=None if seed is None else generator_on(storage.device, seed),
-            collate_fn=_unchanged,
+            collate_fn=nn.Identity(),
             **kwargs,
         )
 
@@ -221,12 +203,7 @@ class WindowSampler(DeviceSampler):
     """A ``DeviceSampler`` whose observations are windows; made by ``windows.device_sampler``."""
 
     def __init__(
-        self,
-        windows: Windows,
-        batch_size: int,
-        *,
-        device: torch.device | str | None = None,
-        seed: int | None = None,
+        self, windows: Windows, batch_size: int, *, device: Device = None, seed: int | None = None
     ) -> None:
         where = windows.first.device if device is None else torch.device(device)
         super().__init__(windows.rest, batch_size, device=where, seed=seed)
@@ -274,10 +251,6 @@ class WindowStorage(Storage):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         pass
-
-
-def _unchanged(batch: Sequence[Any]) -> Sequence[Any]:
-    return batch
 
 
 def plain(values: Tensor) -> Tensor:

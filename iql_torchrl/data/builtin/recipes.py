@@ -21,10 +21,10 @@ from iql_torchrl.data.readers.arrays import package
 Act: TypeAlias = Callable[[Any, Mapping[str, Any]], Any]
 """``act(observation, info) -> action`` of one episode."""
 Controller: TypeAlias = tuple[
-    Callable[[np.random.Generator, int], Act], Callable[[Any, Any], dict[str, Any] | None]
+    Callable[[np.random.Generator, int], Act], Callable[[Any, Any], dict[str, Any]] | None
 ]
 """What gives the ``Act`` of an episode, from a generator and the episode's number; what gives
-further columns of an episode, from its observations and actions."""
+further columns of an episode, if any, from its observations and actions."""
 Cell: TypeAlias = tuple[int, int]
 
 MAX_TORQUE = 2.0
@@ -85,7 +85,7 @@ def record(
             lists = play(env, act_of(generator, number), *env.reset(seed=reset_seed))
             del lists["infos"]
             columns = {key: _stacked(values) for key, values in lists.items()}
-            infos = infos_of(columns["observations"], columns["actions"])
+            infos = infos_of and infos_of(columns["observations"], columns["actions"])
             buffers.append(EpisodeBuffer(seed=reset_seed, **columns, infos=infos))
     return buffers, spec
 
@@ -105,10 +105,6 @@ def play(env: Any, act: Act, observation: Any, info: Mapping[str, Any]) -> dict[
         for key, value in step.items():
             columns.setdefault(key, []).append(value)
     return columns
-
-
-def _no_infos(observations: Any, actions: Any) -> None:
-    return None
 
 
 def _stacked(values: list[Any]) -> Any:
@@ -172,7 +168,7 @@ PENDULUM_MIXED = Recipe(
     package="gymnasium",
     requirements=("gymnasium>=1.0",),
     reference_scores=(-1238.7105755962557, -156.96959423258005),
-    controller=lambda _: (_disturbed, _no_infos),
+    controller=lambda _: (_disturbed, None),
 )
 
 
@@ -220,7 +216,7 @@ def _shortest_paths(maze_map: Any, end: Cell) -> dict[Cell, Cell]:
 
 
 def _noisy(env: Any) -> Controller:
-    return lambda g, _: maze_controller(env.unwrapped.maze, MAZE_NOISE, g), _no_infos
+    return lambda g, _: maze_controller(env.unwrapped.maze, MAZE_NOISE, g), None
 
 
 def _pointmaze(environment: str, episode_steps: int, scores: tuple[float, float]) -> Recipe:
