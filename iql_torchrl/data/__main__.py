@@ -21,12 +21,7 @@ from iql_torchrl.data import (
     build_shards,
     load_dataset,
 )
-from iql_torchrl.data.builtin import (
-    BUILTIN,
-    ensure_dataset,
-    ensure_source,
-    make_dataset,
-)
+from iql_torchrl.data.builtin import BUILTIN, ensure_dataset, ensure_source, make_dataset
 from iql_torchrl.data.codec import leaf_spaces
 from iql_torchrl.data.picture import check_picture_path, draw
 from iql_torchrl.data.replay import leaf_keys
@@ -61,12 +56,9 @@ class Make:
     """no progress bar"""
 
     def run(self) -> None:
-        progress = not self.quiet
-        if self.seed is None and self.episodes is None:
-            print(ensure_dataset(self.name, progress=progress))
-        else:
-            seed, episodes = self.seed or 0, self.episodes
-            print(make_dataset(self.name, seed=seed, episodes=episodes, progress=progress))
+        given = {k: v for k in ("seed", "episodes") if (v := getattr(self, k)) is not None}
+        make: Any = make_dataset if given else ensure_dataset
+        print(make(self.name, progress=not self.quiet, **given))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,8 +40,6 @@ from iql_torchrl.data.spaces import is_image
 
 #: At most so many transitions, and about so many bytes, are read, checked and written together.
 CHUNK, CHUNK_BYTES = 65_536, 16 * 2**20
-#: Bytes of the part of a dataset on disk that is looked at together: the bound on memory.
-BLOCK_BYTES = 64 * 2**20
 
 
 class DiskTables:
@@ -204,7 +202,7 @@ class _Measured:
     def add(
         self, chunk: Mapping[Key, Tensor], rewards: NDArray[Any], start: int, checker: ChunkChecker
     ) -> None:
-        """Sums the source's own numbers, before they are rounded to the table's dtype."""
+        """Sums the source's numbers, before they are rounded to the table's dtype."""
         values = np.asarray(rewards, np.float64)
         ids = self.index.ids(start, start + len(values))
         sums = np.bincount(ids - ids[0], weights=values)
@@ -234,10 +232,7 @@ def _described(
     checker: ChunkChecker, measured: _Measured,
 ) -> tuple[TensorDict, Description]:  # fmt: skip
     """The table with scaled rewards, and the description of all transitions."""
-    try:
-        change = reward_map(options.reward, measured.returns)
-    except ValueError as error:
-        raise DatasetError(f"{source.name}: {error}") from None
+    change = reward_map(options.reward, measured.returns, source.name)
     if change != RewardMap():
         for rewards in [table[REWARD]] if files is None else files.rewards(options.dtype):
             for part in rewards.split(CHUNK):
@@ -246,8 +241,8 @@ def _described(
     if limit is None and source.env_spec is not None:
         limit = source.env_spec.max_episode_steps
     doubt, note = fixed_horizon(source, limit)
-    own = [f"{source.name}: {text}" for text in (*checker.warnings(), doubt) if text]
-    warnings = (*source.warnings, *own)
+    found = [f"{source.name}: {text}" for text in (*checker.warnings(), doubt) if text]
+    warnings = (*source.warnings, *found)
     checked = [f"{source.name}: {text}" for text in (*checker.notes(), note) if text]
     size = len(table[REWARD])
     description = Description(

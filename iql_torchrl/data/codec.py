@@ -41,7 +41,7 @@ CATEGORIES = (spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
 
 
 def leaf_spaces(space: gym.Space[Any], prefix: Key = ("observation",)) -> dict[Key, gym.Space[Any]]:
-    """The leaves of a space by key; a space without others inside is its own only leaf."""
+    """The leaves of a space by key; a space without others inside is a single leaf."""
     leaves: dict[Key, gym.Space[Any]] = {}
     for name, child in _children(space):
         leaves.update(leaf_spaces(child, (*prefix, name)))
@@ -55,14 +55,14 @@ def _children(space: gym.Space[Any]) -> list[tuple[str, gym.Space[Any]]]:
 
 
 def has_tensor_form(space: gym.Space[Any]) -> bool:
-    """Whether values of a leaf can be stored: not texts, graphs or sequences."""
+    """True if values of a leaf can be stored: not texts, graphs or sequences."""
     return isinstance(space, (spaces.Box, *CATEGORIES))
 
 
 def field_of_space(space: gym.Space[Any], dtype: torch.dtype, key: Key) -> Field:
     """How values of a space are stored: floats as ``dtype``, categories as int64.
 
-    A Box of integers keeps its own dtype (images stay uint8). Raises ``DatasetError`` for a space
+    A Box of integers keeps its dtype (images stay uint8). Raises ``DatasetError`` for a space
     without a tensor form.
     """
     if isinstance(space, CATEGORIES):

@@ -173,9 +173,8 @@ class GoalSampler(DeviceSampler):
     and ``done`` are those of the goal. With ``relabelling.actor`` each transition has a second goal,
     for the policy's loss, below ``"for_actor"``. Goals are gathered from the stored observations.
 
-    ``indices`` has the numbers of the transitions and random numbers that choose their goals, drawn on
-    the device; ``gather`` is a function of these, so that a program may contain it. Functions in
-    ``relabelling`` must be traceable for that.
+    ``indices`` has the numbers of the transitions and random numbers that choose their goals;
+    ``gather`` is a function of these, which can be compiled if functions in ``relabelling`` can.
 
     Args:
         source: its generator is used; with a ``WindowSampler``, of windows ``history``, the goal is

@@ -238,12 +238,10 @@ def _histogram(axes: Axes, title: str, unit: str, parts: Mapping[str, NDArray[An
     elif not wide and high - low < 30 and (values == np.round(values)).all():
         edges = np.arange(low - 0.5, high + 1)
     edges = np.sinh(edges) * typical if wide else edges
-    bottom = np.zeros(len(edges) - 1)
-    for name, part in parts.items():
-        counts, colour = np.histogram(part, edges)[0], ENDS.get(name, (GREEN,))[0]
-        axes.bar(edges[:-1], counts, np.diff(edges), bottom, align="edge", color=colour, ec="white")
-        bottom += counts
-    few = 0.9 * bottom.sum() < bottom.max() < bottom.sum()
+    colours = [ENDS.get(name, (GREEN,))[0] for name in parts]
+    axes.hist([*parts.values()], edges.tolist(), stacked=True, color=colours, ec="white")
+    most = np.histogram(values, edges)[0].max()
+    few = 0.9 * len(values) < most < len(values)
     axes.set(xlabel=unit, ylabel="number (log scale)" if few else "number")
     if wide:
         axes.set_xscale("symlog", linthresh=typical)
@@ -277,7 +275,7 @@ def _actions(axes: Axes, dataset: OfflineDataset) -> None:
         low, high = space.low.flatten().astype(float), space.high.flatten().astype(float)
         what = "bounds"
     if len(low) == 1:
-        _histogram(axes, "Actions", f"action; red: its {what}", {"": values})
+        _histogram(axes, "Actions", f"action; red: its {what}", {"": values[:, 0]})
         axes.vlines([*low, *high], *axes.get_ylim(), color=RED)
         return
     shown = evenly(len(low), DIMENSIONS)

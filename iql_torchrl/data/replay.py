@@ -87,7 +87,7 @@ class DeviceSampler:
     episode numbers, which no loss reads, are left out.
 
     Args:
-        transitions: batch ``(N,)``; copied, so later changes to it are not seen.
+        transitions: batch ``(N,)``; copied.
         batch_size: transitions per ``sample()``.
         device: None keeps that of the transitions (the CPU if they have none).
         seed: of ``generator``, which is on ``device``; None seeds it from the system.

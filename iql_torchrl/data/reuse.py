@@ -28,10 +28,10 @@ from iql_torchrl.data.saved import (
 from iql_torchrl.data.schema import DatasetError
 from iql_torchrl.files import folder_lock, make_folder
 
-#: A file up to ``WHOLE`` bytes is digested completely; of a larger one so many blocks of so many
+#: A file up to ``WHOLE`` bytes is digested completely; of a larger one so many chunks of so many
 #: bytes are. Many files share these numbers.
 WHOLE = 16 * 2**20
-BLOCKS, BLOCK = 64, 64 * 2**10
+CHUNKS, CHUNK = 64, 64 * 2**10
 
 
 def load_or_build(
@@ -80,11 +80,10 @@ def _reusable(folder: Path, built_from: dict[str, Any]) -> SavedDataset | None:
 def identity(source: Any, options: ReadOptions) -> dict[str, Any]:
     """Everything that a dataset depends on: size, time and content of each file, and the options.
 
-    The content is a 128-bit BLAKE2b digest. A file larger than 16 MiB is sampled: 64 blocks of
-    64 KiB, the first and the last of them at its ends and the others evenly between, so that a
-    file of any size is digested in milliseconds. A change between the blocks of such a file is
-    noticed by size and time only. Each of n files gets an n-th of both numbers, but at least one
-    block and 3 blocks. Without files (data in memory) a dataset is never reused.
+    Of a file larger than 16 MiB the digest is of 64 chunks of 64 KiB at even distances, so that a file
+    of any size is digested in milliseconds; a change between them is noticed by size and time only.
+    Each of n files gets an n-th of both numbers, but at least one chunk and 3 chunks. Without files
+    (data in memory) a dataset is never reused.
     """
     files = source_files(source, options)
     records = [
@@ -113,13 +112,13 @@ def _source_identity(source: Any) -> Any:
 
 
 def _sampled(path: Path, files: int) -> Iterator[bytes]:
-    size, blocks = path.stat().st_size, max(BLOCKS // files, 3)
-    whole = size <= max(WHOLE // files, BLOCK)
-    places = [(size - BLOCK) * number // (blocks - 1) for number in range(blocks)]
+    size, chunks = path.stat().st_size, max(CHUNKS // files, 3)
+    whole = size <= max(WHOLE // files, CHUNK)
+    places = [(size - CHUNK) * number // (chunks - 1) for number in range(chunks)]
     with path.open("rb", buffering=0) as file:
-        for place in range(0, size, BLOCK) if whole else places:
+        for place in range(0, size, CHUNK) if whole else places:
             file.seek(place)
-            yield file.read(BLOCK)
+            yield file.read(CHUNK)
 
 
 def _space_identity(space: gym.Space[Any] | None) -> str:

@@ -30,7 +30,7 @@ from minari.serialization import deserialize_space, serialize_space
 from numpy.typing import NDArray
 from tensordict import MemoryMappedTensor, TensorDict
 
-from iql_torchrl.data.build import BLOCK_BYTES, DiskTables, build, file_name, row_bytes
+from iql_torchrl.data.build import DiskTables, build, file_name, row_bytes
 from iql_torchrl.data.codec import Adaptation
 from iql_torchrl.data.dataset import Description
 from iql_torchrl.data.digests import digest, episode_digests, sketch_of
@@ -43,7 +43,8 @@ from iql_torchrl.files import FULL, atomic_folder, atomic_write, is_safe_relativ
 
 RECORD, EPISODES = "built.json", "episodes.npz"
 FORMAT = 4  # of ``RECORD``
-READ_AT_ONCE = 16 * 2**20
+#: Bytes of a file, and of the transitions of a dataset, that are looked at together.
+READ_AT_ONCE, PART_BYTES = 16 * 2**20, 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -119,10 +120,7 @@ class SavedDataset:
         Raises ``DatasetError`` if it differs from that of the files and these are not raw.
         """
         name, stored = self.location.name, self.description.reward_map
-        try:
-            change = reward_map(reward, self.description.episode_returns)
-        except DatasetError as error:
-            raise DatasetError(f"{name}: {error}") from None
+        change = reward_map(reward, self.description.episode_returns, name)
         if change != stored and stored != RewardMap():
             raise DatasetError(
                 f"{name}: was built with rewards scaled by reward={stored.scale, stored.shift}, and "
@@ -280,7 +278,7 @@ def _write(
     _, description = build(source, options, files)
     returns, sketches = description.episode_returns, []
     np.savez(staging / EPISODES, returns=returns, lengths=lengths)
-    at_once = max(1, int(BLOCK_BYTES / row_bytes(layout) / lengths.mean()))  # episodes
+    at_once = max(1, int(PART_BYTES / row_bytes(layout) / lengths.mean()))  # episodes
     for number, (name, rows) in enumerate(shards):
         paths = {key: staging / name / file_name(key) for key in layout}
         for begin in range(edges[number], edges[number + 1], at_once):

@@ -46,34 +46,37 @@ class RewardMap:
     __call__ = forward
 
 
-def reward_map(reward: str | Sequence[float], episode_returns: NDArray[np.float64]) -> RewardMap:
+def reward_map(
+    reward: str | Sequence[float], episode_returns: NDArray[np.float64], name: str = ""
+) -> RewardMap:
     """The map that a name or a pair ``(scale, shift)`` describes.
 
     ``"raw"``: identity. ``"return_range"``: scale 1000 / (largest - smallest episode return), the
     IQL paper's for locomotion. ``"minus_one"``: shift -1, the paper's for AntMaze.
     ``(scale, shift)``: as given. Raises ``DatasetError`` for anything else, and for
-    ``"return_range"`` where all episodes return the same.
+    ``"return_range"`` where all episodes return the same; it begins with the ``name`` of the data.
     """
+    name = name and f"{name}: "
     if reward in ("raw", "minus_one"):
         return RewardMap(shift=-1.0 if reward == "minus_one" else 0.0)
     if reward == "return_range":
         spread = float(np.ptp(episode_returns))
         if not spread > 0:
             raise DatasetError(
-                f"reward='return_range' needs episodes of different return, but all "
+                f"{name}reward='return_range' needs episodes of different return, but all "
                 f"{len(episode_returns)} return {float(episode_returns[0]):g}; pass (scale, shift)"
             )
         return RewardMap(1000.0 / spread)
     if not _pair(reward):
         raise DatasetError(
-            "reward: expected 'raw', 'return_range', 'minus_one' or (scale, shift), two finite "
+            f"{name}reward: expected 'raw', 'return_range', 'minus_one' or (scale, shift), two finite "
             f"numbers, got {reward!r}"
         )
     return RewardMap(float(reward[0]), float(reward[1]))
 
 
 def _pair(values: Any) -> bool:
-    """Whether these are two finite numbers."""
+    """True for two finite numbers."""
     try:
         first, second = values
         return math.isfinite(first) and math.isfinite(second)
@@ -116,7 +119,7 @@ class ObservationStatistics:
 
 
 class StatisticsAccumulator:
-    """Merges blocks into ``ObservationStatistics`` (Chan et al. 1979), in float64.
+    """Merges chunks into ``ObservationStatistics`` (Chan et al. 1979), in float64.
 
     >>> acc = StatisticsAccumulator((1,)); acc.update(torch.tensor([[1.0], [3.0]]))
     >>> acc.result().mean, acc.result().std

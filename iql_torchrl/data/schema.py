@@ -69,9 +69,7 @@ class EpisodeIndex:
 
     def ids(self, start: int, stop: int) -> NDArray[np.int64]:
         """The episode of each row in ``[start, stop)``."""
-        first, last = np.searchsorted(self.offsets, [start, stop - 1], side="right") - 1
-        edges = np.clip(self.offsets[first : last + 2], start, stop)
-        return np.repeat(np.arange(first, last + 1, dtype=np.int64), np.diff(edges))
+        return np.searchsorted(self.offsets, np.arange(start, stop), side="right") - 1
 
 
 def nested(leaves: Mapping[Key, Any], group: Callable[[dict[str, Any]], Any] = dict) -> Any:

@@ -51,9 +51,8 @@ def build_shards(
     """Read ``source`` once, in bounded memory, and write it as ``shards`` shards and one record.
 
     Every shard has whole episodes in the source's order, and a number of transitions that differs from
-    the mean by at most the longest episode. Checks, statistics, the reward scaling and the notes are
-    those of the whole dataset, by the code of ``load_dataset``. Memory: blocks of 64 MiB, and 16
-    bytes for each episode.
+    the mean by at most the longest episode. Statistics, the reward scaling and the notes are those of
+    the whole dataset. Memory: chunks of 64 MiB, and 16 bytes for each episode.
 
     ``folder`` must not exist; it is complete or absent. ``load_shards(folder)`` opens it, here and on
     any machine or store to which it is copied. ``options`` are those of ``load_dataset``, without
@@ -113,10 +112,8 @@ def load_shards(
     Args:
         location: the folder, or an address that ``fsspec`` opens: ``s3://bucket/dataset``,
             ``gs://bucket/dataset``, ``https://...``, ``file:///...``.
-        env: as for ``load_dataset``; by default what the dataset records.
-        reward: as for ``load_dataset``, with the episode returns of the whole dataset; can be chosen if
-            the shards were built with raw rewards.
-        reference_scores: as for ``load_dataset``.
+        env, reward, reference_scores: as for ``load_dataset``; rewards can be scaled if the shards
+            were built with raw rewards.
         cache: of an address, a folder in which copies of shards stay, so that later passes and runs
             do not copy them again. By default a copy is deleted when its transitions are in memory.
         storage_options: of an address, for its file system.
@@ -250,41 +247,29 @@ class Rotation:
             left += by_age[position : position + 1]
             self.order.append(left.pop(int(generator.integers(len(left)))))
 
-    def state_dict(self) -> dict[str, Any]:
-        return deepcopy(vars(self))
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        vars(self).update(deepcopy(dict(state)))
-
 
 class ShardedReplay(DeviceSampler):
-    """Batches that are drawn uniformly, with replacement, from the loaded shards.
+    """Batches that are drawn uniformly, with replacement, from the transitions of the loaded shards.
 
-    A loaded shard is drawn from in proportion to its transitions. After every ``replace_every`` batches
-    the shard that was loaded first is replaced by the next of a random order (:class:`Rotation`), in
-    which each pass has every shard once; a thread reads that shard meanwhile. So a batch comes from
-    ``loaded`` shards only. Every shard stays for ``replace_every * loaded`` batches, so in many passes
-    all transitions are drawn equally often if the shards have equally many. More loaded shards and more
+    After every ``replace_every`` batches the shard that was loaded first is replaced by the next of a
+    random order (:class:`Rotation`), in which each pass has every shard once; a thread reads that shard
+    meanwhile. Every shard stays for ``replace_every * loaded`` batches, so in many passes all
+    transitions are drawn equally often if the shards have equally many. More loaded shards and more
     frequent replacement are closer to uniform batches of the whole dataset.
 
     Memory: ``loaded + 1`` times the largest shard, and once more while a shard is compared and copied.
-
     On several ranks build it with the same arguments and the same seed on each: the ranks then draw the
-    same batches, of which each takes its part, and each rank reads all shards.
+    same batches, of which each takes its part.
 
     Args:
-        dataset: what ``load_shards`` returned.
-        batch_size: transitions per ``sample()``.
-        device: of the loaded transitions and of the batches; by default the CPU.
+        batch_size, device: as for ``DeviceSampler``.
         seed: of the batches' generator and of the order of the shards; None takes one from the system.
         loaded: how many shards are loaded at a time; by default 4, or all if there are fewer. With
             all shards loaded nothing is replaced.
         replace_every: batches between two replacements.
 
-    ``rows`` and ``len`` count the transitions of the loaded shards together.
-
-    The state has the positions in the order and the generator, and no transitions: after
-    ``load_state_dict`` the batches continue bit for bit.
+    ``len`` counts the transitions of the loaded shards. After ``load_state_dict`` the batches continue
+    bit for bit.
 
     Raises ``ValueError`` on ``loaded`` above the number of shards, and on numbers below 1;
     ``DatasetError`` on a shard that is missing, damaged or cannot be reached, here or at the batch
@@ -386,7 +371,7 @@ class ShardedReplay(DeviceSampler):
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {
-            "rotation": self.rotation.state_dict(), "since": self._since, "loaded": self.loaded,
+            "rotation": deepcopy(vars(self.rotation)), "since": self._since, "loaded": self.loaded,
             "replace_every": self.replace_every,
         }  # fmt: skip
 
@@ -410,6 +395,6 @@ class ShardedReplay(DeviceSampler):
         if self._coming is not None:
             self._coming.exception()  # wait; its shard is not used
         super().load_state_dict(state)
-        self.rotation.load_state_dict(state["rotation"])
+        vars(self.rotation).update(deepcopy(state["rotation"]))
         self._since = int(state["since"])
         self._load_all()

@@ -28,7 +28,7 @@ def stacked_space(space: gym.Space[Any], length: int) -> gym.Space[Any]:
     """The space of ``length`` stacked observations of ``space``, as tables hold them.
 
     ``networks.stack_frames`` gives the shapes; categories count from zero. A Discrete becomes a
-    MultiDiscrete. With ``length=1``: ``space`` itself. Raises ``ValueError`` on a space that is no
+    MultiDiscrete. With ``length=1``: ``space`` itself. Raises ``ValueError`` on another space than
     Box, Discrete, MultiDiscrete, MultiBinary or Dict of them.
     """
     if length == 1:
@@ -59,7 +59,7 @@ def _stacked(values: Tensor, length: int) -> Tensor:
 
 
 def is_vector(space: gym.Space[Any]) -> bool:
-    """Whether observations are ``(F,)`` numbers, which networks read without an encoder."""
+    """True if observations are ``(F,)`` numbers, which networks read without an encoder."""
     return isinstance(space, spaces.Box | spaces.MultiBinary) and len(space.shape) == 1
 
 

@@ -20,7 +20,7 @@ from iql_torchrl.networks import HISTORY_MASK, History, stack_frames
 JUMPS = ("error", "restart")
 #: Attributes of ``Windows`` by their names in the digests of checkpoints, if these differ.
 NAMES_OF_DIGESTS = {"final": "own", "final_place": "own_place"}
-#: Of these torch has no ``index_put`` on a CPU.
+#: Dtypes for which torch lacks ``index_put`` on a CPU.
 WIDE_UNSIGNED = torch.uint16, torch.uint32, torch.uint64
 
 

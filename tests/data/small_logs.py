@@ -48,7 +48,7 @@ def counted(*lengths, terminated=(), observe=pair):
 
 
 def drift(lengths, width=3, seed=0, *, successors=True):
-    """Random walks of the given lengths from random places, without marks, and their ends."""
+    """Random walks of the given lengths from random places, without flags, and their ends."""
     rng = np.random.default_rng(seed)
     walks = [
         10 * rng.standard_normal(width) + np.cumsum(0.1 * rng.standard_normal((n + 1, width)), 0)
@@ -145,8 +145,8 @@ def first(dataset, key="observation"):
 
 def marked(dataset):
     """The rows that terminate, and those that are truncated."""
-    marks = (dataset.transitions["next", name] for name in ("terminated", "truncated"))
-    return tuple(mark.flatten().nonzero().flatten().tolist() for mark in marks)
+    flags = (dataset.transitions["next", name] for name in ("terminated", "truncated"))
+    return tuple(flag.flatten().nonzero().flatten().tolist() for flag in flags)
 
 
 def assert_counted(dataset, lengths, terminated=(), key=("observation",)):

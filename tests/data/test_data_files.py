@@ -155,7 +155,7 @@ CSV = (
 
 
 def test_csv_files(tmp_path):
-    """Columns of several numbers, marks in words, text that nothing reads; short and damaged lines."""
+    """Columns of several numbers, flags in words, text that nothing reads; short and damaged lines."""
     path, env = tmp_path / "log.csv", "MountainCarContinuous-v0"
     path.write_text(CSV)
     rows = load_dataset(path, env=env).transitions
@@ -185,7 +185,7 @@ NUMBERED = "episode,observation.0,action,reward,terminated,truncated\n"
 
 
 def test_csv_files_of_spreadsheets_and_with_spaces_after_commas(tmp_path):
-    """The mark of byte order is no part of the first name, nor a space of a cell: none is misread."""
+    """The byte order mark and spaces around a cell are not read as part of it."""
     lines = "".join(f"{row // 3},{row / 2},{row % 2},1,{row == 5},False\n" for row in range(9))
     for text in (
         NUMBERED + lines,
@@ -210,7 +210,7 @@ def test_csv_files_number_episodes_by_all_integers_of_64_bits(tmp_path, first):
 
 
 def test_a_list_of_columns_is_a_vector_of_floats(tmp_path):
-    """Also of whole numbers, which alone are categories; in the order of the list."""
+    """Also of integers, which alone are categories; in the order of the list."""
     path = tmp_path / "log.csv"
     path.write_text(
         "age,pressure,push.x,push.y,reward,end,after_age,after_pressure\n"

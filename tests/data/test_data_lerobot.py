@@ -26,7 +26,7 @@ SOLVED = {"terminated": "next.success"}
 
 
 def columns_of(rows):
-    """The columns of these rows of the log; ``rows`` is a slice or a list."""
+    """The columns of these rows of the dataset; ``rows`` is a slice or a list."""
     log = counted(*LENGTHS, terminated=[1])
     columns = {
         "observation.state": log["observation"],

@@ -106,7 +106,7 @@ def assert_lines(path):
 
 
 def test_csv_files_of_spreadsheets(tmp_path, reader):
-    """Semicolons with decimal commas, tabs, the mark of byte order, and the line ``sep=``."""
+    """Semicolons with decimal commas, tabs, the byte order mark, and the line ``sep=``."""
     path = tmp_path / "log.csv"
     german = "\r\n".join(lines(";", lambda x: str(x).replace(".", ","), lambda x: str(x).upper()))
     for text in (german, "\ufeff" + german, "sep=;\r\n" + german):

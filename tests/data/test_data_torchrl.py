@@ -39,7 +39,7 @@ def check(source, observed, ends, *words, following=None, key=("observation",), 
 
 
 def collected():
-    """Two trajectories of 4 and 3 steps as a collector delivers them, with marks before the step."""
+    """Two trajectories of 4 and 3 steps as a collector delivers them, with flags before the step."""
     done = torch.tensor([0, 0, 0, 1, 0, 0, 1], dtype=torch.bool)[:, None]
     steps = torch.tensor([1.0, 2, 3, 4, 11, 12, 13])[:, None]
     before = {key: torch.zeros_like(done) for key in ("done", "terminated", "truncated")}

@@ -1,4 +1,4 @@
-"""Paths that cannot be written, what a killed build leaves, and whole numbers in text files."""
+"""Paths that cannot be written, what a killed build leaves, and integers in text files."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_nothing_is_removed_without_the_lock(log, tmp_path, monkeypatch):
     assert (tmp_path / ".table-abcd_123").exists()
 
 
-# -- whole numbers in text files
+# -- integers in text files
 
 
 def table(path: Path, *, first: int = 3, following: bool = False) -> Path:

@@ -74,7 +74,7 @@ def test_a_folder_that_is_a_link_is_built_where_it_leads(archive, tmp_path):
 
 @pytest.mark.parametrize("reward", ["raw", "return_range", "minus_one", (0.5, 2.0)])
 def test_memory_memmap_and_copies_are_equal_bit_for_bit(built, tmp_path, monkeypatch, reward):
-    monkeypatch.setattr("iql_torchrl.data.build.BLOCK_BYTES", 2000)  # Many small blocks.
+    monkeypatch.setattr("iql_torchrl.data.saved.PART_BYTES", 2000)  # many small parts
     archive, table = save(tmp_path / "data.npz", numbered(LENGTHS)), tmp_path / "table"
     memory = load_dataset(archive, reward=reward)
     assert_same(memory, load_dataset(str(built), reward=reward))  # without its source
@@ -320,7 +320,7 @@ def test_a_source_of_equal_size_and_time_but_other_content_is_read_again(
 ):
     if large:  # Sampled, not read whole.
         monkeypatch.setattr("iql_torchrl.data.reuse.WHOLE", 1000)
-        monkeypatch.setattr("iql_torchrl.data.reuse.BLOCK", 500)
+        monkeypatch.setattr("iql_torchrl.data.reuse.CHUNK", 500)
     data, before = numbered(LENGTHS), archive.stat()
     first = load_dataset(archive, memmap=tmp_path / "table")
     save(archive, {**data, "reward": data["reward"] + 1})

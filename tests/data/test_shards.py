@@ -34,7 +34,7 @@ def copied(three, tmp_path):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks of 10 rows of 47 bytes, so that blocks cross the borders of shards."""
-    monkeypatch.setattr("iql_torchrl.data.build.BLOCK_BYTES", 470)
+    monkeypatch.setattr("iql_torchrl.data.saved.PART_BYTES", 470)
 
 
 @pytest.mark.parametrize("shards", [1, 3, 10])

@@ -1,7 +1,7 @@
 """Datasets made on this machine, as Minari datasets in the user's Minari folder.
 
 They need no download, and are the same for the same seed (up to the platform's floating-point
-arithmetic). Minari's own tools list, load and delete them.
+arithmetic). Minari's tools list, load and delete them.
 """
 
 from __future__ import annotations

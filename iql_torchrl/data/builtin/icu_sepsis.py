@@ -24,7 +24,7 @@ class SepsisTables:
 
     ``admissible``: ``(S, A)``, treatments seen often enough in the hospital data. ``clinician``: ``(S,
     A)``, probabilities of the clinicians' estimated policy, restricted to admissible treatments and
-    renormalised (uniform over them where nothing remains). The package's own table gives
+    renormalised (uniform over them where nothing remains). The package's table gives
     inadmissible treatments a share, 12 % of the steps.
     """
 

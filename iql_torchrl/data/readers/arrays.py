@@ -534,17 +534,17 @@ def columns_of_tensordict(source: TensorDictBase | ReplayBuffer | Storage) -> di
         elif isinstance(values := table.get(key), torch.Tensor):
             name = "/".join(parts)
             columns[name] = array_of(values.reshape(rows, *values.shape[lead:]), name)
-    marks = {
+    flags = {
         name: np.any(np.asarray(columns[f"next/{name}"][:]).reshape(rows, -1), axis=1)
         for name in ("done", "terminated", "truncated")
         if f"next/{name}" in columns
     }
     if lead > 1 and "collector/traj_ids" not in columns:
         ends = np.arange(1, rows + 1) % table.batch_size[-1] == 0
-        ends = np.any([ends, *marks.values()], axis=0)
+        ends = np.any([ends, *flags.values()], axis=0)
         columns["collector/traj_ids"] = np.cumsum(ends) - ends
-    if "done" in marks and "terminated" in marks:
-        columns.setdefault("next/truncated", marks["done"] & ~marks["terminated"])
+    if "done" in flags and "terminated" in flags:
+        columns.setdefault("next/truncated", flags["done"] & ~flags["terminated"])
     for result in AFTER_THE_STEP:
         if f"next/{result}" in columns:
             columns.pop(result, None)

@@ -132,7 +132,7 @@ def _is_text(kind: Any) -> bool:
 
 
 def _is_picture(kind: Any) -> bool:
-    """Whether a type is of files of pictures: bytes, or a struct with them, as ``datasets.Image``."""
+    """True if a type is of files of pictures: bytes, or a struct with them, as ``datasets.Image``."""
     if pa.types.is_struct(kind):
         return "bytes" in kind.names
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
@@ -162,7 +162,7 @@ class _Leaf:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Of the values; objects for text, and for what is not read."""
+        """The type of the values; objects for text, and for what is not read."""
         if _is_picture(self.kind):
             return np.dtype(np.uint8)
         if _is_time(self.kind) or pa.types.is_decimal(self.kind):
@@ -341,10 +341,10 @@ def _episode_columns(
     if sizes is None:
         if leaf.dtype.kind != "b":
             return {}
-        marks = np.zeros(int(steps.sum()), np.bool_)
+        flags = np.zeros(int(steps.sum()), np.bool_)
         values = leaf.values(*leaf.read(0, leaf.table.rows), lambda place: place)
-        marks[np.cumsum(steps)[steps > 0] - 1] = values[steps > 0]
-        return {leaf.name: marks}
+        flags[np.cumsum(steps)[steps > 0] - 1] = values[steps > 0]
+        return {leaf.name: flags}
     following = _following_name(leaf.name, mapping)
     if following and np.array_equal(sizes, steps + 1):
         return {leaf.name: _column(leaf, steps, -1), following: _column(leaf, steps, 0)}

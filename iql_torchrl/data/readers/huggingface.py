@@ -18,7 +18,7 @@ class HuggingFaceTable(Protocol):
 
 
 def is_table_of_datasets(source: Any) -> bool:
-    """Whether ``source`` is an object of ``datasets``, which is not imported."""
+    """True if ``source`` is an object of ``datasets``, which is not imported."""
     datasets = sys.modules.get("datasets")
     kinds = ("Dataset", "DatasetDict", "IterableDataset", "IterableDatasetDict")
     return any(isinstance(source, getattr(datasets, kind, ())) for kind in kinds)
@@ -56,7 +56,7 @@ class HuggingFaceRows:
 
 
 def is_saved_dataset(folder: Path) -> bool:
-    """Whether ``save_to_disk`` wrote the folder, of one table or of several splits."""
+    """True if ``save_to_disk`` wrote the folder, of one table or of several splits."""
     return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
 
 
