@@ -40,9 +40,7 @@ def test_door_follows_d4rl_but_for_the_last_row():
     path = SHARED / "d4rl_door_human_v0.hdf5"
     with h5py.File(path) as file:
         observations, timeouts = (file[k][:] for k in ("observations", "timeouts"))
-    with pytest.warns(
-        DatasetWarning, match="24 of the 25 rows flagged truncated.*may be wrong"
-    ):
+    with pytest.warns(DatasetWarning, match="24 of the 25 rows flagged truncated.*may be wrong"):
         dataset = load_dataset(path, reference_scores="door")
     # D4RL's qlearning_dataset keeps the rows that are neither the file's last one nor a timeout.
     rows, kept = dataset.transitions, np.flatnonzero(~timeouts[:-1])

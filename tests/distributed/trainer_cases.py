@@ -94,7 +94,7 @@ def prioritised(ranks: Ranks) -> dict[str, Any]:
 def memmaps(ranks: Ranks, folder: Path) -> dict[str, list[int]]:
     """How many tables each rank builds: of one folder at the same time, and after rank 0."""
     np.savez(folder / f"log{ranks.rank}.npz", **log())
-    original, built = reuse.write_log, []
+    original, built = reuse.write_dataset, []
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         time.sleep(0.2)  # so that the other rank comes meanwhile
@@ -105,11 +105,11 @@ def memmaps(ranks: Ranks, folder: Path) -> dict[str, list[int]]:
         dataset = load_dataset(folder / "log0.npz", memmap=folder / name)
         return float(dataset.transitions["next", "reward"].sum())
 
-    reuse.write_log = counted
+    reuse.write_dataset = counted
     ranks.check_same(0, "wait for the file")
     sums, counts = [load("at_once")], [len(built)]
     sums.append(ranks.main_first(lambda: load("in_turn")))
-    reuse.write_log = original
+    reuse.write_dataset = original
     return {"built": [*counts, len(built) - counts[0]], "sums": sums}
 
 

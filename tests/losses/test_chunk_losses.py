@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -107,7 +108,7 @@ def every_sequence(length: int):
         n: np.array(values) for n, values in zip(names, zip(*rows, strict=True), strict=True)
     }
     columns["action"] = columns["action"].astype(np.float32)
-    return load_dataset(columns)
+    return load_dataset(columns, action_space=gym.spaces.Box(-1, 1, (1,)))
 
 
 def exact_values(size: int):

@@ -86,11 +86,14 @@ def boundary_hints(
             f"after which the observation jumps. Set them one row {move}{remedy}."
         ]
     same, terminates = np.ones_like(steps.ended), terminated[: len(steps.ended)]
+    known = broken is not None
     if broken is not None:  # A next observation that is not the next row's proves an end.
         same = ~broken[: len(same)]
     texts = [
         _continued(steps, steps.ended & terminates, same, "terminated", names),
-        _continued(steps, steps.ended & ~terminates, same, "truncated", names),
+        _continued(
+            steps, steps.ended & ~terminates, same, "truncated", names, 0.9 if known else 0.75
+        ),
     ]
     if not any(texts) and broken is None:
         texts = [_jumps(steps, len(last), unused)]
@@ -190,15 +193,17 @@ def _shift(steps: Steps) -> int:
     return 0
 
 
-def _continued(steps: Steps, ended: Flags, same: Flags, key: str, names: Mapping[str, str]) -> str:
-    """A sentence if the rows after three quarters of the ends continue their episodes.
+def _continued(
+    steps: Steps, ended: Flags, same: Flags, key: str, names: Mapping[str, str], share: float = 0.75
+) -> str:
+    """A sentence if the rows after this ``share`` of the ends continue their episodes.
 
     Their steps are ordinary, and shorter than the distances from them to the rows after other ends.
     Where the next episode begins independently of the last one, both are alike, whatever the data.
     """
     rows, ordinary = np.flatnonzero(ended), np.quantile(steps.length[steps.inside], [0.9, 0.99])
     count = int((same[rows] & (steps.length[rows] <= min(2 * ordinary[0], ordinary[1]))).sum())
-    if count < max(FEWEST, 0.75 * len(rows)):
+    if count < max(FEWEST, share * len(rows)):
         return ""
     some = rows[:: -(-len(rows) // 64)]
     starts = distance(steps.values[some, None] - steps.values[some + 1], steps.unit)
