@@ -36,7 +36,7 @@ SAMPLE, COLUMNS = 1024, 128
 #: Changes of fewer units in the last place are removed, or far from what they were.
 UNITS = 8
 #: At most so many rewards, each so many times larger than all others, dominate what is learned.
-HANDFUL, DOMINATES = 10, 1000.0
+HANDFUL, DOMINATES = 10, 1e5
 
 
 @dataclass

@@ -95,7 +95,7 @@ def find_episodes(source: Columns, options: ReadOptions) -> tuple[Columns, Episo
     following = columns.leaves("next/observation")
     broken = differs(columns.leaves("observation"), following, columns.rows) if following else None
     _check_interleaved(columns, broken, options)
-    autoreset = _autoreset(columns, flags, broken, options.autoreset)
+    autoreset, doubt = _autoreset(columns, flags, broken, options.autoreset)
     if autoreset.any():
         flags["valid"] = flags["valid"] & ~autoreset
         gap_notes.append(
@@ -117,6 +117,7 @@ def find_episodes(source: Columns, options: ReadOptions) -> tuple[Columns, Episo
             f"{columns.name}: no transition is left of {columns.rows} rows; {' '.join(episodes.notes)}"
         )
     warnings = contradictions(columns, flags, last, broken, episodes.lengths)
+    warnings += [doubt] if doubt else []
     if not warnings:
         warnings = boundary_hints(
             columns.leaves("observation"), broken, columns.columns["next/reward"],
@@ -159,14 +160,15 @@ def read_flags(columns: Columns) -> dict[str, Flags]:
 
 def _autoreset(
     columns: Columns, flags: Mapping[str, Flags], broken: Flags | None, option: bool | None
-) -> Flags:
+) -> tuple[Flags, str]:
     """Rows that a vector environment wrote in the step after an episode's end, ``(rows,)``.
 
     Gymnasium's vector environments (1.0 and later, by default) reset in that step: its row leads from
     the last observation to the first one of the next episode, its action is ignored, its reward is 0.
     Recognised if every ended row's next observation is the following row's observation, whose row
-    has no reward and does not end, while other rows have rewards. ``option``: True takes every row
-    after an end, False none.
+    has no reward and does not end, while most other rows have rewards. Without next observations there
+    is a warning if 99 % of the other rows have rewards. ``option``: True takes every row after an
+    end, False none.
     """
     none = np.zeros(columns.rows, np.bool_)
     ended = flags["terminated"] | flags["truncated"] | flags["trajectory_end"]
@@ -174,16 +176,23 @@ def _autoreset(
     if (ids := episode_ends(columns, ("env_index",))) is not None:
         ended &= ~ids
     if option is False or not ended.any() or "valid" in columns.paths:
-        return none
+        return none, ""
     after = np.append(False, ended[:-1])
     if option:
-        return after
-    if broken is None or ended.sum() < 2 or (broken & ended[:-1]).any() or (after & ended).any():
-        return none
+        return after, ""
     rewards = np.asarray(columns.columns["next/reward"][:]).reshape(-1)
-    if (rewards[after] != 0).any() or 2 * (rewards[~after] != 0).sum() <= (~after).sum():
-        return none
-    return after
+    rewarded = float((rewards[~after] != 0).mean())
+    if (rewards[after] != 0).any() or (after & ended).any() or rewarded < 0.5 or ended.sum() < 2:
+        return none, ""
+    if broken is not None:
+        return none if (broken & ended[:-1]).any() else after, ""
+    if rewarded < 0.99 or ended.sum() < 3:
+        return none, ""
+    return none, (
+        f"the rows after all {int(ended.sum())} ends of episodes have reward 0, and hardly any other "
+        "row: they look like rows that a vector environment wrote when it reset itself, whose actions "
+        "were ignored. Pass autoreset=True to drop them, or autoreset=False if they are steps."
+    )
 
 
 def _last_rows(
@@ -306,7 +315,9 @@ def _transitions(
     open_ends = ends[~(terminated | truncated)[ends]]
     truncated[open_ends] = True
     if len(open_ends) and "truncated" in columns.paths:
-        warnings.append(
+        # a recording of several environments stops inside their episodes
+        texts = notes if "env_index" in columns.paths else warnings
+        texts.append(
             f"{len(open_ends)} episodes end without a done flag; their last step was read as truncated "
             "(bootstrapped)."
         )
