@@ -22,7 +22,7 @@ from tensordict import TensorDictBase
 from torchrl.data import ReplayBuffer, Storage, VideoClipRef
 
 from iql_torchrl.data.codec import UNCHANGED, Adaptation
-from iql_torchrl.data.schema import DatasetError, MissingPackageError
+from iql_torchrl.data.schema import DatasetError, Key, MissingPackageError
 from iql_torchrl.descriptions import one_line
 
 NO_FRAMES = (
@@ -113,13 +113,10 @@ class Columns:
     def rows(self) -> int:
         return int(next(iter(self.columns.values())).shape[0])
 
-    def leaves(self, group: str) -> dict[tuple[str, ...], Column]:
+    def leaves(self, group: str) -> dict[Key, Column]:
         """The columns of ``group`` or below it, by the keys of the observation's leaves."""
-        return {
-            ("observation", *name.removeprefix(group).split("/")[1:]): column
-            for name, column in self.columns.items()
-            if name == group or name.startswith(f"{group}/")
-        }
+        leaves = group_of(self.columns, group)
+        return {("observation", *key): column for key, column in leaves.items()}
 
     def source_row(self, row: int) -> int:
         """The row of the source that is row ``row`` here."""
@@ -142,6 +139,15 @@ class Columns:
 
         changed = {name: ordered(column) for name, column in self.columns.items()}
         return replace(self, columns=changed, order=order)
+
+
+def group_of(columns: Mapping[str, Column], path: str) -> dict[Key, Column]:
+    """The column ``path`` by the key ``()``, or those of the group ``path`` by their further names."""
+    return {
+        tuple(name.removeprefix(path).split("/")[1:]): column
+        for name, column in columns.items()
+        if name == path or name.startswith(f"{path}/")
+    }
 
 
 class UnreadableColumn:

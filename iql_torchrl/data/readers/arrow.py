@@ -36,20 +36,11 @@ class ArrowRows(Protocol):
     the files that rows name.
     """
 
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def folder(self) -> Path | None: ...
-
-    @property
-    def rows(self) -> int: ...
-
-    @property
-    def schema(self) -> Any: ...
-
-    @property
-    def unreadable(self) -> Mapping[str, str]: ...
+    name: str
+    folder: Path | None
+    rows: int
+    schema: Any
+    unreadable: dict[str, str]
 
     def read(self, column: str, start: int, stop: int) -> Any:
         """The column's rows ``start`` to ``stop - 1`` as an array or chunked array."""

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from iql_torchrl.data.readers.arrays import Column, Columns, group_numbered, side_by_side
+from iql_torchrl.data.readers.arrays import Column, Columns, group_numbered, group_of, side_by_side
 from iql_torchrl.data.readers.options import ReadOptions
-from iql_torchrl.data.schema import DatasetError, Key, dotted
+from iql_torchrl.data.schema import DatasetError, dotted
 
 #: Names of columns that are done flags of trajectories in some files, terminations in others. In a
 #: file that has ``not_terminated`` or ``valid`` they end trajectories.
@@ -70,7 +70,7 @@ def name_columns(source: Columns, options: ReadOptions) -> Columns:
     entries: dict[str, Column] = {}
     rows: int | None = None
     for key, path in paths.items():
-        leaves = _leaves(columns, path)
+        leaves = group_of(columns, path)
         if key not in GROUPS:
             leaves = {(): _single(name, columns, key, path)}
         place = "next/" + key.removeprefix("next_") if key in OF_NEXT else key
@@ -104,18 +104,9 @@ def name_columns(source: Columns, options: ReadOptions) -> Columns:
 # -- which column is which
 
 
-def _leaves(columns: Mapping[str, Column], path: str) -> dict[Key, Column]:
-    """The column ``path`` by the key ``()``, or those of the group ``path`` by their further names."""
-    return {
-        tuple(name.removeprefix(path).split("/")[1:]): column
-        for name, column in columns.items()
-        if name == path or name.startswith(f"{path}/")
-    }
-
-
 def _single(name: str, columns: Mapping[str, Column], key: str, path: str) -> Column:
     """The column ``path``; raises for a group."""
-    leaves = _leaves(columns, path)
+    leaves = group_of(columns, path)
     if () in leaves:
         return leaves[()]
     inner = ", ".join(map("/".join, leaves))
@@ -175,7 +166,7 @@ def _named(name: str, columns: Mapping[str, Column], key: str, path: str) -> str
     """The column, or group of columns, that ``columns`` names for a key."""
     # LeRobot's names have dots, such as next.reward.
     for present in (path, path.replace(".", "/")):
-        if _leaves(columns, present):
+        if group_of(columns, present):
             return present
     raise DatasetError(
         f"{name}: columns maps {key} to {path!r}; the data has {', '.join(sorted(columns))}."
@@ -192,7 +183,7 @@ def _find(
         if key in ("observation", "action"):
             raise DatasetError(f"{name}: {key} cannot be left out.")
         return None
-    matches = [path for path in NAMES[key] if _leaves(columns, path)]
+    matches = [path for path in NAMES[key] if group_of(columns, path)]
     if key not in (*REQUIRED, "next_observation"):  # neither single numbers nor groups
         matches = [p for p in matches if p in columns and columns[p].shape]
     if key in ONLY_SINGLE:

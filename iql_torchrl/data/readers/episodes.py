@@ -1,5 +1,4 @@
-"""Episodes: which rows are transitions, which of them terminate or are truncated, where episodes "
-"end."""
+"""Which rows are transitions, which of these terminate or are truncated, where episodes end."""
 
 from __future__ import annotations
 
@@ -43,8 +42,7 @@ class Episodes:
     warnings: tuple[str, ...] = ()
 
     def limited(self, limit: int) -> Episodes:
-        """At most ``limit`` transitions: the first complete episodes, or a part of a longer first "
-        "one."""
+        """At most ``limit`` transitions: the first complete episodes, or a part of the first."""
         total = len(self.rows)
         if total <= limit:
             return self

@@ -92,7 +92,7 @@ class TableRows:
         self,
         name: str,
         arrays: Sequence[tuple[str, Any]],
-        unreadable: Mapping[str, str] | None = None,
+        unreadable: dict[str, str] | None = None,
     ) -> None:
         self.name, self.unreadable, self._arrays = name, unreadable or {}, dict(arrays)
         self.rows = len(arrays[0][1]) if arrays else 0

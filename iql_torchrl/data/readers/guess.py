@@ -1,5 +1,4 @@
-"""The spaces of columns whose source declares none: numbers, categories, pictures, bounds of "
-"actions."""
+"""The spaces of columns whose source declares none."""
 
 from __future__ import annotations
 

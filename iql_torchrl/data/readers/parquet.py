@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from iql_torchrl.data.readers.arrays import package, reading
+from iql_torchrl.data.readers.arrow import LISTS
 from iql_torchrl.data.schema import DatasetError
 
 pa, pq = (package(name, "a Parquet file") for name in ("pyarrow", "pyarrow.parquet"))
@@ -15,7 +16,6 @@ pa, pq = (package(name, "a Parquet file") for name in ("pyarrow", "pyarrow.parqu
 #: About how many bytes of the rows of a file are decoded together, and at most how many rows.
 BATCH_BYTES = 8 * 2**20
 BATCH_ROWS = 65_536
-LISTS = (pa.ListType, pa.LargeListType, pa.FixedSizeListType)
 #: What a damaged Parquet file is called, and what pyarrow raises.
 DAMAGED = ("not a complete Parquet file", pa.ArrowException, OSError)
 #: Names of files that each are of one split.

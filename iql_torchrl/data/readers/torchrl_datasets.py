@@ -13,7 +13,13 @@ from numpy.typing import NDArray
 from tensordict import TensorDictBase
 from torchrl.data import ReplayBuffer, Storage
 
-from iql_torchrl.data.readers.arrays import Column, Columns, chosen_rows, columns_of_tensordict
+from iql_torchrl.data.readers.arrays import (
+    Column,
+    Columns,
+    chosen_rows,
+    columns_of_tensordict,
+    group_of,
+)
 from iql_torchrl.data.readers.options import ReadOptions
 from iql_torchrl.data.schema import DatasetError
 
@@ -98,7 +104,7 @@ def _rows_with_next(
 
 def _group(columns: Mapping[str, Column], path: str) -> list[Column]:
     path = path if path in columns else path.replace(".", "/")
-    return [c for name, c in columns.items() if name == path or name.startswith(f"{path}/")]
+    return list(group_of(columns, path).values())
 
 
 def _flags(columns: Mapping[str, Column], path: str | None) -> NDArray[np.bool_]:
