@@ -9,22 +9,17 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import gymnasium as gym
-import minari
 import torch
-from tensordict import TensorDictBase
-from torchrl.data import ReplayBuffer, Storage
 
 from iql_torchrl.data.build import build
 from iql_torchrl.data.codec import UNCHANGED
 from iql_torchrl.data.dataset import Description, OfflineDataset
-from iql_torchrl.data.readers.d3rlpy import D3rlpyBuffer
 from iql_torchrl.data.readers.environments import (
     EnvLike,
     adapted_env,
     env_maker,
     recorded_env,
 )
-from iql_torchrl.data.readers.huggingface import HuggingFaceTable
 from iql_torchrl.data.readers.options import ReadOptions
 from iql_torchrl.data.readers.source import open_source
 from iql_torchrl.data.reuse import load_or_build
@@ -32,10 +27,8 @@ from iql_torchrl.data.saved import is_saved, open_saved
 from iql_torchrl.data.scaling import known_scores
 from iql_torchrl.data.schema import DatasetError, DatasetWarning
 
-SourceLike: TypeAlias = (
-    "str | Path | minari.MinariDataset | Mapping[str, Any] | TensorDictBase | ReplayBuffer"
-    " | Storage | D3rlpyBuffer | HuggingFaceTable | Sequence[Any]"
-)
+#: Tables of packages that are not imported here have no common base class.
+SourceLike: TypeAlias = Any
 #: Options that cannot change a dataset that is built already.
 FIXED = (
     "memmap", "concatenate", "limit", "columns", "clip_actions", "max_episode_steps",
@@ -70,45 +63,33 @@ def load_dataset(
     npz files, and rows that are sorted by ids, are in memory meanwhile.
 
     Args:
-        source: a Minari id (downloaded only when absent) or ``MinariDataset``; a path to ``.npz``,
-            ``.npy`` (structured), ``.csv``, ``.tsv``, ``.json``, ``.jsonl``, ``.parquet`` or
-            ``.hdf5``/``.h5`` (D4RL's layout, or written by d3rlpy); a folder of Parquet files, of
-            LeRobot, or that ``datasets.save_to_disk`` wrote; a DataFrame (pandas, polars), Arrow table
-            or DuckDB relation; a dict of arrays, a TensorDict, a TorchRL replay buffer, dataset or
-            storage, a d3rlpy buffer, a ``datasets.Dataset``; or a list of these, joined (see
-            ``readers.source.open_source``). A row of an Arrow table is an episode if its reward is a
-            list. ``"ogbench/cube-single-play-singletask-task2-v0"`` is OGBench's data for one task,
-            from npz files in the folder ``OGBENCH_DATASETS_PATH`` (else ``~/.ogbench/data``), never
-            downloaded here. Or a folder that ``memmap=`` or ``python -m iql_torchrl.data build`` made,
-            copied to any machine: then ``env``, ``reward`` (where it was built raw), ``dtype`` (the
-            same) and ``reference_scores`` apply. What is larger than the memory: ``build_shards``.
-        env: id, spec, instance or function; its spaces describe columns whose source declares none,
-            and ``make_env`` makes it. Minari's own record is used where this is None.
+        source: a Minari id (downloaded only when absent) or a ``MinariDataset``; a path to ``.hdf5``
+            (D4RL's layout, or of d3rlpy), ``.npz``, ``.npy``, ``.csv``, ``.tsv``, ``.json``,
+            ``.jsonl``, ``.parquet``, or a folder (LeRobot's, of ``datasets.save_to_disk``, of Parquet
+            files); a dict of arrays, a DataFrame, a TensorDict, a TorchRL buffer, dataset or storage,
+            a d3rlpy buffer, a ``datasets.Dataset``; an OGBench id (``readers.ogbench``); or a list of
+            these, joined if their spaces agree. A row is a step, or an episode if its reward is a
+            list. Or a folder that ``memmap=`` or ``python -m iql_torchrl.data build`` made: of the
+            options, ``env``, ``reward`` (where it was built raw), ``dtype`` (the same) and
+            ``reference_scores`` apply. Data larger than the memory: ``build_shards``.
+        env: id, spec, instance or function; its spaces describe a table's columns, and
+            ``make_env`` makes it. Minari's own record is used where this is None.
         reward: ``"raw"``, ``"return_range"`` (1000 / (max - min episode return): the paper's
             locomotion), ``"minus_one"`` (AntMaze), or ``(scale, shift)``: r' = scale * r + shift.
-        columns: maps our keys to the source's columns; common names are recognised
-            (``readers.columns.NAMES``). ``observation``, ``action``, ``reward``,
-            ``next_observation``, ``terminated``, ``not_terminated`` (its opposite: 0 where a row
-            terminates), ``truncated``, ``episode`` (ids, numbers or text; rows are sorted by them if
-            they take turns), ``env_index`` (the same for environments, whose episodes end by flags),
-            ``time`` (gaps end episodes), ``valid`` (0 where a row is not a transition and only has the
-            observation after the row before), ``action_mask``, ``next_action_mask``,
-            ``action_log_prob`` or ``action_prob`` of the behaviour policy. None leaves an optional
-            one out, and ``terminated`` where no row terminates. A list of columns of one number each,
-            for ``observation``, ``next_observation`` or ``action``, is a vector of floats; of a Minari
-            dataset it chooses leaves of the observation. ``a.b`` and ``a/b`` name the leaf b of a
-            group a; ``a.0``, ``a.1``, ... are one array ``a``. How done flags and ids end episodes, and
-            OGBench's ``masks``, ``terminals`` and ``valids``: ``readers.episodes.find_episodes``.
+        columns: maps our keys, those of ``readers.columns.NAMES``, to the file's columns; None leaves
+            one out (``terminated``: no row terminates). ``not_terminated`` is 0 where a row
+            terminates; ``valid`` is 0 where a row only has the observation after the row before. A
+            list of columns of one number each, for observations or actions, is joined to a vector of
+            floats. ``a.b`` and ``a/b`` name the leaf b of a group a. Common names are recognised;
+            for ``masks`` and ``terminals`` in one file see ``readers.episodes.find_episodes``.
         reward_offset: 1 where a row's reward belongs to the action of the row before.
         concatenate: leaves of a Dict observation to join, in order, into one ``observation``; the
             environments of ``make_env`` join it too.
         limit: at most this many transitions: the first complete episodes. A first episode that is
             longer than the limit is cut, and truncated there.
-        memmap: a folder for a memory-mapped dataset, built in bounded memory and reused while the
-            files and options stay the same. Several processes may use the same folder: one builds,
-            the others wait. The tensors are views of the files: changing them
-            (``transitions["action"].mul_(2)``) changes the files, also for the next call; clone the
-            transitions before you change them.
+        memmap: a folder for a memory-mapped table, built in bounded memory and reused while the
+            files and options stay the same, also by several processes: one builds, the others wait.
+            Changing its tensors changes the files; clone the transitions before you change them.
         dtype: of observations, continuous actions and rewards.
         clip_actions: clip continuous actions to their bounds; otherwise such actions are an error.
         max_episode_steps: cuts longer episodes where nothing says which rows are truncated; by default
@@ -122,12 +103,11 @@ def load_dataset(
         download: False never uses the network.
         progress: a progress bar; None shows it on terminals only.
 
-    Warns with ``DatasetWarning``, and adds the sentence to ``notes``, where something contradicts the
-    flags: exactly (``readers.contradictions``), or by the distances between consecutive observations
-    (``readers.hints``; these never change what is read). Also where dropped rows have much of the
-    reward, a handful of rewards dominates, float32 removes changes of observations, episodes are longer
-    than the environment's limit, actions look like encoded categories, or a dataset class of TorchRL
-    has lost values. A memory-mapped dataset that is reused repeats its warnings.
+    Warns with ``DatasetWarning``, and adds the sentence to ``notes``, where done flags contradict the
+    rows or episode boundaries do not lie at discontinuities (``readers.contradictions``,
+    ``readers.hints``), where float32 removes changes of float64 observations, actions look like
+    encoded categories, most rows are dropped, or a source has lost values or is not read completely.
+    A memory-mapped table that is reused repeats its warnings.
 
     Raises:
         DatasetError: naming the key, the row of the source, the episode, what was expected and what

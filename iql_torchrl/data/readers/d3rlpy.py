@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import gymnasium as gym
 import h5py
@@ -26,13 +26,6 @@ OLD_COLUMNS = {*ARRAYS, "terminals", "episode_terminals"}
 
 #: What a damaged file is called, and what h5py raises.
 DAMAGED = ("not a complete HDF5 file", OSError, RuntimeError, KeyError)
-
-
-class D3rlpyBuffer(Protocol):
-    """What a ``ReplayBuffer`` or ``MDPDataset`` of d3rlpy has, which is not imported here."""
-
-    @property
-    def episodes(self) -> Sequence[Any]: ...
 
 
 def is_d3rlpy_buffer(source: Any) -> bool:
@@ -70,19 +63,14 @@ def open_d3rlpy_buffer(source: Any, options: ReadOptions) -> Columns:
 def open_d3rlpy_file(path: Path, options: ReadOptions) -> Columns:
     """The columns of an HDF5 file, with d3rlpy's done flags if d3rlpy wrote it.
 
-    d3rlpy 2: ``observations_0``, ``actions_0``, ``rewards_0`` and ``terminated_0`` of episode 0, and so
-    on. They become ``observations``, ``actions`` and ``rewards``, and the flags ``terminals`` and
-    ``timeouts``: the last row of an episode terminates if d3rlpy's ``terminated`` says so, and is
-    truncated otherwise. Episodes are read when they are needed. d3rlpy stores no observation after the
-    last step: its own transitions leave the last row of a truncated episode out, and have zeros as the
-    next observation of a terminated one, as this package leaves it out and never uses the next
-    observation of the other. Several observations (``observations_0_0``, ...) become the leaves
-    ``"0"``, ``"1"``, ... of a Dict.
+    d3rlpy 2 (``observations_0``, ``actions_0``, ``rewards_0``, ``terminated_0`` of episode 0, ...): the
+    last row of an episode terminates if ``terminated`` says so (``terminals``), and is truncated
+    otherwise (``timeouts``). No observation after the last step is stored. Several observations
+    (``observations_0_0``, ...) become the leaves ``"0"``, ``"1"``, ... of a Dict.
 
-    d3rlpy 0 and 1: a plain table with ``episode_terminals``, 1 at the last row of each episode, and
-    ``terminals``, 1 where it terminated. The other ends become the column ``timeouts``. Files without
-    ``version`` come from versions before 1.1, in which the reward and the termination of a row belonged
-    to the action of the row before: a warning names ``reward_offset=1``.
+    d3rlpy 0 and 1: the rows that end an episode (``episode_terminals``) and do not terminate
+    (``terminals``) become ``timeouts``. Before version 1.1, whose files lack ``version``, the reward
+    of a row belonged to the action of the row before: a warning names ``reward_offset=1``.
 
     Raises ``DatasetError`` for a damaged file, an episode that lacks an array or has arrays of
     different lengths, shapes or dtypes, and for format 2.0, which d3rlpy itself reads no more.

@@ -66,26 +66,20 @@ def find_episodes(source: Columns, options: ReadOptions) -> tuple[Columns, Episo
     ``next_observation`` is not the following row's observation (:func:`differs`), and after
     ``max_episode_steps``. Rows whose ids recur are sorted by them (``order.sorted_rows``).
 
-    OGBench's conventions (``ogbench.load_dataset``, version 1.2.2): a column ``masks``
-    (``not_terminated``) is 0 where a row terminates and 1 elsewhere. In a file that has it, or has
-    ``valids``, ``terminals`` is 1 only at the last rows of trajectories: truncated unless ``masks``
-    is 0 there. A row that terminates inside its trajectory is ``done`` and is not bootstrapped, but
-    the episode continues. Where ``terminals`` is missing, or equals the terminations, a
-    trajectory continues after a termination only if the next row's observation is this row's
-    ``next_observation``. ``columns={"terminated": "masks"}`` means the same as
-    ``columns={"not_terminated": "masks"}``. A row where ``valids`` (``valid``) is 0 is not a
-    transition: it only supplies the next observation of the row before it. So are the rows that
-    vector environments write after an episode's end (:func:`_autoreset`).
-
-    Terminations inside an episode that has an id are read in the same way unless
-    ``next_observation`` shows that the following row does not continue it, which is an error.
+    Where a file has ``masks`` (``not_terminated``: 0 where a row terminates) or ``valids``
+    (``valid``), as OGBench's have, ``terminals`` is 1 at the last rows of trajectories: truncated
+    unless ``masks`` is 0 there. A row that terminates inside its trajectory, or inside an episode with
+    an id, is ``done`` and is not bootstrapped, but the episode continues; without ``terminals``, or
+    where these equal the terminations, only if ``next_observation`` is the next row's observation. A
+    row where ``valid`` is 0, or that a vector environment wrote after an episode's end
+    (:func:`_autoreset`), is not a transition.
 
     Without ``next_observation`` the following row has the next observation. At the end of an episode
-    there is none: a truncated row is dropped and the row before it becomes the episode's last,
-    truncated (D4RL's ``qlearning_dataset`` drops it too); a terminated row is kept with its own
-    observation as the next one, whose value is never used. With ``reward_offset=1`` row t gets the
-    reward and the flags of row t+1, and the last row of each episode, whose reward is unknown, is
-    dropped. ``notes`` count what was dropped; ``warnings`` name what contradicts the flags.
+    there is none: a truncated row is dropped and the row before it becomes the last, truncated (as in
+    D4RL's ``qlearning_dataset``); a terminated row is kept with its own observation as the next one,
+    whose value is never used. With ``reward_offset=1`` row t gets the reward and the flags of row
+    t+1, and the last row of each episode is dropped. ``notes`` count what was dropped; ``warnings``
+    name what contradicts the flags.
     """
     columns, notes = sorted_rows(source)
     flags = read_flags(columns)

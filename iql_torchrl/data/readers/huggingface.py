@@ -4,17 +4,10 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from iql_torchrl.data.readers.arrays import package, reading
 from iql_torchrl.data.schema import DatasetError
-
-
-class HuggingFaceTable(Protocol):
-    """What a ``datasets.Dataset`` has; the package has no base class that could be named here."""
-
-    @property
-    def column_names(self) -> list[str]: ...
 
 
 def is_table_of_datasets(source: Any) -> bool:

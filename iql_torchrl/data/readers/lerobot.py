@@ -49,14 +49,10 @@ class Clip(NamedTuple):
 def open_lerobot(folder: Path, options: ReadOptions) -> Columns:
     """The columns of a LeRobot dataset; names with dots become groups.
 
-    ``observation.state`` and ``observation.images.top`` are the leaves ``state`` and ``images/top``
-    of the observation, ``next.reward`` is the reward, and ``episode_index`` numbers the episodes. A
-    picture is uint8 ``(height, width, channels)`` as stored. ``next.done`` flags the last step of an
-    episode for any cause, so that it is not read as a termination unless ``columns`` says so.
-
-    A frame of a video is decoded by PyAV, and belongs to the row with its timestamp: the row's
-    ``timestamp`` (else ``frame_index / fps``), and in version 3.0 plus the episode's
-    ``from_timestamp``. It may differ by ``TOLERANCE`` frame intervals. Frames without a row are
+    Pictures are uint8 ``(height, width, channels)``. ``next.done`` flags the last step of an episode
+    for any cause, so that it is not read as a termination unless ``columns`` says so. A video's frame
+    belongs to the row with its timestamp (else ``frame_index / fps``; in version 3.0 plus the
+    episode's ``from_timestamp``), within ``TOLERANCE`` frame intervals. Frames without a row are
     skipped; a row without a frame, and two rows with the same one, raise ``DatasetError``.
 
     Raises ``DatasetError`` naming what is missing or damaged: the description, Parquet files with as

@@ -9,20 +9,29 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from tensordict import TensorDictBase
-from torchrl.data import ReplayBuffer, Storage
+from torchrl.data import ReplayBuffer, Storage, VideoClipRef
 
 from iql_torchrl.data.readers.arrays import (
     Column,
     Columns,
+    UnreadableColumn,
+    array_of,
     chosen_rows,
-    columns_of_tensordict,
     group_of,
 )
 from iql_torchrl.data.readers.options import ReadOptions
 from iql_torchrl.data.schema import DatasetError
+from iql_torchrl.descriptions import one_line
 
+NO_FRAMES = (
+    "its frames are in video files and not in the table; load the folder of LeRobot's files itself, or "
+    "name another leaf, such as columns={'observation': 'observation/state'}."
+)
+#: Results of a step, which TorchRL's collectors also store for the step before it, at the root.
+AFTER_THE_STEP = ("reward", "done", "terminated", "truncated")
 #: About how many values are looked at together.
 VALUES = 2**22
 #: Classes that store a file's merged ``done`` as ``terminated``.
@@ -124,3 +133,68 @@ def _zeros(columns: list[Column]) -> NDArray[np.bool_]:
             values = np.asarray(column[start : start + size])
             zeros[start : start + size] &= ~values.reshape(len(values), -1).any(axis=1)
     return zeros
+
+
+def columns_of_tensordict(source: TensorDictBase | ReplayBuffer | Storage) -> dict[str, Column]:
+    """The leaves by ``/``-joined key, ``(N, ...)``.
+
+    Several batch dimensions, the last one time, as collectors deliver them, are flattened: each row of
+    the leading dimensions is one episode, unless trajectory numbers divide it further. Steps where
+    ``("collector", "mask")``, or ``"mask"`` of ``split_trajectories``, is False only pad trajectories
+    and are left out. Results of a step that ``next`` has too are left out of the root.
+    """
+    table = _tensordict(source)
+    lead, rows = table.batch_dims, table.batch_size.numel()
+    if not lead:
+        raise DatasetError(
+            f"{type(source).__name__}: has no batch dimension; expected one row per step."
+        )
+    columns: dict[str, Column] = {}
+    for key in table.keys(include_nested=True, leaves_only=True):
+        parts = (key,) if isinstance(key, str) else tuple(key)
+        if len(parts) > 1 and isinstance(table.get(parts[:-1]), VideoClipRef):
+            name = "/".join(parts[:-1])
+            columns[name] = UnreadableColumn(f"{name}: {NO_FRAMES}")
+        elif isinstance(values := table.get(key), torch.Tensor):
+            name = "/".join(parts)
+            columns[name] = array_of(values.reshape(rows, *values.shape[lead:]), name)
+    flags = {
+        name: np.any(np.asarray(columns[f"next/{name}"][:]).reshape(rows, -1), axis=1)
+        for name in ("done", "terminated", "truncated")
+        if f"next/{name}" in columns
+    }
+    if lead > 1 and "collector/traj_ids" not in columns:
+        ends = np.arange(1, rows + 1) % table.batch_size[-1] == 0
+        ends = np.any([ends, *flags.values()], axis=0)
+        columns["collector/traj_ids"] = np.cumsum(ends) - ends
+    if "done" in flags and "terminated" in flags:
+        columns.setdefault("next/truncated", flags["done"] & ~flags["terminated"])
+    for result in AFTER_THE_STEP:
+        if f"next/{result}" in columns:
+            columns.pop(result, None)
+    mask = columns.get("collector/mask", columns.get("mask") if lead > 1 else None)
+    if mask is not None and mask.dtype == np.bool_ and int(np.prod(mask.shape)) == rows:
+        keep = np.asarray(mask[:]).reshape(rows)
+        columns = columns if keep.all() else chosen_rows(columns, keep)
+    return columns
+
+
+def _tensordict(source: TensorDictBase | ReplayBuffer | Storage) -> TensorDictBase:
+    if isinstance(source, ReplayBuffer):
+        source = source.storage
+    if isinstance(source, Storage):
+        try:
+            rows = len(source)
+        except RuntimeError as error:
+            raise DatasetError(
+                f"{type(source).__name__}: has no length ({one_line(error)}); expected a storage of a "
+                "known number of rows: download a streamed dataset first (download=True)."
+            ) from error
+        if not rows:
+            raise DatasetError("the replay buffer is empty; expected at least one transition.")
+        source = source.get(slice(0, rows))
+    if not isinstance(source, TensorDictBase):
+        raise DatasetError(
+            f"the storage has {type(source).__name__} values; expected TensorDicts of transitions."
+        )
+    return source
