@@ -87,7 +87,7 @@ def find_episodes(source: Columns, options: ReadOptions) -> tuple[Columns, Episo
     following = columns.leaves("next/observation")
     broken = differs(columns.leaves("observation"), following, columns.rows) if following else None
     _check_interleaved(columns, broken, options)
-    autoreset, doubt = _autoreset(columns, flags, broken, options.autoreset)
+    autoreset, doubt = _autoreset(columns, flags, broken, options)
     if autoreset.any():
         flags["valid"] = flags["valid"] & ~autoreset
         gap_notes.append(
@@ -151,7 +151,7 @@ def read_flags(columns: Columns) -> dict[str, Flags]:
 
 
 def _autoreset(
-    columns: Columns, flags: Mapping[str, Flags], broken: Flags | None, option: bool | None
+    columns: Columns, flags: Mapping[str, Flags], broken: Flags | None, options: ReadOptions
 ) -> tuple[Flags, str]:
     """Rows that a vector environment wrote in the step after an episode's end, ``(rows,)``.
 
@@ -159,26 +159,29 @@ def _autoreset(
     the last observation to the first one of the next episode, its action is ignored, its reward is 0.
     Recognised if every ended row's next observation is the following row's observation, whose row
     has no reward and does not end, while most other rows have rewards. Without next observations there
-    is a warning if 99 % of the other rows have rewards. ``option``: True takes every row after an
-    end, False none.
+    is a warning if 99 % of the other rows have rewards. ``autoreset=True`` takes every row after an
+    end, False none. With ``reward_offset`` the reward of that row is not for its action.
     """
     none = np.zeros(columns.rows, np.bool_)
     ended = flags["terminated"] | flags["truncated"] | flags["trajectory_end"]
     ended[-1:] = False
     if (ids := episode_ends(columns, ("env_index",))) is not None:
         ended &= ~ids
-    if option is False or not ended.any() or "valid" in columns.paths:
+    if options.autoreset is False or not ended.any() or "valid" in columns.paths:
         return none, ""
     after = np.append(False, ended[:-1])
-    if option:
+    if options.autoreset:
         return after, ""
+    if options.reward_offset:
+        return none, ""
     rewards = np.asarray(columns.columns["next/reward"][:]).reshape(-1)
     rewarded = float((rewards[~after] != 0).mean())
     if (rewards[after] != 0).any() or (after & ended).any() or rewarded < 0.5 or ended.sum() < 2:
         return none, ""
     if broken is not None:
         return none if (broken & ended[:-1]).any() else after, ""
-    if rewarded < 0.99 or ended.sum() < 3:
+    # a warning of the reader explains such rewards: d3rlpy before 1.1 moved them by one row
+    if rewarded < 0.99 or ended.sum() < 3 or columns.warnings:
         return none, ""
     return none, (
         f"the rows after all {int(ended.sum())} ends of episodes have reward 0, and hardly any other "
