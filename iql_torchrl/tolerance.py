@@ -19,12 +19,14 @@ def rounding(*dtypes: Any) -> float:
     return UNITS * max((float(np.finfo(kind).eps) for kind in floats), default=0.0)
 
 
-def outside_bounds(values: NDArray[Any], low: ArrayLike, high: ArrayLike) -> NDArray[np.bool_]:
+def outside_bounds(
+    values: NDArray[Any], low: ArrayLike, high: ArrayLike, stored: Any = np.float32
+) -> NDArray[np.bool_]:
     """True where an action is outside ``[low, high]`` by more than rounding, shape of ``values``.
 
     Bounds are stored in float32, so the tolerance is 8 units of rounding of float32, or of the dtype of
-    ``values`` if that is less precise, relative to the larger of the bound and the range (1 if
-    that is infinite); for integers it is 0. NaN is not outside.
+    ``values`` or ``stored`` (the dtype that they had) if that is less precise, relative to the larger
+    of the bound and the range (1 if that is infinite); for integers it is 0. NaN is not outside.
     """
     low, high = np.asarray(low, np.float64), np.asarray(high, np.float64)
     slack: Any = 0.0
@@ -32,5 +34,5 @@ def outside_bounds(values: NDArray[Any], low: ArrayLike, high: ArrayLike) -> NDA
         with np.errstate(invalid="ignore"):
             scale = np.stack(np.broadcast_arrays(np.abs(low), np.abs(high), high - low))
         scale[~np.isfinite(scale)] = 1.0  # an infinite range has no size
-        slack = rounding(np.float32, values.dtype) * scale.max(axis=0)
+        slack = rounding(np.float32, values.dtype, stored) * scale.max(axis=0)
     return np.asarray((values < low - slack) | (values > high + slack))

@@ -140,7 +140,7 @@ class ChunkChecker:
                 self._categories(side, rows[side], space)
         self._categories(ACTION, rows[ACTION], self.source.action_space)
         if isinstance(self.source.action_space, gym.spaces.Box):
-            self._bounds(rows[ACTION], self.source.action_space)
+            self._bounds(rows[ACTION], self.source.action_space, raw[ACTION].dtype)
         if MASK in rows:
             self._masks(rows)
 
@@ -203,11 +203,11 @@ class ChunkChecker:
             f"{describe_space(space)}: give the environment the data came from, or repair those rows.",
         )  # fmt: skip
 
-    def _bounds(self, values: NDArray[Any], space: gym.spaces.Box) -> None:
+    def _bounds(self, values: NDArray[Any], space: gym.spaces.Box, stored: Any) -> None:
         low, high = space.low.astype(values.dtype), space.high.astype(values.dtype)
         if not (values < low).any() and not (values > high).any():
             return
-        wrong = outside_bounds(values, low, high)
+        wrong = outside_bounds(values, low, high, stored)
         if self.clip_actions:
             self.clipped += int(wrong.reshape(len(wrong), -1).any(1).sum())
         elif wrong.any():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -59,8 +59,8 @@ NAMES: dict[str, tuple[str, ...]] = {
 def name_columns(source: Columns, options: ReadOptions) -> Columns:
     """The same columns by our names, each with one row of numbers a step; raises ``DatasetError``.
 
-    Text in actions and observations becomes the number of the text in sorted order, with a note;
-    booleans become 0 and 1. ``reward`` is 0 where ``options`` leave it out.
+    Booleans become 0 and 1; text stays (:func:`number_texts`). ``reward`` is 0 where ``options``
+    leave it out.
     """
     name, columns = source.name, group_numbered(source.columns, source.name)
     if source.named:
@@ -83,7 +83,7 @@ def name_columns(source: Columns, options: ReadOptions) -> Columns:
     if "action_mask" not in entries:
         entries.pop("next/action_mask", None)
     entries.setdefault("next/reward", np.zeros(rows, np.float32))  # left out: data without a task
-    notes = [*_text_as_numbers(name, entries), *_booleans_as_numbers(entries)]
+    notes = _booleans_as_numbers(entries)
     unused = {path: column for path, column in columns.items() if path not in paths.values()}
     named = replace(
         source, columns=entries, paths=paths, unused=unused, notes=(*source.notes, *notes)
@@ -280,31 +280,42 @@ def _first_text(column: Column) -> str:
     return ""
 
 
-def _text_as_numbers(name: str, entries: dict[str, Column]) -> Iterable[str]:
-    """Replace text by its number in sorted order, equal for both sides of ``next``; yields notes.
+def number_texts(parts: Sequence[Columns]) -> list[Columns]:
+    """The named columns with each text in actions and observations as its number in sorted order.
 
-    Raises ``DatasetError`` where some texts are numbers: a damaged column, not categories.
+    The numbers are those of all ``parts`` and both sides of ``next``; notes name them. Raises
+    ``DatasetError`` where some texts are numbers: a damaged column, not categories.
     """
-    for place, column in list(entries.items()):
-        leaf = place == "action" or place.startswith("observation")
-        if not leaf or np.dtype(column.dtype).kind not in "UO":
+    columns, notes = [dict(part.columns) for part in parts], list[str]()
+    for place in dict.fromkeys(name for each in columns for name in each):
+        if place != "action" and not place.startswith("observation"):
             continue
-        sides = {side: entries[side] for side in (place, f"next/{place}") if side in entries}
-        values = {side: np.asarray(each[:]).astype(str) for side, each in sides.items()}
-        texts = np.unique(np.concatenate([each.ravel() for each in values.values()]))
-        if any(_is_number(text) for text in texts):
-            wrong = next(text for text in texts if not _is_number(text))
-            row = int((values[place] == wrong).reshape(len(values[place]), -1).any(1).argmax())
+        sides = [
+            (each, side) for each in columns for side in (place, f"next/{place}") if side in each
+        ]
+        if not any(np.dtype(each[side].dtype).kind in "UO" for each, side in sides):
+            continue
+        values = [np.asarray(each[side][:]).astype(str) for each, side in sides]
+        texts = np.unique(np.concatenate([each.ravel() for each in values]))
+        numbers = [_is_number(text) for text in texts]
+        what = place.replace("/", ".")
+        if any(numbers):
+            wrong = texts[numbers.index(False)] if not all(numbers) else texts[0]
+            found = [(each == wrong).reshape(len(each), -1).any(1) for each in values]
+            first = next(int(rows.argmax()) for rows in found if rows.any())
             raise DatasetError(
-                f"{name}: {place.replace('/', '.')} has numbers, and the text {str(wrong)!r}, first at "
-                f"row {row}; expected a number in every row, or the names of categories: correct or "
-                "leave out those rows."
+                f"{parts[0].name}: {what} has numbers, and the text {str(wrong)!r}, first at row "
+                f"{first}; expected a number in every row, or the names of categories: correct or "
+                "leave out those rows, and convert numbers that are stored as text (astype(float))."
             )
-        for side, each in values.items():
-            entries[side] = np.searchsorted(texts, each)
+        for (each, side), text in zip(sides, values, strict=True):
+            each[side] = np.searchsorted(texts, text)
         known = ", ".join(f"{text!r} {number}" for number, text in enumerate(texts[:12].tolist()))
         more = f", ... ({len(texts)} in all)" if len(texts) > 12 else ""
-        yield f"{place.replace('/', '.')}: text is numbered in sorted order: {known}{more}."
+        notes.append(f"{what}: text is numbered in sorted order: {known}{more}.")
+    numbered = [replace(p, columns=each) for p, each in zip(parts, columns, strict=True)]
+    numbered[0] = replace(numbered[0], notes=(*numbered[0].notes, *notes))
+    return numbered
 
 
 def _booleans_as_numbers(entries: dict[str, Column]) -> Iterable[str]:
@@ -341,7 +352,7 @@ def _log_probabilities(named: Columns) -> Columns:
                 f"{named.name}: action_log_prob is NaN in {missing} of {len(values)} rows; the column "
                 "is left out.",
             )
-        elif np.dtype(columns["action"].dtype).kind in "iu" and (values > 0).any():
+        elif np.dtype(columns["action"].dtype).kind in "iuUO" and (values > 0).any():
             raise DatasetError(
                 f"{named.name}: action_log_prob is {values.max():g} at row {int(values.argmax())}, "
                 "more than 0, and the actions are discrete; expected logarithms of probabilities. Name "

@@ -20,7 +20,7 @@ from iql_torchrl.data.codec import (
     transition_layout,
 )
 from iql_torchrl.data.readers.arrays import Column, Columns, ComputedColumn
-from iql_torchrl.data.readers.columns import name_columns
+from iql_torchrl.data.readers.columns import name_columns, number_texts
 from iql_torchrl.data.readers.episodes import Episodes, find_episodes
 from iql_torchrl.data.readers.guess import Guess, guess_action_space, guess_observation_space
 from iql_torchrl.data.readers.opening import open_columns
@@ -75,7 +75,8 @@ def open_source(source: Any, options: ReadOptions) -> Source:
     if not items:
         raise DatasetError("source: an empty list; name at least one dataset.")
     options = options.described()
-    named = [name_columns(open_columns(item, options), options) for item in items]
+    opened = [open_columns(item, options) for item in items]
+    named = number_texts([name_columns(columns, options) for columns in opened])
     parts, left = [], options.limit
     for columns in named:
         ordered, episodes = find_episodes(columns, options)
