@@ -111,11 +111,14 @@ def find_episodes(source: Columns, options: ReadOptions) -> tuple[Columns, Episo
     warnings = contradictions(columns, flags, last, broken, episodes.lengths)
     warnings += [doubt] if doubt else []
     if not warnings:
-        warnings = boundary_hints(
+        hints = boundary_hints(
             columns.leaves("observation"), broken, columns.columns["next/reward"],
             flags["terminated"], last, names=columns.paths, unused=columns.unused,
             ids_given=bool({"episode", "env_index"} & columns.paths.keys()),
-        ) or one_episode(columns, flags, last)  # fmt: skip
+        )  # fmt: skip
+        if options.autoreset is False:  # the user knows that these rows are steps
+            hints = [text for text in hints if "autoreset" not in text]
+        warnings = hints or one_episode(columns, flags, last)
     notes = [*notes, *gap_notes, *episodes.notes, *_flag_notes(columns, flags, episodes)]
     return columns, replace(episodes, notes=tuple(notes), warnings=(*episodes.warnings, *warnings))
 
