@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping
 from dataclasses import replace
@@ -10,10 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from iql_torchrl.data.readers.arrays import Column, Columns, flatten, reading, text_seconds
-from iql_torchrl.data.readers.frames import open_cells
+from iql_torchrl.data.readers.arrays import Column, Columns, flatten, package, reading, text_seconds
+from iql_torchrl.data.readers.frames import open_cells, open_table
 from iql_torchrl.data.schema import DatasetError
 
+#: About how many bytes pyarrow reads together; no object may be larger.
+BLOCK_BYTES = 2**24
 LINES = (".jsonl", ".ndjson")
 EXPECTED = "expected a list of objects, or one object a line, with one value for each column"
 
@@ -36,6 +39,9 @@ def open_json(path: Path, mapping: Mapping[str, str | None]) -> Columns:
         lines = False
     if lines:
         _check_batch(path, first)
+        columns = _read_by_arrow(path.name, data, mapping)
+        if columns is not None:
+            return columns
     values = _values(path, data) if lines else _value(path, data, "")
     if isinstance(values, dict):
         arrays = {name: _listed(column) for name, column in values.items()}
@@ -46,9 +52,20 @@ def open_json(path: Path, mapping: Mapping[str, str | None]) -> Columns:
     cells: dict[str, Any] = {name: [row.get(name) for row in values] for name in names}
     for name, column in cells.items():
         if all(isinstance(cell, str) for cell in column):
-            seconds = text_seconds(column)
+            seconds = text_seconds(column)  # as pyarrow reads them
             cells[name] = column if seconds is None else seconds
     return replace(open_cells(path.name, cells, mapping), text=True)
+
+
+def _read_by_arrow(name: str, data: bytes, mapping: Mapping[str, str | None]) -> Columns | None:
+    """None for what ``json`` must read or refuse, such as numbers and text in one column."""
+    pa, arrow_json = package("pyarrow", name), package("pyarrow.json", name)
+    options = arrow_json.ReadOptions(block_size=BLOCK_BYTES)
+    try:
+        table = arrow_json.read_json(io.BytesIO(data), options)
+    except pa.ArrowInvalid:
+        return None
+    return replace(open_table(name, table, mapping), text=True)
 
 
 def _values(path: Path, data: bytes) -> list[Any]:
