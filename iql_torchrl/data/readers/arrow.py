@@ -49,14 +49,12 @@ class ArrowRows(Protocol):
 def arrow_columns(table: ArrowRows, mapping: Mapping[str, str | None]) -> dict[str, Column]:
     """The columns of ``table``, one row a step; of values only the first of each column are read.
 
-    Fields of structs and names with dots become groups: ``observation.state`` is the leaf ``state``
-    of ``observation``; a last number, as in ``action.0``, stays. Dates and times become seconds,
-    decimal numbers floats, and missing floats NaN. Where the rewards (by their usual names, or what
-    ``mapping`` names) are lists of other lengths than 1, a row of the table is an episode: then each
-    list is a sequence in time, ``episode`` numbers the rows unless each step has an id, a single
-    boolean of an episode is True at its last step, and other single values are left out. Observations
-    and masks may be one longer than the rewards: then the last one is the observation after the last
-    step, and ``next_observation`` (``next_action_mask``) is added.
+    Fields of structs and names with dots become groups; a last number, as in ``action.0``, stays. Dates
+    and times become seconds, decimal numbers floats, and missing floats NaN. Where the rewards are
+    lists of other lengths than 1, a row of the table is an episode: each list is a sequence in time,
+    ``episode`` numbers the rows unless each step has an id, a single boolean is True at the last step,
+    and other single values are left out. Where observations and masks are one longer, the last one
+    becomes the last ``next_observation`` (``next_action_mask``).
 
     Raises ``DatasetError`` for a table without rows. The first use of a column raises it, naming the
     column and the row: empty values, rows or sequences of other lengths, damaged pictures.

@@ -32,12 +32,11 @@ SHORT = 64
 def open_csv(path: Path) -> Columns:
     """The columns of a file of steps, named by its first line. The file is read whole.
 
-    The delimiter is the one of ``DELIMITERS`` that divides the first line most often. Where it is a
-    semicolon, numbers may have decimal commas, which a note says. A column becomes booleans (true and
-    false in letters of any case; 1 and 0 among numbers), integers, floats, vectors (of cells such as
-    ``[0.5, 1]``), seconds (of dates and times in ISO 8601), or text. Cells of ``MISSING`` are NaN; a
-    column of integers with one becomes floats. Columns without a name are left out, such as R's names
-    of rows. pyarrow reads numbers if it is installed, with the same result.
+    The delimiter is the one of ``DELIMITERS`` that divides the first line most often; with a semicolon,
+    numbers may have decimal commas (a note). A column becomes booleans (1 and 0 among numbers),
+    integers, floats, vectors (of cells such as ``[0.5, 1]``), seconds (of dates and times in ISO 8601),
+    or text. Cells of ``MISSING`` are NaN. Columns without a name are left out, such as R's names of
+    rows. pyarrow reads numbers if it is installed, with the same result.
 
     Raises ``DatasetError`` for an empty file, a first line of numbers, a name that occurs twice, and a
     line of another length; and at the first use of a column of text for an empty cell.

@@ -77,11 +77,9 @@ def ogbench_files(source: str) -> tuple[Path, ...]:
 def open_ogbench(source: str, options: ReadOptions) -> Columns:
     """The columns of ``ogbench/ENVIRONMENT-KIND-singletask-taskN-v0``, with its environment.
 
-    Row t has the reward and the mask of its state ``s_t``, as OGBench computes them: in manipulation
-    the number of parts of the task that are done minus their total, in mazes 0 at the goal and -1
-    elsewhere. Where the task is done the mask is 0: the value is not bootstrapped, and the
-    trajectory continues. A row where ``terminals`` is 1 is not a transition; it only has the last
-    observation of its trajectory.
+    Row t has the reward and the mask of its state ``s_t``, as OGBench computes them. Where the task is
+    done the mask is 0: the value is not bootstrapped, and the trajectory continues. A row where
+    ``terminals`` is 1 is not a transition; it only has the last observation of its trajectory.
 
     Raises ``DatasetError``: the id names no task, the environment or the package ``ogbench`` is
     missing, the file is missing or damaged, or it lacks a column; with what to do.

@@ -41,16 +41,11 @@ MERGED = ("RobosetExperienceReplay", "GenDGRLExperienceReplay")
 def open_torchrl(source: TensorDictBase | ReplayBuffer | Storage, options: ReadOptions) -> Columns:
     """The columns of a TensorDict, a buffer or a storage.
 
-    What is done for an instance of a class of ``torchrl.data.datasets``:
-
-    - Every value zero (``MinariExperienceReplay``, which allocates its memory-mapped table again
-      after filling it): ``DatasetError``.
-    - Zeros as the next observation of ends that do not terminate (``D4RLExperienceReplay``,
-      ``OpenXExperienceReplay``, ``VD4RLExperienceReplay``, ``AtariDQNExperienceReplay`` at the end of
-      a file): those rows have no known next observation and are left out, and the rows before them
-      are truncated; with a warning.
-    - Rows of zeros at the end of the table (``GenDGRLExperienceReplay``): left out, with a warning.
-    - ``terminated`` a copy of the file's ``done``: a warning.
+    Of a class of ``torchrl.data.datasets`` whose every value is zero (``MinariExperienceReplay``), it
+    raises ``DatasetError``. With a warning, rows are left out that are zeros at the end of the table
+    (``GenDGRLExperienceReplay``), or have zeros as the next observation of an end that does not
+    terminate (D4RL, OpenX, VD4RL, AtariDQN): the rows before these are truncated. A ``terminated``
+    that is a copy of the file's ``done`` is a warning.
     """
     from torchrl.data.datasets.common import BaseDatasetExperienceReplay
 
