@@ -302,11 +302,16 @@ def number_texts(parts: Sequence[Columns]) -> list[Columns]:
         if any(numbers):
             wrong = texts[numbers.index(False)] if not all(numbers) else texts[0]
             found = [(each == wrong).reshape(len(each), -1).any(1) for each in values]
-            first = next(int(rows.argmax()) for rows in found if rows.any())
+            number = next(number for number, rows in enumerate(found) if rows.any())
+            first = int(found[number].argmax())
+            name = next(
+                p.name for p, e in zip(parts, columns, strict=True) if e is sides[number][0]
+            )
             raise DatasetError(
-                f"{parts[0].name}: {what} has numbers, and the text {str(wrong)!r}, first at row "
-                f"{first}; expected a number in every row, or the names of categories: correct or "
-                "leave out those rows, and convert numbers that are stored as text (astype(float))."
+                f"{name}: {sides[number][1].replace('/', '.')} has numbers, and the text "
+                f"{str(wrong)!r}, first at row {first}; expected a number in every row, or the names "
+                "of categories: correct or leave out those rows, and convert numbers that are stored "
+                "as text (astype(float))."
             )
         for (each, side), text in zip(sides, values, strict=True):
             each[side] = np.searchsorted(texts, text)

@@ -1,0 +1,242 @@
+"""What is legitimate and was refused, or misread: read to values by hand, without warnings."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+from iql_torchrl import IQLConfig, make_agent
+from iql_torchrl.data import DatasetError, DatasetWarning, build_shards, load_dataset
+
+ROWS, STEPS = 60, 6
+
+
+def log(**changed):
+    """Independent contexts in ten episodes of six steps that terminate; None leaves a column out."""
+    rng = np.random.default_rng(0)
+    data = {
+        "observation": rng.normal(size=(ROWS, 3)).astype(np.float32),
+        "action": rng.uniform(-1, 1, (ROWS, 2)).astype(np.float32),
+        "reward": rng.normal(size=ROWS).astype(np.float32),
+        "terminated": np.arange(ROWS) % STEPS == STEPS - 1,
+        "truncated": np.zeros(ROWS, bool),
+        **changed,
+    }
+    return {key: values for key, values in data.items() if values is not None}
+
+
+def table(data):
+    """One column per number, as CSV files and data frames have them."""
+    return {
+        (key if values.ndim == 1 else f"{key}.{number}"): column
+        for key, values in data.items()
+        for number, column in enumerate(values.reshape(len(values), -1).T)
+    }
+
+
+def stored(kind, data, folder):
+    """The same data as a source of this kind."""
+    pandas = pytest.importorskip("pandas")
+    path = folder / f"log.{kind}"
+    if kind == "arrays":
+        return data
+    if kind == "npz":
+        np.savez(path, **data)
+        return path
+    frame = pandas.DataFrame(table(data))
+    if kind == "frame":
+        return frame
+    if kind == "csv":
+        frame.to_csv(path, index=False)
+    elif kind == "jsonl":
+        frame.to_json(path, orient="records", lines=True)
+    elif kind == "npy":
+        np.save(path, frame.to_records(index=False))
+    else:
+        frame.to_parquet(path)
+    return path
+
+
+ALL_KINDS = pytest.mark.parametrize("kind", ["arrays", "npz", "csv", "parquet", "frame", "jsonl"])
+
+
+@ALL_KINDS
+def test_booleans_are_actions_and_rewards(kind, tmp_path):
+    yes = np.arange(ROWS) % 3 == 0
+    data = load_dataset(stored(kind, log(action=yes, reward=~yes), tmp_path))
+    assert data.action_space == gym.spaces.Discrete(2)
+    assert data.transitions["action"].flatten().tolist() == [1, 0, 0] * 20
+    assert data.transitions["next", "reward"].flatten().tolist() == [0.0, 1.0, 1.0] * 20
+
+
+@ALL_KINDS
+def test_episode_ids_are_text(kind, tmp_path):
+    names = np.array([f"p-{row // 5:02}" for row in range(ROWS)])
+    names = names if kind != "npz" else names.astype("U")
+    changed = {"terminated": np.arange(ROWS) % 5 == 4, "episode": names}
+    data = load_dataset(stored(kind, log(**changed), tmp_path))
+    assert data.episode_lengths.tolist() == [5] * 12
+
+
+def test_every_row_of_a_bandit_terminates():
+    data = load_dataset(log(terminated=np.ones(ROWS, bool), truncated=None))
+    assert data.episode_lengths.tolist() == [1] * ROWS
+    assert not data.warnings
+
+
+def test_next_observations_of_terminations_may_be_nan():
+    source = log()
+    source["next_observation"] = np.roll(source["observation"], -1, 0)
+    source["next_observation"][source["terminated"]] = np.nan
+    data = load_dataset(source)
+    assert torch.isfinite(data.transitions["next", "observation"]).all()
+    source["next_observation"][7] = np.nan
+    with pytest.raises(DatasetError, match=r"NaN or infinite .* first at row 7 of 60"):
+        load_dataset(source)
+
+
+def test_a_horizon_is_noted_only():
+    rows = 400
+    rng = np.random.default_rng(1)
+    data = load_dataset({
+        "observation": np.tile(np.linspace(0, 1, 40), 10)[:, None] + rng.normal(size=(rows, 2)),
+        "action": rng.uniform(-1, 1, (rows, 1)), "reward": rng.normal(size=rows),
+        "terminated": np.arange(rows) % 40 == 39, "truncated": np.zeros(rows, bool),
+    })  # fmt: skip
+    assert any("come at step 40 of their episode" in note for note in data.notes)
+
+
+def test_joined_datasets_have_the_union_of_guessed_spaces():
+    many, few = np.arange(ROWS) % 3, np.arange(ROWS) % 2
+    assert load_dataset([log(action=few), log(action=many)]).action_space.n == 3
+    wide = np.tile([[-4.0, 3.0], [0.5, -0.5]], (30, 1))
+    with pytest.warns(DatasetWarning, match="reach -4 to 3"):
+        bounds = load_dataset([log(), log(action=wide)]).action_space
+    assert bounds.low[0] == -4
+    assert bounds.high[1] == 3
+
+
+def test_joined_text_is_numbered_together(tmp_path):
+    first = log(action=np.array(["b", "a"] * 30))
+    second = log(action=np.array(["c", "b"] * 30))
+    for options in ({}, {"memmap": tmp_path / "built"}):
+        data = load_dataset([first, second], **options)
+        assert data.action_space == gym.spaces.Discrete(3)
+        assert data.transitions["action"].flatten().tolist() == [1, 0] * 30 + [2, 1] * 30
+        assert any("'a' 0, 'b' 1, 'c' 2" in note for note in data.notes)
+    second["action"] = np.arange(ROWS) % 2
+    with pytest.raises(
+        DatasetError, match=r"action has numbers, and the text 'a', first at row 1;"
+    ):
+        load_dataset([first, second])
+
+
+def test_text_is_equal_on_both_sides_of_next():
+    rooms = np.array(["kitchen", "hall", "attic"] * 20)
+    source = log(observation=rooms, next_observation=np.roll(rooms, -1))
+    data = load_dataset(source)
+    assert data.transitions["observation"].flatten().tolist() == [2, 1, 0] * 20
+    assert data.transitions["next", "observation"].flatten().tolist() == [1, 0, 2] * 20
+
+
+@pytest.mark.parametrize("key", ["observation", "next_observation", "action"])
+def test_one_text_in_a_column_of_numbers_is_refused_with_its_row(key):
+    numbers = np.array([str(row / 8) for row in range(ROWS)])
+    source = log(observation=numbers, next_observation=np.roll(numbers, -1))
+    with pytest.raises(DatasetError, match="stored as text"):
+        load_dataset(source)
+    if key == "action":
+        source |= {"observation": log()["observation"], "next_observation": log()["observation"]}
+    source[key] = numbers.copy()
+    source[key][53] = "n/a"
+    place = key.replace("next_", "next.")
+    with pytest.raises(
+        DatasetError, match=f"arrays: {place} has numbers, .*'n/a', first at row 53;"
+    ):
+        load_dataset(source)
+
+
+def test_a_constant_action_dimension():
+    action = np.stack([np.linspace(-1, 1, ROWS), np.full(ROWS, 3.0)], 1).astype(np.float32)
+    with pytest.warns(DatasetWarning, match="data's own range"):
+        data = load_dataset(log(action=action))
+    assert data.action_space.low.tolist() == [-1, 2]
+    assert data.action_space.high.tolist() == [1, 4]
+    assert make_agent(IQLConfig(hidden=(8,)), data)
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("memmap", [False, True])
+def test_actions_beyond_a_bound_by_rounding(kind, memmap, tmp_path):
+    high = np.array([0.1, 200, np.inf], np.float32)
+    action = np.tile(np.array([0.05, 3, 1e3], kind), (ROWS, 1))
+    action[3, 1] = 200 * (1 + 3 * float(np.finfo(kind).eps))
+    options = {"action_space": gym.spaces.Box(-high, high)}
+    if memmap:
+        options["memmap"] = tmp_path / "built"
+    data = load_dataset(log(action=action), **options)
+    assert data.transitions["action"][3, 1] == 200
+    action[57, 0] = 0.11  # 10 % of a small bound
+    with pytest.raises(DatasetError, match=r"outside its bounds .* first at row 57 of 60"):
+        load_dataset(log(action=action), action_space=options["action_space"])
+
+
+def test_actions_of_one_float_without_a_dimension(tmp_path):
+    data = load_dataset(log(action=np.linspace(-1, 1, ROWS, dtype=np.float32)))
+    assert data.action_space == gym.spaces.Box(-1, 1, (1,), np.float32)
+    assert data.transitions["action"].shape == (ROWS, 1)
+    assert make_agent(IQLConfig(hidden=(8,)), data)
+
+
+def test_log_probabilities():
+    actions, values = np.arange(ROWS) % 2, np.full(ROWS, 0.25)
+    data = load_dataset(log(action=actions, action_prob=values))
+    assert data.transitions["action_log_prob"].flatten()[0] == pytest.approx(np.log(0.25))
+    for action in (actions, actions.astype(str), np.array(["l", "r"])[actions]):
+        if action.dtype.kind == "U" and action[0].isdigit():
+            continue
+        with pytest.raises(DatasetError, match="expected logarithms of probabilities"):
+            load_dataset(log(action=action, action_log_prob=values))
+    values[7] = np.nan
+    with pytest.warns(DatasetWarning, match="NaN in 1 of 60 rows; the column is left out"):
+        data = load_dataset(log(action=actions, action_log_prob=np.log(values)))
+    assert "action_log_prob" not in set(data.transitions.keys())
+
+
+# -- the row of the file
+
+
+def truncated(ends):
+    """Every episode's last row is dropped: without next observations it has none."""
+    return {"terminated": np.zeros(ROWS, bool), "truncated": ends}
+
+
+@pytest.mark.parametrize("key", ["observation", "action", "reward"])
+@pytest.mark.parametrize("case", ["plain", "dropped", "sorted", "second", "memmap", "shards"])
+def test_errors_name_the_row_of_the_source(key, case, tmp_path):
+    source = log()
+    if case == "dropped":
+        source |= truncated(source["terminated"])
+    if case == "sorted":
+        source["episode"] = np.array([f"e{number:02}" for number in np.arange(ROWS) % 10])
+        source["terminated"] = np.arange(ROWS) >= 50
+    for row in (58, 49):
+        source[key].reshape(ROWS, -1)[row, -1] = np.nan
+    row = 49 if case != "sorted" else 58  # the id of row 58 comes before that of row 49
+    items = [log(), source] if case == "second" else source
+    load, options = load_dataset, {}
+    if case in ("memmap", "shards"):
+        options["memmap" if case == "memmap" else "folder"] = tmp_path / "built"
+    if case == "shards":
+        load, options["shards"] = build_shards, 2
+    with pytest.raises(DatasetError, match=rf"is NaN or infinite .* first at row {row} of 60 "):
+        load(items, **options)
+
+
+def test_rows_beyond_the_limit_are_not_checked():
+    source = log()
+    source["reward"][58] = np.nan
+    assert len(load_dataset(source, limit=12)) == 12
+    assert len(load_dataset([log(), source], limit=70)) == 66
+    with pytest.raises(DatasetError, match="no such file"):  # a mistyped path is an error anyway
+        load_dataset([log(), "there/is/none.npz"], limit=12)
