@@ -104,7 +104,7 @@ class Describe(Source):
             check_picture_path(self.output)
         dataset = load_dataset(self.source, **self.options())
         for name, text in _contents(dataset).items():
-            print(f"{name:<{NAME_WIDTH}}{text}")
+            print(f"{name:<{NAME_WIDTH - 1}} {text}")
         print("\n".join(hints := _hints(dataset)))
         if self.output is not None:
             draw(dataset, self.output, hints)

@@ -91,9 +91,14 @@ class ChunkChecker:
                 "other."
             )
         if shape != expected.shape and {shape, expected.shape} != {(), (1,)}:
+            remedy = "pass the env the data came from"
+            if shape[1:] == tuple(expected.shape):
+                remedy = (
+                    "join the steps of a vector environment with numpy.concatenate, and number its "
+                    "environments in a column env_index"
+                )
             raise DatasetError(
-                f"{name}: {dotted(key)} has rows of shape {shape}, expected "
-                f"{expected.shape}; pass the env the data came from."
+                f"{name}: {dotted(key)} has rows of shape {shape}, expected {expected.shape}; {remedy}."
             )
         if (
             expected.dtype == torch.float32

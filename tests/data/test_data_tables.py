@@ -125,6 +125,17 @@ def test_csv_files_of_spreadsheets(tmp_path, reader):
     assert_column(columns["b"], ["1.234", "5.678"])
     assert_column(columns["c"], ["1.234,5", "2"])
     assert_column(columns_of(path, "a\tb\n1,234\t0.5\n")["a"], ["1,234"])
+    assert_column(columns_of(path, "a\tb\n1,234\t1,5.5\n")["a"], ["1,234"])
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-16-be"])
+def test_spreadsheets_saved_as_text_with_tabs(tmp_path, reader, encoding):
+    """Tabs with decimal commas, also in UTF-16, as spreadsheets save "Unicode text"."""
+    path = tmp_path / "log.csv"
+    text = "\n".join(lines("\t", lambda x: str(x).replace(".", ",")))
+    path.write_bytes(b"\xfe\xff" * (encoding == "utf-16-be") + text.encode(encoding))
+    assert_lines(path)
+    assert open_csv(path).notes == ("commas in numbers were read as decimal commas: 0,5 is 0.5.",)
 
 
 def test_csv_files_of_r(tmp_path, reader):
@@ -151,6 +162,7 @@ def test_csv_files_that_are_refused(tmp_path, reader):
         ("0,5;1;2\n0,25;2;2\n", "its first line is 0,5, 1, 2; expected names"),
         ("a,b\n1,2\n3\n", "row 1 has 1 cells; expected 2"),
         ("a;b\n1;2;3\n", "row 0 has 3 cells; expected 2|';' is the delimiter"),
+        ('"a","b"\n"1",2,3\n"2",4,5\n', "row 0 has 3 cells|name the first column too|col.names=NA"),
         ("a,b,a\n1,2,3\n", "the column 'a' occurs twice"),
     ):
         path.write_text(text)

@@ -92,6 +92,13 @@ BAD = [
         lambda d: d.update(observation=[[1.0, 2.0]] * 14 + [[1.0]]),
         "observation|different lengths|numpy.concatenate",
     ),
+    (
+        to("reward", lambda r: np.stack([r, r], 1)),
+        "reward|steps of 2 environments|env_index: numpy.tile(numpy.arange(2), 15)",
+    ),
+    (to("terminated", lambda t: np.where(t, "T", "F")), "'F' at row 0|by true and false"),
+    (lambda d: d.update(time=np.array(["31.01.2024"] * 15)), "time|'31.01.2024' at row 0|ISO 8601"),
+    (lambda d: d.update(observation="BCJNGGhA"), "single value|output_compress_columns=[]"),
     (lambda d: d.update(reward=[[1.0] * 4, [1.0] * 6, [1.0] * 5]), "reward|different lengths"),
     (to("reward", lambda r: r * 1j), "reward|complex64"),
     (to("reward", lambda r: 3.0), "reward|single value"),
@@ -312,3 +319,28 @@ def test_dtypes_are_kept():
     assert picked["action"].dtype == torch.int64
     assert picked["action"].shape == (15,)
     assert picked["next", "action_mask"].dtype == torch.bool
+
+
+def test_what_newcomers_try_first_names_the_way_out():
+    bandit = table() | {"x": ROWS * 1.0, "y": ROWS * 2.0}
+    for key in ("next_observation", "observation", "terminated", "truncated"):
+        del bandit[key]
+    columns = {"observation": ["x", "y"]}
+    message = refused("no column for terminated|add a column of ones", bandit, columns=columns)
+    assert "among action, reward, x, y;" in message  # without the joined "x, y"
+    columns["terminated"] = None
+    message = refused("neither truncated|add a column of ones", bandit, columns=columns)
+    assert "columns={'truncated': None}" not in message
+    flags = {"terminated": np.ones(15)}
+    assert len(load_dataset(bandit | flags, columns=columns | {"terminated": "terminated"})) == 15
+    message = refused(
+        "'x', one of the|'a' at row 0|0 and 1 a category",
+        bandit | {"x": ["a"] * 15},
+        columns=columns,
+    )
+    assert "numpy.concatenate" not in message
+    single = {key: values[:, None] for key, values in table().items()}  # of one environment
+    words = r"rows of shape (1, 3), expected (3,); join the steps|env_index"
+    refused(
+        words, single, observation_space=gym.spaces.Box(-np.inf, np.inf, (3,)), action_space=BOX
+    )

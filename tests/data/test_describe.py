@@ -214,6 +214,22 @@ def test_the_file_is_complete_or_the_old_one(tmp_path, monkeypatch, suffix):
 # -- the command line
 
 
+def test_long_names_are_separated_from_their_values(tmp_path, capsys):
+    data = wave()
+    data["observation"] = {"camera_positions": data["observation"]}
+    if "next_observation" in data:
+        data["next_observation"] = {"camera_positions": data["next_observation"]}
+    path = tmp_path / "log.npz"
+    flat = {
+        (f"{key}/camera_positions" if isinstance(values, dict) else key): np.asarray(
+            values["camera_positions"] if isinstance(values, dict) else values
+        )
+        for key, values in data.items()
+    }
+    assert main(["describe", str(save(path, flat))]) == 0
+    assert "space of observation/camera_positions Box of shape" in capsys.readouterr().out
+
+
 def test_describe_prints_spaces_warnings_once_and_writes_the_picture(tmp_path, capsys):
     path = save(tmp_path / "log.npz", wave(shift=1))
     report = tmp_path / "report.png"

@@ -161,12 +161,27 @@ def vector_rows(reward):
 @pytest.mark.parametrize("ids", [True, False])
 def test_recorded_resets_of_vector_environments(ids):
     rows, last, reward = vector_rows(1.0)
-    words = "each of the 12 ends of episodes has reward 0|autoreset|autoreset=True"
+    words = "after 12 of the 12 ends of episodes have reward 0|autoreset|autoreset=True"
     said(words, rows, last, reward=reward, ids=ids)
     # Without rewards it may also be a shift.
     sparse = hints(*vector_rows(0.0)[:2], reward=reward * 0, ids=ids)
     assert ids or ("shifted" in sparse[0] and "autoreset=True" in sparse[0])
     assert not (ids and sparse)
+
+
+def test_recorded_resets_after_large_steps():
+    """The last step of an episode is its largest; the last row of an environment has no reset."""
+    rows, last, reward = vector_rows(1.0)
+    ends = np.flatnonzero(last)
+    before = np.repeat(rows[ends - 1], 1, axis=0)
+    rows[ends + 1] = before + 4 * (rows[ends] - before)  # 4 usual steps from the last observation
+    rows[ends] = before + 2 * (rows[ends] - before)
+    cut = last.copy()
+    cut[ends[0] - 5] = True  # ends without a reset
+    words = "after 12 of the 13 ends of episodes have reward 0|autoreset=True"
+    said(words, rows, cut, reward=reward, ids=True)
+    reward[ends + 1] = 1.0
+    assert hints(rows, cut, reward=reward, ids=True) == []
 
 
 # -- silence

@@ -65,8 +65,9 @@ def name_columns(source: Columns, options: ReadOptions) -> Columns:
     name, columns = source.name, group_numbered(source.columns, source.name)
     if source.named:
         options = replace(options, columns={})
-    columns |= _joined(name, columns, options)
-    paths = _paths(name, columns, options.named)
+    joined = _joined(name, columns, options)
+    paths = _paths(name, columns, options.named, joined)
+    columns |= joined
     entries: dict[str, Column] = {}
     rows: int | None = None
     for key, path in paths.items():
@@ -130,9 +131,10 @@ def _joined(name: str, columns: Mapping[str, Column], options: ReadOptions) -> d
 
 
 def _paths(
-    name: str, columns: Mapping[str, Column], options: Mapping[str, str | None]
-) -> dict[str, str]:
-    """The column, or group of columns, of each key that has one."""
+    name: str, columns: Mapping[str, Column], options: Mapping[str, str | None],
+    joined: Mapping[str, Column],
+) -> dict[str, str]:  # fmt: skip
+    """The column, group of columns, or ``joined`` columns of each key that has one."""
     if unknown := set(options) - set(NAMES):
         raise DatasetError(
             f"{name}: columns maps {sorted(unknown)}; the keys are {', '.join(NAMES)}."
@@ -148,7 +150,9 @@ def _paths(
                 f"{mapping['not_terminated']!r}; one is the opposite of the other: name one of them."
             )
         mapping.setdefault("not_terminated", None)
-    paths = {key: _find(name, columns, mapping, key) for key in NAMES if key != "terminated"}
+    paths = {
+        key: _find(name, columns, mapping, key, joined) for key in NAMES if key != "terminated"
+    }
     if paths["not_terminated"] or (paths["valid"] and "terminated" not in mapping):
         # Columns that could mean either end trajectories, they do not terminate.
         ends = [path for path in TRAJECTORY_ENDS if path in columns]
@@ -158,7 +162,7 @@ def _paths(
         flags = [p for p in NAMES["terminated"] if p in columns and p not in TRAJECTORY_ENDS]
         paths["terminated"] = flags[0] if flags and "terminated" not in mapping else None
     else:
-        paths["terminated"] = _find(name, columns, mapping, "terminated")
+        paths["terminated"] = _find(name, columns, mapping, "terminated", joined)
     return {key: path for key, path in paths.items() if path is not None}
 
 
@@ -174,11 +178,12 @@ def _named(name: str, columns: Mapping[str, Column], key: str, path: str) -> str
 
 
 def _find(
-    name: str, columns: Mapping[str, Column], mapping: Mapping[str, str | None], key: str
-) -> str | None:
+    name: str, columns: Mapping[str, Column], mapping: Mapping[str, str | None], key: str,
+    joined: Mapping[str, Column],
+) -> str | None:  # fmt: skip
     """The column (or group of columns) of a key."""
     if (path := mapping.get(key)) is not None:
-        return _named(name, columns, key, path)
+        return path if path in joined else _named(name, columns, key, path)
     if key in mapping:
         if key in ("observation", "action"):
             raise DatasetError(f"{name}: {key} cannot be left out.")
@@ -212,6 +217,11 @@ def _hint(key: str, columns: Mapping[str, Column]) -> str:
             f" {merged[0]!r} may merge termination with truncation: if it means termination "
             f"alone, name it in columns{more if 'next/success' in columns else ''}."
         )
+    if key == "terminated":
+        return (
+            " Pass columns={'terminated': None} if no row terminates; if each row is an episode of its "
+            "own, as in a bandit, add a column of ones."
+        )
     if key != "reward":
         return ""
     if "next/success" in columns:
@@ -234,24 +244,48 @@ def _checked_rows(subject: str, column: Column, rows: int | None, key: str) -> i
     """
     shape, kind = tuple(column.shape), np.dtype(column.dtype)
     kinds = "biuf" + "UO" * (key in (*GROUPS, *IDS, "action")) + "mM" * (key == "time")
+    expected = "an array of real numbers or booleans with one row per step, all rows of one shape"
+    remedy = (
+        "Join episodes of different lengths with numpy.concatenate and set the done flags of their "
+        "last rows."
+    )
     if not shape:
         problem = f"is a single value of dtype {kind}"
+        if kind.kind == "U":
+            remedy = "If RLlib compressed the column, write it with output_compress_columns=[]."
+    elif kind.kind not in kinds and (text := _first_text(column)):
+        problem = f"has {kind} values of shape {shape}, such as {text}"
+        remedy = _remedy_for_text(key)
     elif kind.kind == "O" and ("O" not in kinds or not _is_text(column)):
         problem = "has Python objects (dtype object): rows of different lengths, or no numbers"
     elif kind.kind not in kinds:
-        problem = f"has {kind} values of shape {shape}{_first_text(column)}"
+        problem = f"has {kind} values of shape {shape}"
     elif 0 in shape[1:]:
         problem = f"has shape {shape}: its rows hold no numbers"
     elif rows not in (None, shape[0]):
         problem = f"has {shape[0]} rows, where the columns before it have {rows}"
     elif key in SINGLE and int(np.prod(shape[1:])) != 1:
         problem = f"has shape {shape}, where ({shape[0]},) or ({shape[0]}, 1) is needed"
+        if len(shape) == 2:
+            remedy = (
+                f"If it has {shape[0]} steps of {shape[1]} environments, join the steps of each column "
+                "with numpy.concatenate, and add a column env_index: "
+                f"numpy.tile(numpy.arange({shape[1]}), {shape[0]})."
+            )
     else:
         return shape[0]
-    raise DatasetError(
-        f"{subject} {problem}; expected an array of real numbers or booleans with one row per step, "
-        "all rows of one shape. Join episodes of different lengths with numpy.concatenate and set "
-        "the done flags of their last rows."
+    raise DatasetError(f"{subject} {problem}; expected {expected}. {remedy}")
+
+
+def _remedy_for_text(key: str) -> str:
+    """What to do with a column of text where none is read."""
+    if key in FLAGS:
+        return "Replace the text by true and false, or 1 and 0."
+    if key == "time":
+        return "Times are numbers, or ISO 8601 such as 2024-01-31T08:00."
+    return (
+        "Correct text that should be numbers. Categories are read as the whole observation or action; "
+        "in a list of columns replace them by one column of 0 and 1 a category."
     )
 
 
@@ -269,14 +303,15 @@ def _is_number(text: str) -> bool:
 
 
 def _first_text(column: Column) -> str:
-    """A sentence part that names the first text that is not a number."""
-    if np.dtype(column.dtype).kind != "U":
+    """The first text that is not a number, and its row; empty if there is none."""
+    kind = np.dtype(column.dtype).kind
+    if not column.shape[0] or (kind != "U" and not (kind == "O" and _is_text(column))):
         return ""
     values = np.asarray(column[:]).reshape(column.shape[0], -1)
     for row, texts in enumerate(values):
         for text in texts:
             if not _is_number(text):
-                return f", such as {str(text)!r} at row {row}"
+                return f"{str(text)!r} at row {row}"
     return ""
 
 

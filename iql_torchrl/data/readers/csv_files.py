@@ -22,6 +22,9 @@ MISSING = ("", "NA", "N/A", "#N/A", "NaN", "nan", "NULL", "null", "None")
 INTEGER = re.compile(r"-?\d{1,20}")
 NUMBER = re.compile(r"[-+]?((\d+\.?\d*|\.\d+)(e[-+]?\d+)?|inf(inity)?)", re.IGNORECASE)
 DECIMAL_COMMA = re.compile(rb'[;"\n\r] *[-+]?\d*,\d+(e[-+]?\d+)? *[;"\n\r]', re.IGNORECASE)
+#: Between tabs a comma may also group thousands: three digits say nothing, a decimal dot denies it.
+COMMA_OF_TABS = re.compile(rb'[\t"\n\r] *[-+]?\d*,(\d\d?|\d{4,}) *[\t"\n\r]')
+DOT_OF_TABS = re.compile(rb'[\t"\n\r] *[-+]?[\d,]*\.\d+ *[\t"\n\r]')
 LIST = re.compile(r"\[[^\[\]]*\]")
 #: pyarrow reads integers of more than 64 bits as floats, at least of this size.
 LARGE = 2.0**63
@@ -32,8 +35,8 @@ SHORT = 64
 def open_csv(path: Path) -> Columns:
     """The columns of a file of steps, named by its first line. The file is read whole.
 
-    The delimiter is the one of ``DELIMITERS`` that divides the first line most often; with a semicolon,
-    numbers may have decimal commas (a note). A column becomes booleans (1 and 0 among numbers),
+    The delimiter is the one of ``DELIMITERS`` that divides the first line most often; with a semicolon
+    or a tab, numbers may have decimal commas (a note). Columns become booleans (1 and 0 if mixed),
     integers, floats, vectors (of cells such as ``[0.5, 1]``), seconds (of dates and times in ISO 8601),
     or text. Cells of ``MISSING`` are NaN. Columns without a name are left out, such as R's names of
     rows. pyarrow reads numbers if it is installed, with the same result.
@@ -41,7 +44,10 @@ def open_csv(path: Path) -> Columns:
     Raises ``DatasetError`` for an empty file, a first line of numbers, a name that occurs twice, and a
     line of another length; and at the first use of a column of text for an empty cell.
     """
-    data = path.read_bytes().removeprefix(b"\xef\xbb\xbf").lstrip(b"\r\n")
+    data = path.read_bytes()
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):  # spreadsheets' "Unicode text" is UTF-16
+        data = data.decode("utf-16", errors="replace").encode()
+    data = data.removeprefix(b"\xef\xbb\xbf").lstrip(b"\r\n")
     if given := re.match(rb"sep=.\r?\n", data):  # which spreadsheets read
         data = data[given.end() :]
     first = re.split(r"[\r\n]", data[: 2**20].decode(errors="replace"), maxsplit=1)[0]
@@ -49,6 +55,8 @@ def open_csv(path: Path) -> Columns:
     head = _lines(path, first, delimiter)[0]
     _check_names(path, head)
     comma = delimiter == ";" and DECIMAL_COMMA.search(data) is not None
+    if delimiter == "\t" and not DOT_OF_TABS.search(data):
+        comma = COMMA_OF_TABS.search(data) is not None
     subjects = [f"{path}, column {name!r}" for name in head]
     columns = _read_by_arrow(data, subjects, delimiter, comma)
     if columns is None:
@@ -59,9 +67,12 @@ def open_csv(path: Path) -> Columns:
             )
         for row, line in enumerate(lines):
             if len(line) != len(head):
+                remedy = "correct that line"
+                if all(len(each) == len(head) + 1 for each in lines):
+                    remedy = "name the first column too (R: write.csv, or col.names=NA)"
                 raise DatasetError(
                     f"{path}: row {row} has {len(line)} cells; expected {len(head)}, as many as the "
-                    f"first line has names ({delimiter!r} is the delimiter): correct that line."
+                    f"first line has names ({delimiter!r} is the delimiter): {remedy}."
                 )
         columns = [
             _column([line[place] for line in lines], subject, comma)

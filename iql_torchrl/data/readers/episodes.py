@@ -222,10 +222,13 @@ def _last_rows(
         and not ("trajectory_end" in has or limit or gaps is not None or terminated.all())
         and options.columns.get("truncated", "") is not None
     ):
+        remedy = "columns={'truncated': None} if every episode terminates"
+        if not has & {"terminated", "not_terminated"}:
+            remedy = "add a column of ones as terminated if each row is an episode, as in a bandit"
         raise DatasetError(
             f"{columns.name}: neither truncated, episode, time nor next_observation shows where "
             "episodes end besides termination; pass max_episode_steps or env, name one with "
-            "columns={...}, or columns={'truncated': None} if every episode terminates."
+            f"columns={{...}}, or {remedy}."
         )
     if gaps is not None:
         last |= gaps & valid

@@ -133,7 +133,7 @@ def guess_action_space(parts: Sequence[Columns]) -> Guess:
     else:
         warning = (
             f"actions reach {low.min():.6g} to {high.max():.6g} and no environment says what their "
-            "bounds are; the data's own range per column is used: pass env=."
+            "bounds are; the data's own range per column is used: pass env= or action_space=."
         )
     if low.min() >= -1 and high.max() <= 1:
         low, high = np.full(shape, -1.0), np.full(shape, 1.0)

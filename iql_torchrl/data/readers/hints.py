@@ -69,12 +69,13 @@ def boundary_hints(
         return []
     shift, ends = _shift(steps), int(steps.ended.sum())
     zero = np.ravel(np.asarray(reward[: len(values)])) == 0
-    resets = shift == 1 and bool(zero[1:][steps.ended].all())
+    unrewarded = int(zero[1:][steps.ended].sum())  # the last row of an environment has no reset
+    resets = (shift == 1 or _jumps_one_later(steps)) and unrewarded >= 0.9 * ends
     if resets and zero.mean() < 0.5:
         return [
-            f"the row after each of the {ends} ends of episodes has reward 0 and continues from the "
-            "end, and then the observation jumps: these rows look like resets of a vector environment "
-            "with autoreset, which ignores their action. Pass autoreset=True to drop them."
+            f"the rows after {unrewarded} of the {ends} ends of episodes have reward 0 and continue "
+            "from the end, and then the observation jumps: these rows look like resets of a vector "
+            "environment with autoreset, which ignores their action. Pass autoreset=True to drop them."
         ]
     if ids_given:
         return []
@@ -191,6 +192,16 @@ def _shift(steps: Steps) -> int:
         if rank(steps.length[rows], inside) >= max(0.85, 0.5 + np.sqrt(0.75 / len(rows))):
             return shift
     return 0
+
+
+def _jumps_one_later(steps: Steps) -> bool:
+    """The step after nine tenths of the ends is longer than that at the end, and than most steps."""
+    ends = np.flatnonzero(steps.ended[:-1])
+    if len(ends) < FEWEST:
+        return False
+    later = steps.length[ends + 1]
+    longer = later > np.maximum(steps.length[ends], np.median(steps.length[steps.inside]))
+    return bool(longer.mean() >= 0.9)
 
 
 def _continued(
