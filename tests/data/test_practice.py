@@ -108,6 +108,12 @@ def test_other_forms_of_autoreset_and_episodes_that_are_split_by_hand_stay(mode)
     assert "vector environment" not in notes(dataset)
 
 
+def test_steps_without_reward_after_the_start_of_an_episode_stay():
+    data, ends = drift([30] * 5)
+    data |= {"truncated": ends, "reward": np.where(np.roll(ends, 1), 0.0, 1.0)}
+    assert load_dataset(data).episode_lengths.tolist() == [30] * 5
+
+
 def interleaved(envs=5, steps=60):
     data, ends = drift([steps] * envs, seed=3)
     data["truncated"] = ends
@@ -244,8 +250,8 @@ def test_negative_labels_and_constant_dimensions():
 def test_joined_datasets_have_the_union_of_their_spaces():
     less, more = of_40_steps(action=np.arange(400) % 2), of_40_steps(action=np.arange(400) % 3)
     assert load_dataset([less, more]).action_space == Discrete(3)
-    texts = [of_40_steps(action=np.array(names * 200)) for names in (["b", "a"], ["c", "a"])]
-    assert load_dataset(texts).transitions["action"][[0, 1, 400]].tolist() == [1, 0, 2]
+    texts = [of_40_steps(action=np.array(names * 200)) for names in (["b", "c"], ["a", "b"])]
+    assert load_dataset(texts).transitions["action"][[0, 1, 400]].tolist() == [1, 2, 0]
     wide = of_40_steps(action=np.linspace(-3, 3, 400)[:, None])
     (text,) = warned([of_40_steps(action=wide["action"] / 3), wide])
     assert "-3 to 3" in text
@@ -337,8 +343,8 @@ def test_columns_of_units_below_one_are_compared_in_their_unit():
     """Positions in micrometres: another row's next observation is not equal to this one's."""
     data = drift([20, 30])[0]
     data |= {
-        "observation": 1e-7 * data["observation"],
-        "next_observation": 1e-7 * data["next_observation"],
+        "observation": 1e-9 * data["observation"],
+        "next_observation": 1e-9 * data["next_observation"],
     }
     del data["truncated"]
     assert load_dataset(data).episode_lengths.tolist() == [20, 30]
