@@ -240,10 +240,10 @@ def _hint(key: str, columns: Mapping[str, Column]) -> str:
 def _checked_rows(subject: str, column: Column, rows: int | None, key: str) -> int:
     """The column's number of rows, which is ``rows`` if known; raises unless its values fit ``key``.
 
-    These are numbers and booleans; text for ids, actions and observations; dates for ``time``.
+    These are numbers and booleans; text for ids, actions, observations and times; dates for ``time``.
     """
     shape, kind = tuple(column.shape), np.dtype(column.dtype)
-    kinds = "biuf" + "UO" * (key in (*GROUPS, *IDS, "action")) + "mM" * (key == "time")
+    kinds = "biuf" + "UO" * (key in (*GROUPS, *IDS, "action", "time")) + "mM" * (key == "time")
     expected = "an array of real numbers or booleans with one row per step, all rows of one shape"
     remedy = (
         "Join episodes of different lengths with numpy.concatenate and set the done flags of their "

@@ -110,6 +110,8 @@ def find_episodes(source: Columns, options: ReadOptions) -> tuple[Columns, Episo
         )
     warnings = contradictions(columns, flags, last, broken, episodes.lengths)
     warnings += [doubt] if doubt else []
+    if options.autoreset:
+        warnings += _not_resets(columns, autoreset)
     if not warnings:
         hints = boundary_hints(
             columns.leaves("observation"), broken, columns.columns["next/reward"],
@@ -191,6 +193,18 @@ def _autoreset(
         "row: they look like rows that a vector environment wrote when it reset itself, whose actions "
         "were ignored. Pass autoreset=True to drop them, or autoreset=False if they are steps."
     )
+
+
+def _not_resets(columns: Columns, dropped: Flags) -> list[str]:
+    """A warning where rows that ``autoreset=True`` drops have rewards, which resets do not have."""
+    rewarded = dropped & (np.asarray(columns.columns["next/reward"][:]).reshape(-1) != 0)
+    if not (count := int(rewarded.sum())):
+        return []
+    return [
+        f"autoreset=True dropped {int(dropped.sum())} rows, of which {count} have rewards, first at "
+        f"row {columns.source_row(int(rewarded.argmax()))}; the step that resets a vector "
+        "environment has the reward 0. If these rows are transitions, pass autoreset=False."
+    ]
 
 
 def _last_rows(

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from iql_torchrl.data.readers.arrays import Column, Columns
+from iql_torchrl.data.readers.arrays import Column, Columns, text_seconds
 from iql_torchrl.data.readers.columns import IDS
 from iql_torchrl.data.readers.hints import leading_values
 from iql_torchrl.data.schema import DatasetError
@@ -128,6 +128,14 @@ def time_gaps(
         return None, []
     path, rows = columns.paths["time"], columns.rows
     raw = np.asarray(columns.columns["time"][:]).reshape(-1)
+    if raw.dtype.kind in "UO":
+        seconds = text_seconds(raw.tolist())
+        if seconds is None:
+            raise DatasetError(
+                f"{columns.name}: time ({path!r}) has text that is not a date of ISO 8601, such as "
+                f"{raw[0]!s}; convert it to numbers, or pass columns={{'time': None}}."
+            )
+        raw = seconds
     if raw.dtype.kind in "mM":
         raw = (raw - raw[0]) / np.timedelta64(1, "s")
     times = raw.astype(np.float64)
