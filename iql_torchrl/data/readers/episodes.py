@@ -320,6 +320,18 @@ def _transitions(
         notes.append(f"{empty} episodes of one row were dropped with that row.")
     rows, lengths = np.flatnonzero(~drop), lengths[lengths > 0].astype(np.int64)
     terminated, truncated = terminated[rows], truncated[rows]
+    repaired, doubted = _repair_flags(columns, terminated, truncated, lengths)
+    return Episodes(
+        rows=rows, after=rows + ~last[rows], terminated=terminated, truncated=truncated,
+        lengths=lengths, notes=(*notes, *repaired), warnings=(*warnings, *doubted),
+    )  # fmt: skip
+
+
+def _repair_flags(
+    columns: Columns, terminated: Flags, truncated: Flags, lengths: NDArray[np.int64]
+) -> tuple[list[str], list[str]]:
+    """In place: no transition has both flags, each episode's last one has one. Notes, and warnings."""
+    notes, warnings = list[str](), list[str]()
     if both := int((terminated & truncated).sum()):
         truncated &= ~terminated
         warnings.append(
@@ -336,10 +348,7 @@ def _transitions(
             f"{len(open_ends)} episodes end without a done flag; their last step was read as truncated "
             "(bootstrapped)."
         )
-    return Episodes(
-        rows=rows, after=rows + ~last[rows], terminated=terminated, truncated=truncated,
-        lengths=lengths, notes=tuple(notes), warnings=tuple(warnings),
-    )  # fmt: skip
+    return notes, warnings
 
 
 def _lost_rewards(columns: Columns, cut: Flags, drop: Flags) -> list[str]:

@@ -22,7 +22,7 @@ def sorted_rows(columns: Columns) -> tuple[Columns, list[str]]:
     """The columns with the rows of each id together, in the order of the source; and notes.
 
     Rows are sorted, stably, by ``env_index`` and ``episode`` where an id occurs again after another,
-    unless episodes are numbered anew there, as in joined recordings (:func:`_numbered_anew`).
+    unless their numbers begin again there, as in joined recordings (:func:`_numbers_begin_again`).
     """
     notes: list[str] = []
     for key in ("env_index", "episode"):
@@ -33,7 +33,7 @@ def sorted_rows(columns: Columns) -> tuple[Columns, list[str]]:
         if ends.sum() == codes.max() + 1:
             continue
         path, blocks, count = columns.paths[key], int(ends.sum()), int(codes.max()) + 1
-        if key == "episode" and _numbered_anew(columns, codes, ends):
+        if key == "episode" and _numbers_begin_again(columns, codes, ends):
             notes.append(
                 f"{path!r} has {count} ids in {blocks} blocks of rows, which do not continue each "
                 "other: every block is an episode."
@@ -75,8 +75,10 @@ def episode_ends(columns: Columns, keys: Sequence[str] = IDS) -> NDArray[np.bool
     return np.append(changes, True)
 
 
-def _numbered_anew(columns: Columns, codes: NDArray[np.int64], ends: NDArray[np.bool_]) -> bool:
-    """Ids occur again because episodes are numbered anew, not because they take turns.
+def _numbers_begin_again(
+    columns: Columns, codes: NDArray[np.int64], ends: NDArray[np.bool_]
+) -> bool:
+    """Ids occur again because their numbers begin again, not because they take turns.
 
     Decided for the blocks of rows whose id occurs again, by the first that is known: done flags at all
     of their ends; next observations, of which the most are not those of the id's next row; blocks of
