@@ -228,7 +228,7 @@ class Adaptation:
     keeps the observation as it is, and a single leaf becomes a plain observation. ``concatenate``:
     leaves that are joined, in this order, into one vector. ``mask``: the leaf that is the mask of
     allowed actions; environments give it as ``info["action_mask"]``. ``flat_action``: actions have
-    the ``flat_action_space``. ``vars`` of it is JSON, and ``Adaptation(**vars)`` the same again.
+    the ``flat_action_space``. Its ``vars`` are JSON, from which ``Adaptation(**vars)`` is made again.
     """
 
     leaves: tuple[str, ...] = ()

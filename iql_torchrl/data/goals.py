@@ -111,7 +111,7 @@ class Relabelling:
         return (*side, *inside)
 
     def pick(self, leaf: Any) -> Any:
-        """The goal ``(..., *G)`` of the leaf at ``path``: the leaf, or the chosen places of it."""
+        """The goal ``(..., *G)`` of the leaf at ``path``: the leaf, or its chosen places."""
         whole = self.goal is None or isinstance(self.goal, str)
         return leaf if whole else leaf[..., list(self.goal)]  # type: ignore[arg-type]
 

@@ -210,7 +210,7 @@ def _continued(
     """A sentence if the rows after this ``share`` of the ends continue their episodes.
 
     Their steps are ordinary, and shorter than the distances from them to the rows after other ends.
-    Where the next episode begins independently of the last one, both are alike, whatever the data.
+    Where the next episode begins independently of the last one, both are alike.
     """
     rows, ordinary = np.flatnonzero(ended), np.quantile(steps.length[steps.inside], [0.9, 0.99])
     count = int((same[rows] & (steps.length[rows] <= min(2 * ordinary[0], ordinary[1]))).sum())

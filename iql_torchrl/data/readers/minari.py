@@ -303,7 +303,7 @@ def _chosen_leaves(
 ) -> tuple[tuple[str, ...], list[str]]:
     """Names of the observation's leaves that are kept, and a note on the others.
 
-    No names: the observation is kept as it is. ``mask``: the leaf that is not part of it.
+    No names: the observation is kept as it is. ``mask``: the leaf to leave out.
     """
     leaves = {"/".join(path): leaf for path, leaf in leaf_spaces(space, ()).items()}
     asked, chosen = options.columns.get("observation", ()), set[str]()
