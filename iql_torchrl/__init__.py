@@ -17,7 +17,7 @@ from iql_torchrl.evaluation.result import Evaluation
 from iql_torchrl.evaluation.rollout import evaluate
 from iql_torchrl.evaluation.video import record_video
 from iql_torchrl.losses import DiscreteIQLLoss, IQLLoss
-from iql_torchrl.population.runs import IQLPopulation
+from iql_torchrl.population import IQLPopulation
 from iql_torchrl.selection import fitted_q_evaluation, importance_sampling, rank_members
 from iql_torchrl.trainers.trainer import OfflineTrainer
 from iql_torchrl.update.captured import captured

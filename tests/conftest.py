@@ -16,7 +16,6 @@ from torchrl.data import Bounded
 from torchrl.modules import ValueOperator
 
 from iql_torchrl import networks, policies
-from iql_torchrl.config import choose_products
 from iql_torchrl.update import captured
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share the cores
@@ -28,7 +27,6 @@ OBS, ACT = 5, 3
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
-    choose_products("mkl")  # not what this machine measures
 
 
 @pytest.fixture

@@ -25,12 +25,22 @@ from iql_torchrl.agent import hub
 from iql_torchrl.agent.export import described_policy, export_policy, versions
 from iql_torchrl.agent.networks import Encoders, check_images, make_networks
 from iql_torchrl.agent.task import Task
-from iql_torchrl.config import IQLConfig, check_usable, loss_knobs
+from iql_torchrl.config import IQLConfig, check_usable
 from iql_torchrl.data import DatasetSummary, DatasetWarning
 from iql_torchrl.evaluation.acting import act, private_random_numbers
 from iql_torchrl.evaluation.result import Evaluation
 from iql_torchrl.files import CheckpointError, components, newest, read_components
-from iql_torchrl.losses import DiscreteIQLLoss, ImplicitQLoss, IQLLoss, LossCritics
+from iql_torchrl.losses import (
+    ACTOR_OBJECTIVES,
+    VALUE_OBJECTIVES,
+    ActorObjective,
+    DiscreteIQLLoss,
+    IQLLoss,
+    LossCritics,
+    SharedEncoder,
+    ValueObjective,
+)
+from iql_torchrl.losses.objective import from_settings
 from iql_torchrl.networks import with_chunk, with_history
 from iql_torchrl.update.compiled import compiled
 from iql_torchrl.update.step import IQLStep
@@ -63,7 +73,7 @@ class Agent:
     config: IQLConfig
     task: Task
     actor: ProbabilisticActor | policies.FlowPolicy
-    loss: ImplicitQLoss
+    loss: IQLLoss
     optimizer: torch.optim.Optimizer
     scheduler: LambdaLR
     step: IQLStep
@@ -342,23 +352,26 @@ def build_agent(config: IQLConfig, task: Task, encoders: Encoders | None = None)
     """:func:`make_agent` where the dataset is known by its description alone."""
     check_usable(config.device)
     discrete = isinstance(task.action_space, spaces.Discrete)
-    kind: type[ImplicitQLoss] = DiscreteIQLLoss if discrete else IQLLoss
-    objective: str = config.actor_objective
-    if objective == "auto":
-        objective = REGRESSIONS.get(config.policy, "log_prob")
+    kind: type[IQLLoss] = DiscreteIQLLoss if discrete else IQLLoss
+    value_objective, actor_objective = make_objectives(config)
     # where weights are drawn: torch's default device, and the config's for copies of critics
     with private_random_numbers(config.seed, torch.get_default_device(), config.device):
         actor, critic, value, encoder = make_networks(config, task, encoders or {})
+        shared = None
+        if encoder is not None:
+            shared = SharedEncoder(encoder, config.encoder_gradient, config.random_shift)
         loss = kind(
             actor,
             critic,
             value,
             num_qvalue_nets=config.num_critics,
-            encoder_network=encoder,
-            actor_objective=objective,
+            loss_function=config.loss_function,
+            value_objective=value_objective,
+            actor_objective=actor_objective,
+            encoder_network=shared,
             diagnostics=True,
-            **{name: getattr(config, name) for name in loss_knobs(type(config))},
         )
+        loss.average_actor(config.actor_ema)
     loss.make_value_estimator(gamma=config.discount)
     optimizer, scheduler = _make_optimizer(config, loss)
     step = make_step(config, loss, optimizer, scheduler)
@@ -376,9 +389,20 @@ def build_agent(config: IQLConfig, task: Task, encoders: Encoders | None = None)
     return Agent(config, task, actor, loss, optimizer, scheduler, update, policy, names)
 
 
-def _make_optimizer(
-    config: IQLConfig, loss: ImplicitQLoss
-) -> tuple[torch.optim.Optimizer, LambdaLR]:
+def make_objectives(config: IQLConfig) -> tuple[ValueObjective, ActorObjective]:
+    """The objectives that ``config`` names, with its hyperparameters."""
+    settings = config.to_dict()
+    value: ValueObjective = from_settings(VALUE_OBJECTIVES[config.value_objective], settings)
+    weight = config.advantage_weight
+    settings["weight"] = value.advantage_weight if weight == "auto" else weight
+    name: str = config.actor_objective
+    if name == "auto":
+        name = REGRESSIONS.get(config.policy, "log_prob")
+    actor: ActorObjective = from_settings(ACTOR_OBJECTIVES[name], settings)
+    return value, actor
+
+
+def _make_optimizer(config: IQLConfig, loss: IQLLoss) -> tuple[torch.optim.Optimizer, LambdaLR]:
     groups = []
     for network, field in LEARNING_RATES.items():
         named = loss.named_parameters()
@@ -392,7 +416,7 @@ def _make_optimizer(
 
 def make_step(
     config: IQLConfig,
-    loss: ImplicitQLoss,
+    loss: IQLLoss,
     optimizer: torch.optim.Optimizer,
     scheduler: LambdaLR,
 ) -> IQLStep:

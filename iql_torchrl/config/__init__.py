@@ -4,12 +4,11 @@ from iql_torchrl.config.arithmetic import (
     Arithmetic,
     check_device,
     check_usable,
-    choose_products,
-    chosen_products,
     launches_kernels,
+    number_dtype,
 )
 from iql_torchrl.config.iql_config import PRESETS, IQLConfig
-from iql_torchrl.config.knobs import Knob, check_choice, check_whole, knob, knobs, loss_knobs
+from iql_torchrl.config.knobs import Knob, check_choice, check_whole, knob, knobs
 
 __all__ = [
     "PRESETS",
@@ -20,10 +19,8 @@ __all__ = [
     "check_device",
     "check_usable",
     "check_whole",
-    "choose_products",
-    "chosen_products",
     "knob",
     "knobs",
     "launches_kernels",
-    "loss_knobs",
+    "number_dtype",
 ]

@@ -4,47 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Literal
 
 import torch
-
-Products = Literal["mkl", "onednn"]
 
 PRECISIONS = (
     "mkldnn.matmul", "mkldnn.conv", "mkldnn.rnn", "cuda.matmul", "cudnn.conv", "cudnn.rnn",
 )  # fmt: skip
-chosen: Products | None = None
 LAUNCHING = ("cuda",)  # count_kernels.py adds the CPU, where it traces a program for a GPU
 DEVICES = ("cpu", "cuda", "hpu", "mps", "mtia", "xpu")  # where torch's fused Adam runs
 
 
-def choose_products(name: Products | Literal["auto"]) -> None:
-    """Choose the library of large float32 matrix products of updates on a CPU, in this process.
-
-    ``"mkl"`` is torch's own; ``"onednn"`` is faster on some processors. ``"auto"``, the default: an
-    update of wide networks measures both before its first product. The choice is part of a step's
-    state, so that a resumed run has the same bits. Raises ``ValueError`` on another name.
-    """
-    global chosen
-    if name not in ("auto", "mkl", "onednn"):
-        raise ValueError(f"products is {name!r}; choose 'auto', 'mkl' or 'onednn'.")
-    chosen = None if name == "auto" else name
-
-
-def chosen_products() -> Products | None:
-    """What was chosen or measured; None where nothing was needed yet."""
-    return chosen
-
-
 @dataclass(frozen=True)
 class Arithmetic:
-    """The settings on which rounding depends: torch's, and the library of products."""
+    """The settings of torch on which rounding depends."""
 
     threads: int
     dtype: torch.dtype
     determinism: int
     precisions: tuple[str, ...]
-    products: Products | None
 
     @classmethod
     def current(cls) -> Arithmetic:
@@ -53,12 +30,10 @@ class Arithmetic:
             torch.get_default_dtype(),
             torch.get_deterministic_debug_mode(),
             tuple(attrgetter(name)(torch.backends).fp32_precision for name in PRECISIONS),
-            chosen,
         )
 
     def adopt(self) -> None:
         """Set them in this process."""
-        choose_products(self.products or "auto")
         current = Arithmetic.current()
         if current.threads != self.threads:
             torch.set_num_threads(self.threads)
@@ -96,3 +71,8 @@ def check_usable(device: str) -> None:
 def launches_kernels(device: torch.device) -> bool:
     """Whether every operation is a kernel that is launched: a program should have few of them there."""
     return device.type in LAUNCHING
+
+
+def number_dtype(device: torch.device) -> torch.dtype:
+    """That of Python's numbers, with which torch's optimizers compute; MPS has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64

@@ -24,7 +24,7 @@ class IQLConfig:
     another machine.
 
     To add a setting, add a field here with :func:`~iql_torchrl.config.knob` and read it where it
-    takes effect. For a setting of the loss (``in_loss=True``) that is an argument of ``IQLLoss``.
+    takes effect: for a hyperparameter in the constructor of an objective, as an argument of that name.
     """
 
     seed: int = knob(
@@ -51,7 +51,6 @@ class IQLConfig:
         interval="[0.5, 1]",
         loss_interval="(0, 1]",
         per_run=True,
-        in_loss=True,
     )
     temperature: float = knob(
         3.0,
@@ -59,7 +58,6 @@ class IQLConfig:
         "cloning, and a negative one would prefer the log's worst actions",
         interval="[0, inf)",
         per_run=True,
-        in_loss=True,
     )
     max_weight: float = knob(
         100.0,
@@ -67,7 +65,6 @@ class IQLConfig:
         interval="(0, 3e+38]",  # the largest numbers of float32
         loss_interval="(0, inf]",
         per_run=True,
-        in_loss=True,
     )
     bc_weight: float = knob(
         0.3,
@@ -75,7 +72,6 @@ class IQLConfig:
         "OGBench's alpha, 0.003 to 3, is twice this",
         interval="[0, 3e+38]",
         per_run=True,
-        in_loss=True,
     )
     polyak: float = knob(
         0.005, "step of the target critics to the critics; 1 copies them", interval="(0, 1]"
@@ -100,7 +96,6 @@ class IQLConfig:
         "decay per update of the moving average of the policy's weights, with which it acts; 0.999 "
         "averages over about 1,000 updates; 0: it acts with the weights themselves",
         interval="[0, 1)",
-        in_loss=True,
     )
     flow_steps: int = knob(
         10, "Euler steps from noise to an action of a flow policy", interval="[1, inf)"
@@ -111,7 +106,6 @@ class IQLConfig:
         "samples teach it the log's policy, which guidance extrapolates from",
         interval="(0, 1)",
         per_run=True,
-        in_loss=True,
     )
     guidance: float = knob(
         1.0,
@@ -155,7 +149,6 @@ class IQLConfig:
         1,
         "actions of consecutive steps that the critics value and the policy proposes at once",
         interval="[1, inf)",
-        in_loss=True,
     )
     replan_every: int | None = knob(
         None,
@@ -164,13 +157,12 @@ class IQLConfig:
         may_change=lambda config: True,
     )
     encoder_gradient: Literal["critics", "all"] = knob(
-        "critics", "whose losses train the encoder that the networks share", in_loss=True
+        "critics", "whose losses train the encoder that the networks share"
     )
     random_shift: int = knob(
         0,
         "move the images of a batch at random by up to that many pixels; DrQ has 4 for 84 x 84",
         interval="[0, 64]",
-        in_loss=True,
     )
     num_samples: int = knob(
         1,
@@ -183,14 +175,12 @@ class IQLConfig:
         None,
         "rho in mean - rho std over the critics, the target of V; 0 is the mean; none: their minimum",
         interval="[0, inf)",
-        in_loss=True,
     )
     value_objective: Literal[
         "expectile", "quantile", "sarsa_expectile", "sparse", "exponential", "gumbel"
     ] = knob(
         "expectile",
         "loss of V; sparse (SQL), exponential (EQL) and gumbel (XQL) read alpha, the others expectile",
-        in_loss=True,
     )
     alpha: float = knob(
         1.0,
@@ -199,17 +189,15 @@ class IQLConfig:
         "included; the authors' are 0.5 to 10",
         interval="(0, inf)",
         per_run=True,
-        in_loss=True,
     )
     advantage_weight: Literal["auto", "exponential", "positive", "sparse"] = knob(
         "auto",
         "weight of a sample of advantage A in the policy's loss: exponential (exp(temperature A)), "
         "positive (max(A, 0)) or sparse (max(1 + A / (2 alpha), 0)); auto is positive for "
         "value_objective sparse and exponential, else exponential",
-        in_loss=True,
     )
     loss_function: Literal["l2", "l1", "smooth_l1"] = knob(
-        "l2", "distance of the critics to their targets", in_loss=True
+        "l2", "distance of the critics to their targets"
     )
     optimizer: Literal["adam", "adamw"] = knob("adam", "of all networks")
     weight_decay: float = knob(0.0, "decoupled weight decay of adamw", interval="[0, inf)")

@@ -40,8 +40,6 @@ class Knob:
         interval: allowed numbers, such as ``"[0, 1)"``; of a tuple, allowed entries. Infinity is
             allowed by ``"inf]"``. Empty where every number is allowed.
         per_run: the runs of one ``IQLPopulation`` may differ in it.
-        in_loss: an argument and attribute of the losses, which read it at every evaluation.
-            ``make_agent`` passes it; ``captured`` compares it before every call.
         loss_interval: what the losses accept, where that is more than ``interval``.
         may_change: whether a run may be resumed with another value, given the config as a dict.
     """
@@ -52,7 +50,6 @@ class Knob:
     default: Any = None
     interval: str = ""
     per_run: bool = False
-    in_loss: bool = False
     loss_interval: str = ""
     may_change: Callable[[Mapping[str, Any]], bool] = lambda config: False
 
@@ -146,11 +143,6 @@ def _described(config: Any) -> Mapping[str, Knob]:
 
 
 knobs: Callable[[type], Mapping[str, Knob]] = cache(_described)
-
-
-def loss_knobs(config: type) -> Mapping[str, Knob]:
-    """The knobs of a config class that are arguments and attributes of the losses."""
-    return MappingProxyType({name: each for name, each in knobs(config).items() if each.in_loss})
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

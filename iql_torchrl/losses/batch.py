@@ -11,6 +11,8 @@ from tensordict import LazyStackedTensorDict, NestedKey, TensorDictBase
 from tensordict.utils import is_batchedtensor
 from torch import Tensor
 
+from iql_torchrl import functional as F
+from iql_torchrl.config import number_dtype
 from iql_torchrl.data.goals import FOR_ACTOR
 from iql_torchrl.networks import CHUNK_MASK, HISTORY_MASK
 
@@ -21,36 +23,28 @@ LAST_LAYERS = (
 
 @dataclass(frozen=True)
 class Batch:
-    """A batch of logged steps of shape ``(*B,)``; of a population ``(P, B)``.
+    """A batch of transitions of shape ``(*B,)``.
 
     ``data`` holds the entries, ``mask`` (bool, ``(*B,)``) says which steps are real (``None``: all),
     ``weight`` (``(*B,)``) holds the importance weights of a prioritised buffer (``None``: equal).
-    ``shared``: the entries ``(B,)`` where all runs of a population have the same batch.
     ``draws`` are the random tensors that the loss asks for, by name. ``features`` keeps what an
-    encoder gave for these steps. In a part of a batch that several ranks share, ``mean_of_all`` turns
-    a mean over the part into that of the batch, and ``largest_of_all`` its largest value.
+    encoder gave for these steps. In a part of a batch that several ranks share, ``all_reduce_mean``
+    turns a mean over the part into that of the batch, and ``all_reduce_max`` its largest value.
     """
 
     data: TensorDictBase
     mask: Tensor | None
     weight: Tensor | None
-    shared: TensorDictBase | None = None
     draws: Mapping[str, Tensor] = field(default_factory=dict)
     features: dict[Any, Any] = field(default_factory=dict)
-    mean_of_all: Callable[[Tensor], Tensor] | None = None
-    largest_of_all: Callable[[Tensor], Tensor] | None = None
-
-    @property
-    def observed(self) -> TensorDictBase:
-        """The entries as networks read them."""
-        return self.data if self.shared is None else self.shared
+    all_reduce_mean: Callable[[Tensor], Tensor] | None = None
+    all_reduce_max: Callable[[Tensor], Tensor] | None = None
 
     @property
     def next(self) -> Batch:
         return replace(
             self,
             data=self.data.get("next"),
-            shared=None if self.shared is None else self.shared.get("next"),
             draws={
                 k.removeprefix("next_"): v for k, v in self.draws.items() if k.startswith("next_")
             },
@@ -62,51 +56,45 @@ class Batch:
         """What the policy's loss reads: this batch, or one with the entries below ``FOR_ACTOR``."""
         if self.data.get(FOR_ACTOR, None) is None:
             return self
+        data = self.data.exclude(FOR_ACTOR).copy().update(self.data.get(FOR_ACTOR))
+        return replace(self, data=data, features={})
 
-        def replaced(data: TensorDictBase) -> TensorDictBase:
-            return data.exclude(FOR_ACTOR).copy().update(data.get(FOR_ACTOR))
-
-        shared = None if self.shared is None else replaced(self.shared)
-        return replace(self, data=replaced(self.data), shared=shared, features={})
-
-    def of_runs(self, members: int) -> Batch:
-        """The batch of ``members`` runs, ``(P, B)``: as it is, or the same steps for every run.
-
-        Raises ``ValueError`` on another shape than ``(B,)`` or ``(P, B)``.
-        """
-        shape = self.data.batch_size
-        if len(shape) not in (1, 2) or (len(shape) == 2 and shape[0] != members):
-            raise ValueError(
-                f"the batch has shape {tuple(shape)}; expected (B,) for all {members} runs or "
-                f"({members}, B)."
-            )
-        if len(shape) == 2:
-            return self
-        runs = (members, *shape)
-        return replace(
-            self,
-            data=self.data.expand(runs),
-            mask=None if self.mask is None else self.mask.expand(runs),
-            weight=None if self.weight is None else self.weight.expand(runs),
-            shared=self.data,
-        )
-
-    def rows(self, first: int, end: int, *, runs: bool) -> Batch:
-        """Rows ``first`` to ``end`` (excluded) of the dimension of samples, as views.
-
-        That is the first dimension; of a population, with ``runs``, the second.
-        """
+    def rows(self, first: int, end: int) -> Batch:
+        """Entries ``first`` to ``end`` (excluded) of the first dimension, as views."""
 
         def part(entry: Any) -> Any:
-            return None if entry is None else entry[:, first:end] if runs else entry[first:end]
+            return None if entry is None else entry[first:end]
 
         return Batch(
             data=part(self.data),
             mask=part(self.mask),
             weight=part(self.weight),
-            shared=None if self.shared is None else self.shared[first:end],
             draws={name: part(draw) for name, draw in self.draws.items()},
         )
+
+    def mean(self, value: Tensor) -> Tensor:
+        """Mean of per-sample ``value`` over the valid steps, those of all ranks."""
+        mean = F.weighted_mean(value, mask=self.mask_like(value))
+        return mean if self.all_reduce_mean is None else self.all_reduce_mean(mean)
+
+    def largest(self, value: Tensor) -> Tensor:
+        """The largest of per-sample ``value`` over the valid steps of all ranks; no gradient."""
+        value, mask = value.detach(), self.mask_like(value)
+        if mask is not None:  # padding may hold anything
+            value = value.masked_fill(~mask, -torch.inf)
+        largest = value.amax()
+        return largest if self.all_reduce_max is None else self.all_reduce_max(largest)
+
+    def divisors(self, where: torch.device) -> tuple[Tensor, Tensor]:
+        """What means are divided by, 0-d: the valid steps' weights, and the number of valid steps.
+
+        Losses are divided by the first, scalars by the second.
+        """
+        steps = torch.ones(self.data.batch_size, dtype=number_dtype(where), device=where)
+        weights = steps if self.weight is None else steps * self.weight
+        if self.mask is not None:  # a weight of padding may be nan
+            steps, weights = (each.masked_fill(~self.mask, 0.0) for each in (steps, weights))
+        return weights.sum(), steps.sum()
 
     def mask_like(self, value: Tensor) -> Tensor | None:
         """``mask`` in the shape of per-sample ``value``: a step's entry applies to all of it."""
@@ -119,6 +107,46 @@ class Batch:
 
 def _like(entry: Tensor, value: Tensor) -> Tensor:
     return entry.view(*entry.shape, *(1,) * (value.ndim - entry.ndim)).expand_as(value)
+
+
+# Keys of a batch that replace draws.
+FLOW_NOISE, FLOW_TIME, FLOW_DROP = "flow_noise", "flow_time", "flow_drop"
+IMAGE_SHIFT, NEXT_IMAGE_SHIFT = "image_shift", "next_image_shift"
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A random tensor of shape ``(*batch, *entries)``: standard normal, or uniform on [0, 1).
+
+    ``entries``: the shape of a sample's numbers; empty: one number, without a dimension.
+    """
+
+    batch: tuple[int, ...]
+    entries: tuple[int, ...] = ()
+    normal: bool = False
+
+    def fill(self, out: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Draw into ``out``; by default from the generator of torch on its device."""
+        fill = out.normal_ if self.normal else out.uniform_
+        return fill(generator=generator)
+
+    def empty(self, like: Tensor) -> Tensor:
+        return torch.zeros((*self.batch, *self.entries), dtype=like.dtype, device=like.device)
+
+    def fit(self, given: Tensor, size: torch.Size, key: str, like: Tensor) -> Tensor:
+        """The entry ``key`` of a batch of shape ``size`` in place of the draw.
+
+        Raises ``ValueError`` on another shape.
+        """
+        if not self.entries:
+            given = per_sample(given, size, key)
+        if given.shape != (*size, *self.entries):
+            raise ValueError(
+                f"{key!r} has shape {tuple(given.shape)} in a batch of shape {tuple(size)}; "
+                f"expected {(*size, *self.entries)}: it replaces "
+                f"{'standard normal' if self.normal else 'uniform'} numbers that the loss draws."
+            )
+        return given.to(like.dtype).expand(*self.batch, *self.entries)
 
 
 def read_batch(
@@ -214,18 +242,19 @@ def per_sample(value: Tensor, shape: torch.Size, key: NestedKey, *, leading: int
     return value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
 
 
-def check_chunks(
-    data: TensorDictBase, size: int, action_key: NestedKey, reward_key: NestedKey
-) -> None:
-    """Raise ``ValueError`` unless the batch has chunks of ``size`` actions."""
-    mask, reward = (tuple(data.get(key).shape) for key in (CHUNK_MASK, ("next", reward_key)))
-    width = data.get(action_key).shape[-1]
-    if {mask, reward} != {(*data.batch_size, size)} or width % size:
+def check_chunks(data: TensorDictBase, action_key: NestedKey, reward_key: NestedKey) -> None:
+    """Raise ``ValueError`` where a batch with ``"chunk_mask"`` does not have chunks of actions."""
+    mask = data.get(CHUNK_MASK, None)
+    if mask is None:
+        return
+    reward, width = data.get(("next", reward_key)), data.get(action_key).shape[-1]
+    dims = len(data.batch_size)
+    if mask.shape != reward.shape or mask.ndim != dims + 1 or width % mask.shape[-1]:
         raise ValueError(
-            f"{CHUNK_MASK!r} has shape {mask}, the reward {reward} and {action_key!r} rows of "
-            f"{width} numbers, and the loss has action_chunk={size}; expected masks and rewards of "
-            f"shape {(*data.batch_size, size)}, and {size} actions in each row. Take batches from "
-            f"dataset.chunks({size})."
+            f"{CHUNK_MASK!r} has shape {tuple(mask.shape)}, the reward {tuple(reward.shape)} and "
+            f"{action_key!r} rows of {width} numbers; expected masks and rewards of one shape "
+            f"{(*data.batch_size, 'h')}, and h actions in each row. Take batches from "
+            "dataset.chunks(h)."
         )
 
 

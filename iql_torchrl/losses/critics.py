@@ -114,11 +114,11 @@ def initialise_critics(live: TensorDictParams, target: TensorDictParams, module:
 class LossCritics(TensorDictModuleBase):
     """Writes the smallest value over the critics of ``loss``, ``(*B, 1)``.
 
-    With ``pessimism`` in the loss it is ``mean - pessimism * std``.
+    With ``pessimism`` in the loss's value objective it is ``mean - pessimism * std``.
 
-    The live critics, as they are at every call: training changes them. Their parameters here
+    The online critics, as they are at every call: training changes them. Their parameters here
     require no gradient. A copy (``copy.deepcopy``, ``pickle``) has weights of its own and no longer
-    follows the loss. For losses of one run whose critics read a continuous action. Where the loss has
+    follows the loss. For losses whose critics read a continuous action. Where the loss has
     an encoder, these critics read its features: ``policies.encoded(encoder, LossCritics(loss))`` reads
     the observations.
     """
@@ -139,7 +139,8 @@ class LossCritics(TensorDictModuleBase):
         """Put the loss's tensors, buffers too, in as parameters, which share their storage."""
         if self._source is None:
             return
-        self.pessimism = self._source[0].pessimism
+        pessimism = self._source[0].value_objective.hyperparameters.get("pessimism")
+        self.pessimism = None if pessimism is None else float(pessimism)
         params = self._source[0].qvalue_network_params
         tables = [params] if len(self.networks) == 1 else params.data.unbind(0)
         for critic, table in zip(self.networks, tables, strict=True):

@@ -1,11 +1,15 @@
-"""Implicit Q-Learning for critics of state and action, and for critics with one value per action."""
+"""Implicit Q-Learning: the algorithm, as a TorchRL loss module."""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
-from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, dispatch
 from tensordict.utils import unravel_key
 from torch import Tensor, distributions, nn
 from torchrl.data.tensor_specs import Composite, TensorSpec
@@ -13,10 +17,39 @@ from torchrl.data.utils import ACTION_SPACE_MAP
 from torchrl.modules import MaskedOneHotCategorical, OneHotCategorical
 
 from iql_torchrl import functional as F
-from iql_torchrl.losses.batch import Batch
+from iql_torchrl.config import IQLConfig, check_choice
+from iql_torchrl.losses.actor_objectives import (
+    ACTOR_OBJECTIVES,
+    ActorObjective,
+    WeightedFunction,
+)
+from iql_torchrl.losses.batch import (
+    IMAGE_SHIFT,
+    LAST_LAYERS,
+    NEXT_IMAGE_SHIFT,
+    Batch,
+    Draw,
+    check_chunks,
+    check_same_shape,
+    read_batch,
+)
 from iql_torchrl.losses.critics import Critics
-from iql_torchrl.losses.loss import ACTOR_OBJECTIVES, ImplicitQLoss
+from iql_torchrl.losses.encoder import SharedEncoder
+from iql_torchrl.losses.networks import TARGET_CRITICS, NetworkLoss
+from iql_torchrl.losses.objective import Objective, from_settings
+from iql_torchrl.losses.value_objectives import VALUE_OBJECTIVES, ValueFunction, ValueObjective
 
+Terms = tuple[dict[str, Tensor], dict[str, Tensor]]  # losses, and metadata that other parts read
+LOSSES = ("loss_actor", "loss_qvalue", "loss_value")
+DIAGNOSTICS = (
+    "advantage_mean",
+    "weight_mean",
+    "weight_at_ceiling",
+    "effective_sample_size",
+    "qvalue_mean",
+    "value_mean",
+    "td_error_mean",
+)
 ONE_HOT_DISTRIBUTIONS = (
     OneHotCategorical,
     MaskedOneHotCategorical,
@@ -24,14 +57,14 @@ ONE_HOT_DISTRIBUTIONS = (
 )
 
 
-class IQLLoss(ImplicitQLoss):
+class IQLLoss(NetworkLoss):
     r"""Implicit Q-Learning for critics of state and action (Kostrikov et al. 2021).
 
-    Learns from logged steps ``(s, a, r, s')`` alone; no action outside the log is ever valued.
-    With target critics ``Q'`` and ``A = min_k Q'_k(s, a) - V(s)``:
+    Learns from transitions ``(s, a, r, s')`` of a dataset; no action outside it is evaluated. With
+    target critics ``Q'`` and ``A = min_k Q'_k(s, a) - V(s)``:
 
     - ``loss_value``: ``|expectile - 1(A < 0)| A**2``, so V becomes an upper expectile of Q over
-      the log's actions (eq. 5);
+      dataset actions (eq. 5);
     - ``loss_qvalue``: ``sum_k d(Q_k(s, a), r + gamma V(s'))``, nothing past termination (eq. 6);
     - ``loss_actor``: ``-min(exp(temperature A), max_weight) log pi(a|s)`` (eq. 7).
 
@@ -47,113 +80,395 @@ class IQLLoss(ImplicitQLoss):
     Keyword Args:
         num_qvalue_nets: number of critics K >= 1.
         loss_function: distance of the critics: ``"l2"`` (the paper's), ``"l1"``, ``"smooth_l1"``.
-        temperature: inverse temperature beta >= 0. 0 is behaviour cloning; larger is greedier.
-        expectile: tau in (0, 1]. 0.5 values the log's policy; towards 1, its best actions.
-        max_weight: ceiling of a sample's weight, > 0.
-        bc_weight: of the cloning error in ``actor_objective="ddpg_bc"``, >= 0.
-        actor_ema: decay d in [0, 1) of an average of the policy's parameters: ``IQLStep`` sets
-            ``average = d average + (1 - d) parameters`` after every update, starting at the initial
-            parameters. ``loss.averaged_actor`` is a copy of the policy that acts with the average;
-            buffers are the live ones. 0: no average, and ``averaged_actor`` is None.
-        value_objective: ``"expectile"``, ``"quantile"``, ``"sarsa_expectile"``, ``"sparse"``,
-            ``"exponential"`` or ``"gumbel"`` (:meth:`value_term`), or a callable ``(target_qvalue
-            (*B,), value (*B,)) -> per-sample loss (*B,)``.
-        alpha: of ``"sparse"``, ``"exponential"`` and ``"gumbel"``, > 0, in units of the values, in
-            place of ``expectile``. Large: the mean over the log's actions; near 0: the maximum.
-        pessimism: None: targets of V and advantages take ``min_k Q'_k``. rho >= 0: they take ``mean -
-            rho std`` over the critics, with a std that divides by K
-            (:func:`iql_torchrl.functional.pessimistic_value`). ``LossCritics`` follow; ``"ddpg_bc"``
-            has ``q_reduction``.
-        actor_objective: ``"log_prob"``; ``"mse"`` for deterministic actors; ``"flow"`` for
-            ``policies.flow``; ``"conditioned_flow"`` for ``policies.flow(..., conditioned=True)``;
-            ``"ddpg_bc"``; or a callable ``(actor, batch) -> per-sample loss (*B,)``.
-        advantage_weight: ``"exponential"``, ``min(exp(temperature * A), max_weight)``; ``"positive"``,
-            ``min(max(A, 0), max_weight)``; ``"sparse"``, ``min(max(1 + A / (2 alpha), 0),
-            max_weight)``; ``"auto"``, which is "positive" for the value objectives "sparse" and
-            "exponential", as in their authors' code, and else "exponential"; or a callable
-            ``(advantage (*B,)) -> weight (*B,)``, which leaves temperature and max_weight unused.
-        advantage_condition: of ``"conditioned_flow"``, the flow's input for a sample's advantage:
-            ``"positive"``, 1 where A > 0, else 0; or a callable ``(advantage (*B,)) -> (*B,)``, which
-            should give 1 to the actions that the policy is to prefer.
-        condition_dropout: of ``"conditioned_flow"``, the probability in (0, 1) that a sample's
-            condition is unknown.
-        q_reduction, q_source: of ``"ddpg_bc"``: ``"min"`` or ``"mean"`` over the critics; ``"live"``
-            or ``"target"`` critics. Defaults as in OGBench.
+        temperature: inverse temperature beta >= 0 of the default ``actor_objective``. 0 is behaviour
+            cloning; larger is greedier.
+        expectile: in (0, 1], of the default ``value_objective``. 0.5 gives the value of the behaviour
+            policy; towards 1, that of its best actions.
+        max_weight: a sample's weight is clipped to it, > 0.
+        value_objective: what V learns: an object such as ``losses.Expectile(0.9)``, ``Quantile``,
+            ``SarsaExpectile``, ``Sparse``, ``Exponential``, ``Gumbel``, or one of your own; its name in
+            ``IQLConfig``, which reads ``expectile``; or a function ``(target_qvalue (*B,), value (*B,))
+            -> per-sample loss (*B,)``.
+        actor_objective: how the policy is extracted: an object such as ``losses.DDPGBC(bc_weight=0.3)``,
+            ``AdvantageWeighted``, ``WeightedSquaredError``, ``FlowMatching``, ``ConditionedFlow``, or one
+            of your own; its name (``"log_prob"``, ``"mse"``, ``"flow"``, ``"conditioned_flow"``,
+            ``"ddpg_bc"``), which reads ``temperature`` and ``max_weight``; or a function ``(actor,
+            batch) -> per-sample loss (*B,)``, which is weighted.
+        encoder_network: a TensorDictModule that the others share, or a
+            :class:`~iql_torchrl.losses.SharedEncoder`, which has its settings.
         diagnostics: add means that show how training goes (``advantage_mean``, ``weight_mean``,
             ``weight_at_ceiling``, ``effective_sample_size``, ``qvalue_mean``, ``value_mean``,
-            ``td_error_mean``); for ``"conditioned_flow"`` also ``condition_mean``, the share of
-            positive advantages; for ``"ddpg_bc"`` also
-            ``policy_value_gap``, the mean of ``min_k Q_k(s, pi(s)) - min_k Q_k(s, a)``: by how much the
-            critics (those of ``q_source``) value the policy's actions above the logged ones. It
-            grows where the policy exploits errors of the critics. The best of N candidates is not
-            known to the loss, and its N evaluations per step would cost more than the update:
-            :func:`iql_torchrl.evaluation.value_gap` measures it.
-        encoder_network: a TensorDictModule that the others share: it reads entries of the batch,
-            and they read what it writes. An update evaluates it once for s, once for s' and once for
-            s with the weights of its target, which the target critics read; ``SoftUpdate`` moves that
-            target too. The other networks hold none of its parameters.
-        encoder_gradient: ``"critics"``: ``loss_qvalue`` alone trains the encoder. ``"all"``: all
-            losses do; in the sequential order V's descent moves it too.
-        random_shift: move the images of a batch by up to that many pixels, by other numbers before
-            and after the step; for an encoder that is ``networks.JoinedEncoders`` with a
-            ``networks.ImageEncoder`` (Yarats, Kostrikov, Fergus 2021, arXiv:2004.13649). The entries
-            ``"image_shift"`` and ``"next_image_shift"`` ``(*B, 2)`` replace the uniform numbers.
-        action_chunk: number h of actions that the critics value and the policy proposes at once.
-            Batches are those of ``dataset.chunks(h)``: ``action`` ``(*B, h * A)``, ``("next",
-            "reward")`` and ``"chunk_mask"`` ``(*B, h)``. With k the number of actions that the mask
-            marks, the target of the critics is ``sum_i gamma**i r_i + gamma**k V(s_k)``, and the
-            policy's error is that of these actions. Li, Zhou, Levine 2025, "Reinforcement Learning
-            with Action Chunking" (arXiv:2507.07969).
+            ``td_error_mean``, and those of the ``actor_objective``).
         separate_losses: parameters shared with the actor learn from the actor's loss alone.
         reduction: ``"mean"`` (default), ``"sum"`` or ``"none"``.
         deactivate_vmap: evaluate the critics in a loop.
         scalar_output_mode: with ``reduction="none"``, ``"exclude"`` or ``"non_tensor"`` scalars.
         priority_key, gamma: refused as in TorchRL; use ``set_keys`` and ``make_value_estimator``.
 
-    ``actor_objective="flow"`` is conditional flow matching, weighted as the other regressions: ``w``
-    times the mean over action dimensions of ``(v(s, x_t, t) - (a - noise))**2`` with ``x_t = (1 - t)
-    noise + t a`` (Lipman et al. 2023, arXiv:2210.02747). Noise and time are drawn when the batch is
-    read, or are its entries ``"flow_noise"`` ``(*B, A)`` and ``"flow_time"`` ``(*B,)``.
-    ``temperature=0`` is the plain clone; with ``policies.best_of`` that is IFQL (Park, Li, Levine
-    2025, "Flow Q-Learning", arXiv:2502.02538).
+    Hyperparameters are tensors of the objectives: ``loss.temperature = 5.0`` (also ``expectile`` and
+    ``max_weight``) and ``loss.actor_objective.bc_weight = 0.1`` write into them, so that compiled and
+    captured steps need no new compilation. ``loss.average_actor(0.999)`` keeps an average of the
+    policy's weights.
 
-    ``actor_objective="conditioned_flow"`` is the same error of ``v(s, x_t, t, c)`` without weights: c
-    is :func:`iql_torchrl.functional.condition_input` of ``advantage_condition``, and of whether a
-    uniform number, the entry ``"flow_drop"`` ``(*B,)``, is at least ``condition_dropout``.
-    ``temperature``, ``max_weight`` and ``advantage_weight`` are unused. Frans, Park, Abbeel, Levine
-    2025, "Diffusion Guidance Is a Controllable Policy Improvement Operator" (arXiv:2505.23458), whose
-    code drops a tenth of the conditions.
-
-    ``actor_objective="ddpg_bc"`` maximises the critics' value of the policy's own action:
-    ``-Q(s, pi(s)) / mean|Q(s, pi(s))|`` plus ``bc_weight`` times the cloning error, minus the
-    log-probability of the logged action, or ``|pi(s) - a|**2`` (a sum) where the policy has no
-    density. Fujimoto and Gu 2021, "A Minimalist Approach to Offline RL" (arXiv:2106.06860), eq. 3 to 5
-    (its ``alpha`` is the reciprocal of the weight of a mean over action dimensions); extraction
-    after IQL: Park, Frans, Levine, Kumar 2024 (arXiv:2406.09329). ``pi(s)`` is the mode (deterministic
-    sample) of the distribution, which OGBench's code uses for policies with a constant scale: no
-    random numbers. ``temperature``, ``max_weight`` and ``advantage_weight`` are unused. No gradient
-    reaches the critics. It is known to exploit errors of the critics at actions outside of the
-    log; on small logs weighted regression (``"log_prob"``) can be better. A learned scale lets the
-    log-probability outweigh Q as it shrinks: compare several ``bc_weight``.
+    Batches of action chunks (``dataset.chunks(h)``): ``action`` ``(*B, h * A)``, ``("next", "reward")``
+    and ``"chunk_mask"`` ``(*B, h)``. With k the number of actions that the mask marks, the target of
+    the critics is ``sum_i gamma**i r_i + gamma**k V(s_k)``, and the policy's error is that of these
+    actions. Li, Zhou, Levine 2025, "Reinforcement Learning with Action Chunking" (arXiv:2507.07969).
 
     Raises:
         ValueError: a value out of range or an unknown name (the message shows it), or an encoder that
             does not fit the other networks or keeps statistics of batches (BatchNorm).
-        TypeError: ``gamma`` given, a number that is none, a network that is no TensorDictModule
-            (``qvalue_network``: nor a list or function of such), or a policy without ``get_dist``
-            for ``actor_objective="log_prob"``, or a flow policy with another objective than "flow".
+        TypeError: ``gamma`` given, a non-numeric value, a network that is not a TensorDictModule
+            (``qvalue_network``: nor a list or function of such), or a policy that the
+            ``actor_objective`` cannot train.
     """
+
+    value_objective: ValueObjective
+    actor_objective: ActorObjective
+
+    def __init__(
+        self,
+        actor_network: ProbabilisticTensorDictSequential,
+        qvalue_network: Critics,
+        value_network: TensorDictModule,
+        *,
+        num_qvalue_nets: int = 2,
+        loss_function: str = IQLConfig.loss_function,
+        temperature: float = IQLConfig.temperature,
+        expectile: float = IQLConfig.expectile,
+        max_weight: float = IQLConfig.max_weight,
+        value_objective: ValueObjective | str | Callable[..., Any] = "expectile",
+        actor_objective: ActorObjective | str | Callable[..., Any] = "log_prob",
+        encoder_network: TensorDictModule | SharedEncoder | None = None,
+        diagnostics: bool = False,
+        separate_losses: bool = False,
+        reduction: str | None = None,
+        deactivate_vmap: bool = False,
+        scalar_output_mode: str | None = None,
+        priority_key: str | None = None,
+        gamma: float | None = None,
+    ) -> None:
+        _check_form(num_qvalue_nets, value_network, reduction, scalar_output_mode, gamma)
+        check_choice("loss_function", loss_function, tuple(F.REGRESSION_LOSSES))
+        settings = {"expectile": expectile, "temperature": temperature, "max_weight": max_weight}
+        Objective(**settings)  # checks those that the chosen objectives do not read
+        of_value = _value_objective(value_objective, settings)
+        settings["weight"] = of_value.advantage_weight
+        of_actor = _actor_objective(actor_objective, settings)
+        of_actor.check_actor(actor_network)
+        super().__init__(
+            actor_network,
+            qvalue_network,
+            value_network,
+            encoder_network,
+            num_qvalue_nets=num_qvalue_nets,
+            separate_losses=separate_losses,
+            deactivate_vmap=deactivate_vmap,
+            priority_key=priority_key,
+        )
+        self.value_objective, self.actor_objective = of_value, of_actor
+        self.loss_function, self.diagnostics = loss_function, diagnostics
+        self.reduction = reduction or "mean"
+        self.scalar_output_mode = scalar_output_mode
+        if self.reduction == "none" and scalar_output_mode is None:
+            self.scalar_output_mode = "exclude"
+            warnings.warn(
+                f"{type(self).__name__} with reduction='none' returns losses of the batch's shape, "
+                "beside which a scalar (entropy, diagnostics) has no place: they are left out. Pass "
+                "scalar_output_mode='exclude' to say so, or 'non_tensor' to keep them as non-tensor "
+                "data.",
+                UserWarning,
+                stacklevel=3,
+            )
+        excluded = self.reduction == "none" and self.scalar_output_mode == "exclude"
+        self.out_keys = [*LOSSES, *(() if excluded else self.scalar_names)]
+
+    # -- the algorithm -------------------------------------------------------------------------------
+
+    def target_qvalue(self, batch: Batch) -> Tensor:
+        """``min_k Q'_k(s, a)`` of the target critics, ``(*B,)``; or as ``pessimism`` says. No gradient."""
+        with torch.no_grad():
+            return self.value_objective.target_of(self.qvalues(batch, "target"))
+
+    def advantage(self, batch: Batch) -> Tensor:
+        """``min_k Q'_k(s, a) - V(s)``, ``(*B,)``, without gradient."""
+        with torch.no_grad():
+            return self.target_qvalue(batch) - self.state_value(batch)
+
+    def value_term(
+        self, batch: Batch, target_qvalue: Tensor, td_target: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of V given what it regresses on, and its metadata (eq. 5)."""
+        value = self.state_value(batch)
+        check_same_shape(LAST_LAYERS, state_value=value, target_qvalue=target_qvalue)
+        target = target_qvalue
+        if self.value_objective.reads_td_target:
+            target = self.td_target(batch) if td_target is None else td_target
+        loss = self.value_objective(target, value, batch)
+        return self._reduce(loss, batch), {"value": value.detach()}
+
+    def actor_term(self, batch: Batch, advantage: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of the policy given the advantages ``(*B,)``, and its metadata (eq. 7).
+
+        Where the batch has other entries for the policy (goals of its own, ``data.GoalSampler``), these
+        are read, also for the advantages.
+        """
+        if (own := batch.for_actor) is not batch:
+            batch, advantage = own, self.advantage(own)
+        loss, metadata = self.actor_objective(self, batch, advantage)
+        return self._reduce(loss, batch), {"advantage": advantage} | metadata
+
+    def qvalue_term(self, batch: Batch, td_target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Sum over critics of their distance to ``td_target``, and its metadata (eq. 6).
+
+        ``metadata["td_error"]`` is the squared error of every critic, ``(K, *B)``, 0 where masked.
+        """
+        qvalue = self.qvalues(batch)
+        check_same_shape(LAST_LAYERS, qvalue=qvalue[0], td_target=td_target)
+        target = td_target.expand_as(qvalue)
+        loss = F.regression_loss(qvalue, target, loss_function=self.loss_function).sum(0)
+        td_error = (qvalue.detach() - target).square()
+        mask = batch.mask_like(td_target)
+        if mask is not None:
+            td_error = td_error.masked_fill(~mask, 0.0)
+        return self._reduce(loss, batch), {"td_error": td_error, "qvalue": qvalue.detach()}
+
+    def terms(self, batch: Batch) -> Terms:
+        """All three losses, and their joined metadata, with the networks as they are now."""
+        target_qvalue = self.target_qvalue(batch)
+        td_target = self.td_target(batch)
+        loss_value, of_value = self.value_term(batch, target_qvalue, td_target)
+        loss_actor, of_actor = self.actor_term(batch, target_qvalue - of_value["value"])
+        loss_qvalue, of_qvalue = self.qvalue_term(batch, td_target)
+        losses = {"loss_actor": loss_actor, "loss_qvalue": loss_qvalue, "loss_value": loss_value}
+        return losses, of_value | of_actor | of_qvalue
+
+    def value_phase(self, batch: Batch) -> Terms:
+        """V's loss, the first of the sequential update; ``"target_qvalue"`` is in the metadata."""
+        target_qvalue = self.target_qvalue(batch)
+        loss_value, metadata = self.value_term(batch, target_qvalue)
+        return {"loss_value": loss_value}, metadata | {"target_qvalue": target_qvalue}
+
+    def policy_phase(self, batch: Batch, target_qvalue: Tensor) -> Terms:
+        """The losses of policy and critics, with V as it is after its step."""
+        with torch.no_grad():
+            advantage = target_qvalue - self.state_value(batch)
+        loss_actor, of_actor = self.actor_term(batch, advantage)
+        loss_qvalue, of_qvalue = self.qvalue_term(batch, self.td_target(batch))
+        return {"loss_actor": loss_actor, "loss_qvalue": loss_qvalue}, of_actor | of_qvalue
+
+    def _reduce(self, loss: Tensor, batch: Batch) -> Tensor:
+        """Reduce per-sample losses; a mask or weight of a step applies to all that it holds."""
+        mask, weight = batch.mask_like(loss), batch.weight_like(loss)
+        return F.reduce(loss, reduction=self.reduction, mask=mask, weight=weight)
+
+    # -- what is read from a batch, and what is returned -------------------------------------------------
+
+    def prepare_batch(
+        self, tensordict: TensorDictBase, draws: Mapping[str, Tensor] | None = None
+    ) -> Batch:
+        """The batch as the update reads it: :func:`read_batch`, and :meth:`random_inputs`.
+
+        Random tensors that neither ``tensordict`` nor ``draws`` has are drawn here, from torch's
+        default generator: so an update reads its batch outside of the compiled program.
+        """
+        batch = self.read_batch(tensordict)
+        inputs = self.random_inputs(batch.data.batch_size)
+        return replace(batch, draws=self.drawn(batch, inputs, draws))
+
+    def read_batch(self, tensordict: TensorDictBase) -> Batch:
+        """The batch without random tensors."""
+        weigh = self.use_prioritized_weights in (True, "auto")
+        done = unravel_key(("next", self.tensor_keys.done))
+        batch = read_batch(
+            tensordict,
+            required=[key for key in self.in_keys if key not in self.optional_keys | {done}],
+            mask_keys=self._loss_mask_keys(),
+            weight_key=self.tensor_keys.priority_weight if weigh else None,
+            done_key=done,
+        )
+        check_chunks(batch.data, self.tensor_keys.action, self.tensor_keys.reward)
+        return batch
+
+    def drawn(
+        self, batch: Batch, inputs: Mapping[str, Draw], draws: Mapping[str, Tensor] | None
+    ) -> dict[str, Tensor]:
+        """The random tensors ``inputs``: the batch's entries, else ``draws``, else new ones."""
+        like, *_ = self.actor_network_params.values(True, True)
+        drawn = {}
+        for key, draw in inputs.items():
+            given = batch.data.get(key, None)
+            if given is not None:
+                drawn[key] = draw.fit(given, batch.data.batch_size, key, like)
+            elif draws is not None and key in draws:
+                drawn[key] = draws[key]
+            else:
+                drawn[key] = draw.fill(draw.empty(like))
+        return drawn
+
+    def random_inputs(self, batch_size: torch.Size) -> Mapping[str, Draw]:
+        """Random tensors that the losses of a batch need, by the key of the batch that replaces them.
+
+        Those of the ``actor_objective``, and for an encoder with ``random_shift`` ``"image_shift"`` and
+        ``"next_image_shift"`` ``(*B, 2)``, uniform on [0, 1).
+        """
+        needed = dict(self.actor_objective.random_inputs(self.actor_network, batch_size))
+        if self.encoder is not None and self.encoder.random_shift:
+            shift = Draw(tuple(batch_size), (2,))
+            needed |= {IMAGE_SHIFT: shift, NEXT_IMAGE_SHIFT: shift}
+        return needed
+
+    @property
+    def scalar_names(self) -> list[str]:
+        """Names of the scalars that an update computes besides its losses."""
+        objective = self.actor_objective
+        names = ["entropy"] if objective.has_entropy else []
+        return names + [*DIAGNOSTICS, *objective.diagnostics.values()] * bool(self.diagnostics)
+
+    def summary(self, batch: Batch, metadata: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Outputs of an update besides its losses.
+
+        ``priority`` and ``log_prob`` per sample; scalars ``entropy`` and those of ``DIAGNOSTICS``.
+        """
+        summary = {"priority": metadata["td_error"].amax(0)}
+        if "log_prob" in metadata:
+            summary["log_prob"] = metadata["log_prob"]
+            summary["entropy"] = batch.mean(-metadata["log_prob"])
+        if not self.diagnostics:
+            return summary
+        advantage = metadata["advantage"]
+        weight = metadata.get("weight", torch.ones_like(advantage))
+        clipped = metadata.get("clipped", torch.zeros_like(advantage))
+        size = F.effective_sample_size(weight, mask=batch.mask_like(weight))
+        for key, name in self.actor_objective.diagnostics.items():
+            summary[name] = batch.mean(metadata[key])
+        return summary | {
+            "advantage_mean": batch.mean(advantage),
+            "weight_mean": batch.mean(weight),
+            "weight_at_ceiling": batch.mean(clipped.to(weight.dtype)),
+            "effective_sample_size": size,
+            "qvalue_mean": batch.mean(metadata["qvalue"].mean(0)),
+            "value_mean": batch.mean(metadata["value"]),
+            "td_error_mean": batch.mean(metadata["td_error"].mean(0)),
+        }
+
+    def outputs(
+        self, tensordict: TensorDictBase, losses: dict[str, Tensor], summary: dict[str, Tensor]
+    ) -> TensorDictBase:
+        """A new TensorDict of losses and scalars; priority and log-probability go into the input."""
+        scalars = {k: v for k, v in summary.items() if k not in ("priority", "log_prob")}
+        tensordict.set(self.tensor_keys.priority, summary["priority"])
+        if "log_prob" in summary:
+            tensordict.set(self.tensor_keys.log_prob, summary["log_prob"])
+        if self.reduction != "none":
+            return TensorDict(losses | scalars)
+        out = TensorDict(losses, batch_size=tensordict.batch_size)
+        if self.scalar_output_mode == "non_tensor":
+            for key, scalar in scalars.items():
+                out.set_non_tensor(key, scalar)
+        return out
+
+    # -- TorchRL's interface -------------------------------------------------------------------------
+
+    @dispatch
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """The three losses of a batch, each reaching its own network and no other.
+
+        Reads :attr:`in_keys`; returns ``loss_actor``, ``loss_qvalue``, ``loss_value``,
+        ``entropy`` (TorchRL's name for minus the mean log-probability of the dataset actions), and
+        with ``diagnostics=True`` the keys of ``DIAGNOSTICS`` and those of the ``actor_objective``.
+        Writes the priority (largest squared TD error of the critics) and the log-probability into
+        ``tensordict``.
+        """
+        batch = self.prepare_batch(tensordict)
+        losses, metadata = self.terms(batch)
+        out = self.outputs(tensordict, losses, self.summary(batch, metadata))
+        networks = (f"{network}_network_params" for network in ("actor", "qvalue", "value"))
+        self._clear_weakrefs(tensordict, out, *networks, TARGET_CRITICS)
+        return out
+
+    def value_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
+        """:meth:`value_term` of a batch, everything it needs evaluated here."""
+        batch = self.prepare_batch(tensordict)
+        return self.value_term(batch, self.target_qvalue(batch))
+
+    def actor_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
+        """:meth:`actor_term` of a batch with ``A = min_k Q'_k(s, a) - V(s)``.
+
+        Writes the log-probability of the dataset actions into ``tensordict``, as TorchRL does.
+        """
+        batch = self.prepare_batch(tensordict)
+        loss, metadata = self.actor_term(batch, self.advantage(batch))
+        if "log_prob" in metadata:
+            tensordict.set(self.tensor_keys.log_prob, metadata["log_prob"])
+        return loss, metadata
+
+    def qvalue_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
+        """:meth:`qvalue_term` of a batch with the targets of :meth:`td_target`."""
+        batch = self.prepare_batch(tensordict)
+        return self.qvalue_term(batch, self.td_target(batch))
 
     @staticmethod
     def loss_value_diff(diff: Tensor, expectile: float = 0.8) -> Tensor:
         """TorchRL's name for :func:`iql_torchrl.functional.expectile_loss`."""
         return F.expectile_loss(diff, expectile=expectile)
 
+    # -- hyperparameters -----------------------------------------------------------------------------
 
-class DiscreteIQLLoss(ImplicitQLoss):
+    @property
+    def hyperparameters(self) -> dict[str, Tensor]:
+        """The hyperparameters of both objectives, by ``objective.name``."""
+        return {
+            f"{kind}.{name}": value
+            for kind in ("value_objective", "actor_objective")
+            for name, value in getattr(self, kind).hyperparameters.items()
+        }
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What identifies this loss in a checkpoint: its choices, and hyperparameters at first."""
+        choices = {
+            kind: names.get(type(objective), type(objective).__name__)
+            for kind, objective, names in (
+                ("value_objective", self.value_objective, _names(VALUE_OBJECTIVES)),
+                ("actor_objective", self.actor_objective, _names(ACTOR_OBJECTIVES)),
+            )
+        }
+        initial = self.value_objective.initial | self.actor_objective.initial
+        encoder = self.encoder
+        if encoder is not None:
+            choices |= {
+                "encoder_gradient": encoder.gradient,
+                "random_shift": encoder.random_shift,
+            }
+        names = ("loss_function", "reduction", "actor_ema")
+        return choices | initial | {name: getattr(self, name) for name in names}
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("temperature", "expectile", "max_weight"):
+            return getattr(self._objective_with(name), name)
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("temperature", "expectile", "max_weight"):
+            setattr(self._objective_with(name), name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def _objective_with(self, name: str) -> Objective:
+        objective: Objective = self.value_objective if name == "expectile" else self.actor_objective
+        if name not in objective.hyperparameters:
+            raise AttributeError(
+                f"{type(objective).__name__} has no {name}; its hyperparameters are "
+                f"{', '.join(objective.hyperparameters) or 'none'}."
+            )
+        return objective
+
+
+class DiscreteIQLLoss(IQLLoss):
     """IQL when the critic returns one value per action: ``(*B, N)``, N >= 2.
 
-    The logged action is an index, ``(*B,)`` or ``(*B, 1)``, or one-hot ``(*B, N)``, whatever the
+    The dataset action is an index, ``(*B,)`` or ``(*B, 1)``, or one-hot ``(*B, N)``, whatever the
     policy's distribution takes. All else is :class:`IQLLoss`'s.
 
     Keyword Args:
@@ -170,15 +485,13 @@ class DiscreteIQLLoss(ImplicitQLoss):
         action_space: str | TensorSpec | None = None,
         **kwargs: Any,
     ) -> None:
-        if (objective := kwargs.get("actor_objective")) in ACTOR_OBJECTIVES[1:]:
-            raise ValueError(
-                f"actor_objective={objective!r} needs continuous actions; these are discrete."
-            )
-        if (chunk := kwargs.get("action_chunk", 1)) != 1:
-            raise ValueError(
-                f"action_chunk={chunk!r} needs continuous actions; these are discrete."
-            )
         super().__init__(actor_network, qvalue_network, value_network, **kwargs)
+        objective = self.actor_objective
+        if objective.needs_continuous_actions:
+            raise ValueError(
+                f"actor_objective={type(objective).__name__} needs continuous actions; these are "
+                "discrete."
+            )
         if action_space is not None and not isinstance(action_space, str | TensorSpec):
             raise TypeError(
                 f"action_space is {action_space!r}; choose 'categorical' or 'one-hot', or pass a "
@@ -194,7 +507,7 @@ class DiscreteIQLLoss(ImplicitQLoss):
     def pick(self, outputs: Tensor, batch: Batch) -> Tensor:
         return F.pick_action(outputs, batch.data.get(self.tensor_keys.action), leading=1)
 
-    def logged_action(self, batch: Batch, dist: distributions.Distribution) -> Tensor:
+    def dataset_action(self, batch: Batch, dist: distributions.Distribution) -> Tensor:
         action = batch.data.get(self.tensor_keys.action)
         dims = len(dist.batch_shape)
         is_one_hot = action.ndim > dims and action.shape[-1] > 1
@@ -216,3 +529,60 @@ def _name_of(action_space: str | TensorSpec) -> str | None:
     space = type(action_space) if isinstance(action_space, TensorSpec) else action_space
     name: str | None = ACTION_SPACE_MAP.get(space)
     return name
+
+
+def _names(kinds: Mapping[str, type]) -> dict[type, str]:
+    return {kind: name for name, kind in kinds.items()}
+
+
+def _value_objective(objective: Any, settings: Mapping[str, Any]) -> ValueObjective:
+    """The objective itself, that of the name with these settings, or one of a function."""
+    if isinstance(objective, ValueObjective):
+        return objective
+    if callable(objective):
+        return ValueFunction(objective)
+    check_choice("value_objective", objective, tuple(VALUE_OBJECTIVES))
+    chosen: ValueObjective = from_settings(VALUE_OBJECTIVES[objective], settings)
+    return chosen
+
+
+def _actor_objective(objective: Any, settings: Mapping[str, Any]) -> ActorObjective:
+    """As :func:`_value_objective`; a function is weighted."""
+    if isinstance(objective, ActorObjective):
+        return objective
+    if callable(objective):
+        names = ("temperature", "max_weight", "weight")
+        return WeightedFunction(objective, **{name: settings[name] for name in names})
+    check_choice("actor_objective", objective, tuple(ACTOR_OBJECTIVES))
+    chosen: ActorObjective = from_settings(ACTOR_OBJECTIVES[objective], settings)
+    return chosen
+
+
+def _check_form(
+    num_qvalue_nets: object,
+    value_network: object,
+    reduction: str | None,
+    scalar_output_mode: str | None,
+    gamma: object,
+) -> None:
+    """Raise ``TypeError`` or ``ValueError`` on arguments that no loss accepts."""
+    if gamma is not None:
+        raise TypeError(
+            f"gamma is {gamma!r}; the discount belongs to the value estimator: call "
+            f"loss.make_value_estimator(gamma={gamma!r}) after building the loss."
+        )
+    if isinstance(num_qvalue_nets, bool) or not isinstance(num_qvalue_nets, int):
+        raise TypeError(f"num_qvalue_nets is {num_qvalue_nets!r}; it must be an integer >= 1.")
+    if num_qvalue_nets < 1:
+        raise ValueError(f"num_qvalue_nets is {num_qvalue_nets}; at least one critic is needed.")
+    if value_network is None:
+        raise ValueError(
+            "value_network is None: IQL needs a state-value network V(s), for the targets of "
+            "the critics and for the policy's advantages. Pass a module that writes "
+            "'state_value'."
+        )
+    check_choice("reduction", reduction or "mean", ("mean", "sum", "none"))
+    if scalar_output_mode not in (None, "exclude", "non_tensor"):
+        raise ValueError(
+            f"scalar_output_mode is {scalar_output_mode!r}; choose 'exclude', 'non_tensor' or None."
+        )

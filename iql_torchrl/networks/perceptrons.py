@@ -18,7 +18,6 @@ ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = {
     "gelu": partial(nn.GELU, "tanh"),
     "mish": nn.Mish,
 }
-Part = Callable[..., Tensor]
 
 
 class Standardise(nn.Module):
@@ -61,6 +60,48 @@ def _floats(values: Any) -> Tensor:
     return torch.as_tensor(values, dtype=torch.get_default_dtype())
 
 
+class Linear(nn.Linear):
+    """``nn.Linear`` that is K layers where its parameters are stacked.
+
+    With a weight ``(out, in)`` it is ``nn.Linear``. With a weight ``(K, out, in)`` and a bias
+    ``(K, out)`` an input ``(N, in)``, which all layers read, or ``(K, N, in)`` gives ``(K, N, out)``.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return affine(x, self.weight, self.bias)
+
+
+def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """``x @ weight.mT + bias``, of one layer or of K stacked ones (:class:`Linear`)."""
+    if weight.ndim == 2:
+        return nn.functional.linear(x, weight, bias)
+    if x.ndim == 2:  # one product for all layers
+        out = (weight.flatten(0, 1) @ x.mT).unflatten(0, weight.shape[:2]).mT
+        return out + bias.unsqueeze(-2)
+    return torch.baddbmm(bias.unsqueeze(-2), x, weight.mT)
+
+
+def chain(x: Tensor, leaves: Sequence[Tensor]) -> Tensor:
+    """Linear layers with ReLU between them; ``leaves``: weight and bias of each, maybe stacked."""
+    pairs = list(zip(leaves[::2], leaves[1::2], strict=True))
+    for number, (weight, bias) in enumerate(pairs):
+        x = affine(x if number == 0 else x.relu(), weight, bias)
+    return x
+
+
+class LayerNorm(nn.LayerNorm):
+    """``nn.LayerNorm`` that is K layers where its parameters are ``(K, features)``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.weight.ndim == 1:
+            return super().forward(x)
+        normal = nn.functional.layer_norm(x, self.normalized_shape, eps=self.eps)
+        return normal * self.weight.unsqueeze(-2) + self.bias.unsqueeze(-2)
+
+
+ENSEMBLE_LAYERS = (Linear, LayerNorm)
+
+
 class MLP(nn.Sequential):
     """Fully connected layers: ``hidden`` widths, each followed by norm, activation and dropout.
 
@@ -90,7 +131,7 @@ class MLP(nn.Sequential):
         linear = _checked_linear(hidden, activation, dropout, initialisation)
         layers: list[nn.Module] = []
         for width in hidden:
-            parts = [nn.LayerNorm(width), activation()] if layer_norm else [activation()]
+            parts = [LayerNorm(width), activation()] if layer_norm else [activation()]
             parts = parts[::-1] if norm_after_activation else parts
             layers += [linear(in_features, width), *parts, *_dropout(dropout)]
             in_features = width
@@ -103,8 +144,7 @@ class ResidualMLP(nn.Module):
     Each block is ``x + Dense_h(activation(Dense_4h(LayerNorm(Dropout(x)))))``: the network of IDQL's
     policy (Hansen-Estruch et al. 2023, arXiv:2304.10573, appendix G), which has three blocks of width
     256 and dropout 0.1. ``hidden`` has the width once for each block. Initial weights as in
-    :class:`MLP`. Perceptrons are evaluated together and stacked in populations; this network is
-    evaluated as any other, and a population refuses it.
+    :class:`MLP`.
 
     Raises ``ValueError`` and ``TypeError`` as :class:`MLP`, and ``ValueError`` on widths that differ.
     """
@@ -131,7 +171,7 @@ class ResidualMLP(nn.Module):
         self.blocks = nn.ModuleList(
             nn.Sequential(
                 *_dropout(dropout),
-                nn.LayerNorm(width),
+                LayerNorm(width),
                 linear(width, 4 * width),
                 activation(),
                 linear(4 * width, width),
@@ -166,7 +206,7 @@ def _checked_linear(
 
     def linear(in_features: int, out_features: int) -> nn.Linear:
         check_whole(in_features=in_features, out_features=out_features)
-        layer = nn.Linear(in_features, out_features)
+        layer = Linear(in_features, out_features)
         if initialisation == "orthogonal":
             nn.init.orthogonal_(layer.weight, 2.0**0.5)
             nn.init.zeros_(layer.bias)
@@ -190,17 +230,14 @@ def first_layer(preprocess: nn.Module | None) -> nn.Module:
 
 
 class AroundPerceptron(nn.Module):
-    """Base of networks of a first layer, ``preprocess``, one perceptron, ``mlp``, and what is around.
+    """Base of networks of a first layer, ``preprocess``, and fully connected layers, ``mlp``.
 
-    ``in_features`` is the number of features that the perceptron reads. Further keywords go to
-    :class:`MLP`, or with ``residual=True`` to :class:`ResidualMLP`.
+    ``in_features`` is the number of features that ``mlp`` reads. Further keywords go to :class:`MLP`,
+    or with ``residual=True`` to :class:`ResidualMLP`.
 
-    ``around(first, mlp, *inputs)`` is the network with these two in their place: an update calls it
-    with what evaluates the perceptron over parameters of its choice. ``mlp_reads_first``: whether the
-    perceptron reads the output of the first layer and nothing else.
+    The parameters of ``mlp`` may be those of K networks, ``(K, ...)``: the result is then
+    ``(K, *B, out)``. ``IQLLoss`` evaluates K critics so (:func:`can_be_ensemble`).
     """
-
-    mlp_reads_first = True
 
     def __init__(
         self,
@@ -216,10 +253,44 @@ class AroundPerceptron(nn.Module):
         self.mlp: nn.Module = (ResidualMLP if residual else MLP)(in_features, out_features, **mlp)
 
     def forward(self, *inputs: Tensor) -> Any:
-        return self.around(self.preprocess, self.mlp, *inputs)
+        return self.layers(self.preprocess(join_observations(inputs)))
 
-    def around(self, first: Part, mlp: Part, *inputs: Tensor) -> Any:
-        return mlp(first(join_observations(inputs)))
+    def layers(self, features: Tensor) -> Tensor:
+        """``mlp``: ``(*B, in)`` to ``(*B, out)``, of K networks to ``(K, *B, out)``."""
+        weight = next(self.mlp.parameters())
+        _check_dtype(features, weight)
+        if weight.ndim < 3:
+            out: Tensor = self.mlp(features)
+            return out
+        out = self.mlp(features.reshape(-1, features.shape[-1]))
+        return out.unflatten(-2, features.shape[:-1])
+
+
+def _check_dtype(features: Tensor, weight: Tensor) -> None:
+    if not features.is_floating_point():
+        raise TypeError(
+            f"a network's first layer got {features.dtype}; it needs floating-point observations. Give "
+            "a network of categories preprocess=networks.OneHot(...), and cast other integers to float."
+        )
+    if features.dtype != weight.dtype and not torch.is_autocast_enabled(features.device.type):
+        raise TypeError(
+            f"a network's first layer got {features.dtype} and has weights of {weight.dtype}; cast the "
+            f"batch's observations and actions to {weight.dtype}, or the loss to {features.dtype} "
+            "before the optimizer is built."
+        )
+
+
+def can_be_ensemble(network: nn.Module) -> bool:
+    """Return whether ``network`` computes K networks where its parameters are stacked.
+
+    It is a network of this package whose parameters are all in fully connected and normalisation
+    layers that read them so.
+    """
+    return isinstance(network, AroundPerceptron) and all(
+        isinstance(module, ENSEMBLE_LAYERS)
+        for module in network.modules()
+        if any(True for _ in module.parameters(recurse=False))
+    )
 
 
 class StateValue(AroundPerceptron):
@@ -250,21 +321,19 @@ class Critic(AroundPerceptron):
     output features.
     """
 
-    mlp_reads_first = False
-
     def __init__(self, in_features: int, action_features: int, **network: Any) -> None:
         super().__init__(in_features + action_features, 1, **network)
 
-    def around(self, first: Part, mlp: Part, *inputs: Tensor) -> Any:
+    def forward(self, *inputs: Tensor) -> Any:
         *observations, action = inputs
-        features = first(join_observations(observations))
+        features = self.preprocess(join_observations(observations))
         if action.ndim != features.ndim:
             raise ValueError(
                 f"the action has shape {tuple(action.shape)} and the features of the observations "
                 f"{tuple(features.shape)}; expected an action (*B, A). An action of one number is "
                 "stored as (*B, 1): batch['action'].unsqueeze(-1)."
             )
-        return mlp(torch.cat([features, action], -1))
+        return self.layers(torch.cat([features, action], -1))
 
 
 def join_observations(observations: Sequence[Tensor]) -> Tensor:

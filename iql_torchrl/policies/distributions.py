@@ -296,8 +296,8 @@ class Head(AroundPerceptron):
 class GaussianHead(Head):
     """Mean inside the bounds; log-std the parameter (the paper's), or an output of the MLP."""
 
-    def around(self, *parts: Any) -> tuple[Tensor, Tensor]:
-        out = super().around(*parts)
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        out = super().forward(*inputs)
         out, log_std = out.chunk(2, -1) if self.log_std is None else (out, self.log_std)
         std = log_std.clamp(LOG_STD_MIN, LOG_STD_MAX).exp() * self.unit
         return self.inside(out), std.expand_as(out)
@@ -306,16 +306,16 @@ class GaussianHead(Head):
 class SquashedHead(Head):
     """Location before the tanh, and a state-dependent scale."""
 
-    def around(self, *parts: Any) -> tuple[Tensor, Tensor]:
-        loc, log_std = super().around(*parts).chunk(2, -1)
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        loc, log_std = super().forward(*inputs).chunk(2, -1)
         return loc, log_std.clamp(LOG_STD_MIN, LOG_STD_MAX).exp()
 
 
 class DeterministicHead(Head):
     """The action."""
 
-    def around(self, *parts: Any) -> Tensor:
-        return self.inside(super().around(*parts))
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.inside(super().forward(*inputs))
 
 
 class MixtureHead(Head):
@@ -323,9 +323,9 @@ class MixtureHead(Head):
 
     log_std: nn.Parameter
 
-    def around(self, *parts: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         shape = self.log_std.shape[-2:]
-        logits, loc = super().around(*parts).split([shape[0], shape.numel()], -1)
+        logits, loc = super().forward(*inputs).split([shape[0], shape.numel()], -1)
         loc = self.inside(loc.unflatten(-1, shape))
         std = self.log_std.clamp(LOG_STD_MIN, LOG_STD_MAX).exp() * self.unit
         return logits, loc, std.expand_as(loc)

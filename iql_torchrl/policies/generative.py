@@ -22,7 +22,6 @@ from torchrl.modules import Delta
 
 from iql_torchrl.config import IQLConfig, check_choice, check_whole, knobs
 from iql_torchrl.networks import join_observations
-from iql_torchrl.networks.perceptrons import Part
 from iql_torchrl.policies.actors import bounds_of, listed
 from iql_torchrl.policies.distributions import Bounds, Head
 
@@ -35,27 +34,22 @@ class FlowHead(Head):
     With ``conditioned`` ``v(s, x, t, c)``, c being :func:`iql_torchrl.functional.condition_input`.
     """
 
-    mlp_reads_first = False
-
     def __init__(
         self, in_features: int, bounds: Bounds, conditioned: bool = False, **network: Any
     ) -> None:
         size = bounds[0].numel()
         super().__init__(in_features + size + 1 + 2 * conditioned, size, bounds, **network)
 
-    def around(self, first: Part, mlp: Part, *inputs: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor) -> Tensor:
         observation, action, time, *condition = inputs
-        return self.step(mlp, first(observation), action, time, *condition)
+        return self.step(self.preprocess(observation), action, time, *condition)
 
-    @staticmethod
-    def step(
-        mlp: Part, features: Tensor, action: Tensor, time: Tensor, *condition: Tensor
-    ) -> Tensor:
+    def step(self, features: Tensor, action: Tensor, time: Tensor, *condition: Tensor) -> Tensor:
         """The velocity from the output of the first layer; leading dimensions are broadcast."""
         time = time.unsqueeze(-1) if time.ndim < action.ndim else time
         parts = (features, action, time.to(action.dtype), *condition)
         shape = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
-        return mlp(torch.cat([x.expand(*shape, x.shape[-1]) for x in parts], -1))
+        return self.layers(torch.cat([x.expand(*shape, x.shape[-1]) for x in parts], -1))
 
 
 class FlowPolicy(TensorDictModuleBase):
@@ -178,11 +172,11 @@ class FlowPolicy(TensorDictModuleBase):
 
     def _field(self, features: Tensor, x: Tensor, time: Tensor) -> Tensor:
         """The velocity with which the policy acts, from the output of the first layer."""
-        step, mlp, weight = self.head.step, self.head.mlp, self.guidance_weight
+        step, weight = self.head.step, self.guidance_weight
         if weight is None:
-            return step(mlp, features, x, time)
+            return step(features, x, time)
         known = torch.stack([torch.zeros_like(time), torch.ones_like(time)])
-        both = step(mlp, features, x, time, known.expand(*known.shape[:-1], 2))
+        both = step(features, x, time, known.expand(*known.shape[:-1], 2))
         return (1 - weight) * both[0] + weight * both[1]
 
     def from_noise(self, tensordict: TensorDictBase, noise: Tensor) -> Tensor:

@@ -14,10 +14,10 @@ from iql_torchrl.data import OfflineDataset
 from iql_torchrl.evaluation.result import Evaluation
 from iql_torchrl.evaluation.statistics import standard_error
 from iql_torchrl.files import atomic_write
-from iql_torchrl.losses.loss import DIAGNOSTICS, LOSSES, POLICY_VALUE_GAP
+from iql_torchrl.losses import DDPGBC, DIAGNOSTICS, LOSSES
 
 WIDEST_LABEL = 48
-TRAINING = (*LOSSES, "entropy", *DIAGNOSTICS, POLICY_VALUE_GAP)
+TRAINING = (*LOSSES, "entropy", *DIAGNOSTICS, *DDPGBC.diagnostics.values())
 EVALUATION = (
     "episodes",
     *(f"return_{each}" for each in ("mean", "standard_error", "min", "max", "low", "high")),

@@ -24,7 +24,7 @@ from iql_torchrl.config.arithmetic import check_usable
 from iql_torchrl.config.knobs import check_choice, check_whole
 from iql_torchrl.data import ObservationStatistics, OfflineDataset
 from iql_torchrl.networks import Standardise
-from iql_torchrl.networks.evaluation import chain
+from iql_torchrl.networks.perceptrons import chain
 from iql_torchrl.selection.bounds import FloatArray
 from iql_torchrl.selection.coverage import USUAL, Coverage, features_of
 from iql_torchrl.selection.episodes import Episodes, EpisodeScores, read_logs, return_range

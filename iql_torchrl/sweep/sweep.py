@@ -18,7 +18,7 @@ from iql_torchrl.config import IQLConfig, check_whole, knobs
 from iql_torchrl.data import OfflineDataset, load_dataset
 from iql_torchrl.data.saved import is_saved, is_sharded
 from iql_torchrl.files import first_line, make_folder, read_json, write_json
-from iql_torchrl.population.runs import IQLPopulation
+from iql_torchrl.population import IQLPopulation
 from iql_torchrl.selection import Ranking
 from iql_torchrl.sweep.engines import perform_locally, perform_on_ray, perform_on_slurm
 from iql_torchrl.sweep.result import SweepResult, joined, named

@@ -16,7 +16,7 @@ from iql_torchrl.config import IQLConfig
 from iql_torchrl.data import DatasetWarning, OfflineDataset, load_dataset
 from iql_torchrl.evaluation.rollout import evaluate
 from iql_torchrl.files import SUFFIX, first_line, folder_lock, read_json, write_json
-from iql_torchrl.population.runs import IQLPopulation
+from iql_torchrl.population import IQLPopulation
 from iql_torchrl.selection import Ranking, fitted_q_evaluation, rank_members
 from iql_torchrl.selection.members import resolve_member
 from iql_torchrl.trainers.trainer import OfflineTrainer

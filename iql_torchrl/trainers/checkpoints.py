@@ -18,13 +18,12 @@ from torchrl.data import ImmutableDatasetWriter, ReplayBuffer
 from torchrl.trainers import Trainer
 
 from iql_torchrl import files, private_apis
-from iql_torchrl.config import IQLConfig, Knob, knobs
+from iql_torchrl.config import IQLConfig, knobs
 from iql_torchrl.data import DatasetSummary, ShardedReplay
 from iql_torchrl.data.digests import fingerprint
 from iql_torchrl.data.windows import WindowStorage
 from iql_torchrl.distributed import Ranks
 from iql_torchrl.evaluation.background import BackgroundEvaluation
-from iql_torchrl.losses import ImplicitQLoss
 from iql_torchrl.update.step import part_of
 
 Self = TypeVar("Self", bound="ResumableTrainer")
@@ -85,15 +84,18 @@ def check_same_run(
     current: Mapping[str, Any],
     *,
     config: type[IQLConfig] = IQLConfig,
-    loss_knobs: Mapping[str, Knob] = ImplicitQLoss.knobs,
 ) -> None:
     """Raise ``CheckpointError`` naming everything in which a checkpoint and a run differ.
 
     ``saved`` and ``current`` are states of a trainer by part; parts that one of them lacks, data
-    without digests and settings that may change are not compared. A setting of a config or of a loss
-    that an older version did not save has its default: ``config`` and ``loss_knobs`` describe them.
+    without digests and settings that may change are not compared. A setting of a config that an older
+    version did not save has its default, which ``config`` has; one of a loss is not compared.
     """
-    old, new = (_compared(states, config, loss_knobs) for states in (saved, current))
+    old, new = (_compared(states, config) for states in (saved, current))
+    if "settings" in old and "settings" in new:
+        known = old["settings"].keys() & new["settings"].keys()
+        for groups in (old, new):
+            groups["settings"] = {name: groups["settings"][name] for name in known}
     differences = {
         name: f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
         for before, now in ((old[group], new[group]) for group in new if group in old)
@@ -111,9 +113,7 @@ def check_same_run(
         )
 
 
-def _compared(
-    states: Mapping[str, Any], config: type[IQLConfig], loss_knobs: Mapping[str, Knob]
-) -> dict[str, dict[str, Any]]:
+def _compared(states: Mapping[str, Any], config: type[IQLConfig]) -> dict[str, dict[str, Any]]:
     """What must be equal in two runs, from the state of one; without groups that are not known."""
     groups: dict[str, dict[str, Any]] = {}
     data = states.get("data", {})
@@ -125,7 +125,7 @@ def _compared(
         settings = {name: v for name, v in states["settings"].items() if v is not None}
         if "others" in settings:  # unknown to older checkpoints
             groups["others"] = settings.pop("others")
-        groups["settings"] = {n: knob.default for n, knob in loss_knobs.items()} | settings
+        groups["settings"] = settings
     if "agent" in states:
         values = config().to_dict() | dict(states["agent"]["config"])
         may_change = {name for name, knob in knobs(config).items() if knob.may_change(values)}
@@ -208,18 +208,13 @@ class ResumableTrainer(Trainer):
         """Raise ``CheckpointError`` where the ``saved`` parts are of another run than this one."""
         current = {n: p.state_dict() for n, p in self._parts().items() if n in saved}
         config = IQLConfig if self.agent is None else type(self.agent.config)
-        check_same_run(saved, current, config=config, loss_knobs=self._loss_knobs)
-
-    @property
-    def _loss_knobs(self) -> Mapping[str, Knob]:
-        """The settings of the loss; one of another kind may have some of these attributes."""
-        described: Mapping[str, Knob] = getattr(self.loss_module, "knobs", ImplicitQLoss.knobs)
-        return described
+        check_same_run(saved, current, config=config)
 
     def _settings(self) -> dict[str, Any]:
         """The settings of parts that may have been made by hand."""
-        loss, names = self.loss_module, (*self._loss_knobs, "reduction")
-        return {name: _plain(getattr(loss, name, None)) for name in names} | {
+        loss = self.loss_module
+        settings = getattr(loss, "settings", {"reduction": getattr(loss, "reduction", None)})
+        return {name: _plain(value) for name, value in settings.items()} | {
             "loss": type(loss).__name__,
             "optimizer": type(self.optimizer).__name__,
             "order": part_of(self.step, "order"),

@@ -29,7 +29,7 @@ from iql_torchrl.data import (
 from iql_torchrl.data.schema import dotted
 from iql_torchrl.descriptions import describe_space
 from iql_torchrl.distributed import Ranks
-from iql_torchrl.losses import ImplicitQLoss
+from iql_torchrl.losses import IQLLoss
 from iql_torchrl.networks import history_of
 from iql_torchrl.tolerance import outside_bounds
 from iql_torchrl.update.step import IQLStep, part_of
@@ -43,7 +43,7 @@ def one_step(
     """The step to train with: ``step``, the agent's step, or one made of the other parts."""
     if step is None and agent is not None:
         step = agent.step
-    if isinstance(step, ImplicitQLoss):
+    if isinstance(step, IQLLoss):
         raise ValueError(
             "step is a loss, which updates nothing; give it as loss_module= with optimizer= and "
             "target_net_updater=, or build IQLStep(loss, optimizer, target_updater)."

@@ -24,7 +24,7 @@ from iql_torchrl.distributed import Ranks
 from iql_torchrl.evaluation.background import BackgroundEvaluation, EvaluationTimeout
 from iql_torchrl.evaluation.result import Evaluation
 from iql_torchrl.evaluation.value_gap import value_gap
-from iql_torchrl.losses import ImplicitQLoss
+from iql_torchrl.losses import IQLLoss
 from iql_torchrl.networks import history_of
 from iql_torchrl.trainers.checkpoints import ResumableTrainer, check_same_data, data_digest
 from iql_torchrl.trainers.events import Display, Interruption, Progress, intervals, whole_updates
@@ -131,7 +131,7 @@ class OfflineTrainer(ResumableTrainer):
         total_updates: int | None = None,
         step: Any = None,
         agent: Agent | None = None,
-        loss_module: ImplicitQLoss | None = None,
+        loss_module: IQLLoss | None = None,
         optimizer: torch.optim.Optimizer | None = None,
         target_net_updater: Any = None,
         dataset: DatasetSummary | None = None,

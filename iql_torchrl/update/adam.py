@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from iql_torchrl.config import number_dtype
+
 
 class StackedAdam(Optimizer):
     """Adam, or AdamW with ``decoupled=True``, on parameters ``(P, ...)`` of P runs.
@@ -192,11 +194,6 @@ def _corrections(rate: Tensor, counts: Tensor, *betas: float) -> list[Sequence[T
     first, second = (1 - (exact * log).exp() for log in logs)
     sizes = rate / (first if rate.ndim == 0 else first.unsqueeze(-1))
     return [sizes.unbind(), second.sqrt().unbind()]
-
-
-def number_dtype(device: torch.device) -> torch.dtype:
-    """That of Python's numbers, with which torch's optimizers compute; MPS has no float64."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def along(values: Tensor, parameter: Tensor) -> Tensor:

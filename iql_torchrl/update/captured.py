@@ -14,7 +14,7 @@ from torchrl.data import ReplayBuffer
 from torchrl.data.replay_buffers.samplers import RandomSampler
 from torchrl.objectives import HardUpdate
 
-from iql_torchrl.config import Arithmetic, check_whole
+from iql_torchrl.config import Arithmetic, check_whole, number_dtype
 from iql_torchrl.data.replay import DeviceSampler
 from iql_torchrl.data.shards import ShardedReplay
 from iql_torchrl.data.spaces import check_categories
@@ -151,17 +151,19 @@ class CapturedStep:
             shape = rows.index_shape(rows.batch_size)
             self._index = torch.zeros(shape, dtype=torch.int64, device=where)
             self._shape = rows.gather(self._index).batch_size
-        names, inputs = [*LOSSES, *loss.scalar_names], loss.random_inputs(self._shape)
+        names, inputs = [*LOSSES, *loss.scalar_names], self.step.random_inputs(self._shape)
         groups = len(self.step.optimizer.param_groups)
-        made_for = (rows, rows.batch_size, names, inputs, groups, loss.kept_networks)
+        made_for = (rows, rows.batch_size, names, inputs, groups)
         if made_for == self._made_for:
             return
         check_categories(rows.column, self._update.limits)
         self._made_for, self._names = made_for, names
-        runs = () if loss.members is None else (loss.members,)
-        self._sums = torch.zeros((len(names), *runs), dtype=torch.float64, device=where)
+        runs = () if self.step.lift is None else (self.step.lift.members,)
+        self._sums = torch.zeros((len(names), *runs), dtype=number_dtype(where), device=where)
         # learning rates of the coming updates, and of the one after them
-        self._rates = torch.zeros((self.updates + 1, groups), dtype=torch.float64, device=where)
+        self._rates = torch.zeros(
+            (self.updates + 1, groups), dtype=number_dtype(where), device=where
+        )
         drawn = {name: draw for name, draw in inputs.items() if rows.column((name,)) is None}
         like = next(loss.parameters())
         # by name, the draw and the tensor that the program reads
@@ -194,10 +196,10 @@ class CapturedStep:
 
     def _one_update(self, rows: DeviceSampler, moments: Moments) -> None:
         draws = {name: out for name, (_, out) in self._draws.items()}
-        batch = self.step.loss.read(rows.gather(self._index), draws)
+        batch = self.step.prepare_batch(rows.gather(self._index), draws)
         losses, summary = self._update.run(batch, moments)
         metrics = losses | summary
-        self._sums.add_(torch.stack([metrics[name].double() for name in self._names]))
+        self._sums.add_(torch.stack([metrics[name].to(self._sums.dtype) for name in self._names]))
 
     # -- the updates of a call ---------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torchrl.objectives.utils import TargetNetUpdater
 
 from iql_torchrl.config import IQLConfig, knobs
-from iql_torchrl.losses import ImplicitQLoss
+from iql_torchrl.losses import IQLLoss
 
 
 def check_settings(**values: object) -> None:
@@ -29,9 +29,7 @@ def check_schedules(schedulers: Sequence[LRScheduler]) -> None:
         )
 
 
-def check_parts(
-    loss: ImplicitQLoss, optimizer: Optimizer, updater: TargetNetUpdater | None
-) -> None:
+def check_parts(loss: IQLLoss, optimizer: Optimizer, updater: TargetNetUpdater | None) -> None:
     """Raise ``TypeError`` or ``ValueError`` on parts that do not belong together."""
     if isinstance(loss, DistributedDataParallel):
         raise TypeError(
@@ -39,7 +37,7 @@ def check_parts(
             "this step would not reduce across ranks. Pass the loss itself (its attribute .module), "
             "and make the step data parallel with iql_torchrl.distributed.data_parallel(step, ranks)."
         )
-    if not isinstance(loss, ImplicitQLoss):
+    if not isinstance(loss, IQLLoss):
         raise TypeError(
             f"loss is {type(loss).__module__}.{type(loss).__name__}; pass an IQLLoss or a "
             "DiscreteIQLLoss of iql_torchrl."
@@ -60,6 +58,11 @@ def check_parts(
         )
     if updater is not None and updater.loss_module is not loss:
         raise ValueError("target_updater follows another loss; build it from the loss given here.")
+    check_optimizer(loss, optimizer)
+
+
+def check_optimizer(loss: IQLLoss, optimizer: Optimizer) -> None:
+    """Raise ``ValueError`` where the optimizer lacks a parameter that requires a gradient."""
     given = {id(p) for group in optimizer.param_groups for p in group["params"]}
     missing = [n for n, p in loss.named_parameters() if p.requires_grad and id(p) not in given]
     if missing:

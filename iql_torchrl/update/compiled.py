@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Adam, AdamW, Optimizer
 from torchrl import logger as torchrl_logger
 
-from iql_torchrl.config import launches_kernels
+from iql_torchrl.config import launches_kernels, number_dtype
 from iql_torchrl.data.spaces import category_limits, check_categories
 from iql_torchrl.losses.batch import Batch
 from iql_torchrl.private_apis import (
@@ -28,7 +28,6 @@ from iql_torchrl.update.adam import (
     StackedAdam,
     adam_step,
     count_steps,
-    number_dtype,
     start,
 )
 from iql_torchrl.update.step import IQLStep, Step, Terms
@@ -128,7 +127,7 @@ class CompiledStep(Step):
     def learn(self, batch: TensorDictBase) -> Terms:
         plain, moments = self.plain, self._update.moments()
         with plain.setting(), tracing_gradients():
-            read = plain.loss.read(batch)
+            read = plain.prepare_batch(batch)
             if plain.device.type == "cpu":  # elsewhere it would wait for the device
                 check_categories(lambda key: read.data.get(key, None), self._update.limits)
             terms: Terms = self._program(read, moments)
@@ -204,7 +203,7 @@ class GraphUpdate:
 
 def learning_rates(groups: Sequence[Mapping[str, Any]], device: torch.device) -> Tensor:
     """Learning rates ``(groups,)``; none that is on ``device`` is read, which would wait for it."""
-    rates, exact = [group["lr"] for group in groups], torch.float64
+    rates, exact = [group["lr"] for group in groups], number_dtype(device)
     there = [isinstance(rate, Tensor) and rate.device == device for rate in rates]
     if not any(there):
         return torch.tensor([float(rate) for rate in rates], dtype=exact)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from iql_torchrl.distributed import Ranks
-from iql_torchrl.losses import ImplicitQLoss
+from iql_torchrl.losses import IQLLoss
 from iql_torchrl.losses.batch import Batch
 
 OF_CRITICS = ("td_error", "qvalue")  # metadata (K, *B)
@@ -25,10 +25,15 @@ class Part:
     Raises ``ValueError`` where the batch has fewer rows than there are ranks.
     """
 
-    def __init__(self, loss: ImplicitQLoss, batch: Batch, ranks: Ranks) -> None:
+    def __init__(self, loss: IQLLoss, batch: Batch, ranks: Ranks) -> None:
         self._loss, self._whole, self._ranks = loss, batch, ranks
-        self._runs = 0 if loss.members is None else 1
-        self._rows = batch.data.batch_size[self._runs]
+        self._rows = batch.data.batch_size[0]
+        if len(batch.data.batch_size) == 1 and not loss.bootstraps_once():
+            raise ValueError(
+                f"the batch has shape {tuple(batch.data.batch_size)} and the value estimator is a "
+                f"{type(loss.value_estimator).__name__}, which reads a trajectory; ranks divide the "
+                "first dimension, which is time here. Give batches of several trajectories, (B, T)."
+            )
         if self._rows < ranks.size:
             raise ValueError(
                 f"the batch has {self._rows} rows and there are {ranks.size} ranks; give a "
@@ -36,22 +41,23 @@ class Part:
             )
         own = ranks.part(self._rows)
         self._before, self._after = own.start, self._rows - own.stop
-        part = batch.rows(own.start, own.stop, runs=bool(self._runs))
-        divisors = zip(loss.divisors(part), loss.divisors(batch), strict=True)
+        part = batch.rows(own.start, own.stop)
+        where = next(loss.parameters()).device
+        divisors = zip(part.divisors(where), batch.divisors(where), strict=True)
         # 0 where the whole is 0, as the mean is there
         self._of_weights, self._of_steps = (torch.where(d == 0, 0.0, n / d) for n, d in divisors)
         self.batch = replace(
-            part, mean_of_all=self._mean_of_all, largest_of_all=self._largest_of_all
+            part, all_reduce_mean=self._all_reduce_mean, all_reduce_max=self._all_reduce_max
         )
 
     def share_of(self, loss: Tensor) -> Tensor:
-        """What the loss of this rank's rows adds to that of the batch; ``()`` or ``(P,)``."""
+        """What the loss of this rank's rows adds to that of the batch."""
         return loss * self._of_weights.to(loss) if self._loss.reduction == "mean" else loss
 
-    def _mean_of_all(self, mean: Tensor) -> Tensor:
+    def _all_reduce_mean(self, mean: Tensor) -> Tensor:
         return self._ranks.sum(mean * self._of_steps.to(mean))
 
-    def _largest_of_all(self, largest: Tensor) -> Tensor:
+    def _all_reduce_max(self, largest: Tensor) -> Tensor:
         """The largest over ranks: each rank's among zeros in a sum, so that it needs no other call."""
         before, after = self._ranks.rank, self._ranks.size - self._ranks.rank - 1
         padding = (0, 0) * largest.ndim + (before, after)
@@ -70,6 +76,6 @@ class Part:
 
     def _among_zeros(self, name: str, values: Tensor) -> Tensor:
         """Values of this rank's rows among zeros for the other ranks' rows."""
-        dim = self._runs + (name in OF_CRITICS)
+        dim = int(name in OF_CRITICS)
         padding = (0, 0) * (values.ndim - 1 - dim) + (self._before, self._after)
         return nn.functional.pad(values, padding)

@@ -20,14 +20,14 @@ from torchrl.modules import set_recurrent_mode
 from torchrl.objectives import SoftUpdate
 from torchrl.objectives.utils import TargetNetUpdater
 
-from iql_torchrl.config import arithmetic, choose_products, chosen_products, launches_kernels
+from iql_torchrl.config import launches_kernels
 from iql_torchrl.distributed import Ranks, group_size
-from iql_torchrl.losses import ImplicitQLoss
-from iql_torchrl.losses.batch import Batch
-from iql_torchrl.networks.products import is_wide, settle_products
+from iql_torchrl.losses import Batch, IQLLoss
+from iql_torchrl.losses.batch import Draw
 from iql_torchrl.update.adam import JoinedCounts, along
-from iql_torchrl.update.checks import check_parts, check_schedules, check_settings
+from iql_torchrl.update.checks import check_optimizer, check_parts, check_schedules, check_settings
 from iql_torchrl.update.divided import Part
+from iql_torchrl.update.lifted import Lift
 
 with warnings.catch_warnings():  # TorchRL warns about its own classes when these are first imported
     warnings.simplefilter("ignore", DeprecationWarning)
@@ -38,9 +38,9 @@ Gradients = list["Tensor | None"]
 
 
 class Followed(NamedTuple):
-    """Live tensors and, in the same order, the target tensors that follow them."""
+    """Online tensors and, in the same order, the target tensors that follow them."""
 
-    live: list[Tensor]
+    online: list[Tensor]
     targets: list[Tensor]
 
 
@@ -67,14 +67,14 @@ class Step(OptimizationStepper):
     def learn(self, batch: TensorDictBase) -> Terms:
         """The update without schedulers, and without targets that ``SoftUpdate`` does not move.
 
-        Returns losses, and the result of :meth:`ImplicitQLoss.summary`.
+        Returns losses, and the result of :meth:`IQLLoss.summary`.
         """
 
     def __call__(self, batch: TensorDictBase) -> TensorDictBase:
         plain = self.plain
         plain.check_trains()
         losses, summary = self.learn(batch)
-        metrics = plain.loss.outputs(batch, losses, summary).detach()
+        metrics = plain.outputs(batch, losses, summary).detach()
         if plain.target_updater is not None and not plain.followed.targets:
             plain.target_updater.step()
         for scheduler in plain.lr_schedulers:
@@ -114,7 +114,7 @@ class IQLStep(Step):
         max_grad_norm: each network's gradient is scaled down to this L2 norm; ``None`` for never.
             Networks are clipped apart, so a large critic gradient does not slow the policy.
         lr_scheduler: one or more torch schedulers, stepped once an update.
-        precision: ``"float32"`` leaves the networks' own dtype; ``"bfloat16"`` runs their products
+        precision: ``"float32"`` leaves the networks' own dtype; ``"bfloat16"`` runs their matmuls
             under autocast, with parameters, losses and optimizer as they are. For TF32 on CUDA
             call ``torch.set_float32_matmul_precision("high")``.
         independent_ranks: True allows updates in a ``torch.distributed`` process group of more than
@@ -126,7 +126,7 @@ class IQLStep(Step):
     the losses of this rank's rows of the batch, and sums gradients over all ranks.
 
     The batch receives the priority and the log-probability, as from the loss itself. Random tensors
-    that the loss reads are drawn when the batch is read: :meth:`ImplicitQLoss.random_inputs`.
+    that the loss reads are drawn when the batch is read: :meth:`IQLLoss.random_inputs`.
 
     Raises:
         ValueError: an unknown order or precision, ``max_grad_norm <= 0``, ``reduction="none"``, an
@@ -140,7 +140,7 @@ class IQLStep(Step):
 
     def __init__(
         self,
-        loss: ImplicitQLoss,
+        loss: IQLLoss,
         optimizer: Optimizer,
         target_updater: TargetNetUpdater | None,
         *,
@@ -165,8 +165,10 @@ class IQLStep(Step):
         follows = type(target_updater) is SoftUpdate
         self.followed = Followed(*loss.target_pairs()) if follows else Followed([], [])
         self.averaged = Followed(*loss.average_pairs())
-        self._is_wide, self._actor_ema = is_wide(loss.parameters()), loss.actor_ema
+        self.lift: Lift | None = None
         self._flags: list[bool] | None = None
+        given = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        self._missing = [p for p in loss.parameters() if id(p) not in given]
         self.list_trained()
         self.counts = JoinedCounts()  # which all graphs of this step share
 
@@ -184,7 +186,7 @@ class IQLStep(Step):
 
     def learn(self, batch: TensorDictBase) -> Terms:
         with self.setting():
-            terms = self.update(self.loss.read(batch), self._descend)
+            terms = self.update(self.prepare_batch(batch), self._descend)
             self.move_targets()
             return terms
 
@@ -193,30 +195,48 @@ class IQLStep(Step):
         batch = replace(batch, features={})
         if self.ranks is None:
             losses, metadata = self._terms(batch, descend)
-            return losses, self.loss.summary(batch, metadata)
+            return losses, self.evaluate(self.loss.summary, batch, metadata)
         part = Part(self.loss, batch, self.ranks)
         losses, metadata = self._terms(part.batch, lambda loss: descend(part.share_of(loss)))
         return part.joined(losses, metadata)
 
     def _terms(self, batch: Batch, descend: Callable[[Tensor], None]) -> Terms:
-        """Losses, and the joined metadata of all terms."""
+        """The algorithm: losses, and the joined metadata of all terms."""
         loss = self.loss
         if self.order == "simultaneous":
-            losses, metadata = loss.terms(batch)
+            losses, metadata = self.evaluate(loss.terms, batch)
             descend(losses["loss_actor"] + losses["loss_qvalue"] + losses["loss_value"])
             return losses, metadata
-        target_qvalue = loss.target_qvalue(batch)
-        loss_value, of_value = loss.value_term(batch, target_qvalue)
-        descend(loss_value)
-        if loss.encoder_gradient == "all":  # the encoder has moved too
+        of_value, first = self.evaluate(loss.value_phase, batch)
+        descend(of_value["loss_value"])
+        if loss.encoder is not None and loss.encoder.gradient == "all":  # the encoder has moved too
             batch = replace(batch, features={})
-        value, next_value = loss.state_values(batch)  # V as it is now
-        loss_actor, of_actor = loss.actor_term(batch, target_qvalue - value)
-        td_target = loss.td_target(batch, next_value)
-        loss_qvalue, of_qvalue = loss.qvalue_term(batch, td_target)
-        descend(loss_actor + loss_qvalue)
-        losses = {"loss_actor": loss_actor, "loss_qvalue": loss_qvalue, "loss_value": loss_value}
-        return losses, of_value | of_actor | of_qvalue
+        target_qvalue = first.pop("target_qvalue")
+        rest, second = self.evaluate(loss.policy_phase, batch, target_qvalue)
+        descend(rest["loss_actor"] + rest["loss_qvalue"])
+        return rest | of_value, first | second
+
+    def evaluate(self, term: Callable[..., Any], batch: Batch, *arguments: Any) -> Any:
+        """A term of the loss; of a population, that of each member."""
+        if self.lift is None:
+            return term(batch, *arguments)
+        return self.lift.evaluate(term, batch, *arguments)
+
+    def prepare_batch(
+        self, tensordict: TensorDictBase, draws: Mapping[str, Tensor] | None = None
+    ) -> Batch:
+        """The batch as an update reads it: :meth:`IQLLoss.prepare_batch`."""
+        return (self.lift or self.loss).prepare_batch(tensordict, draws)
+
+    def random_inputs(self, batch_size: torch.Size) -> Mapping[str, Draw]:
+        """The random tensors that an update draws: :meth:`IQLLoss.random_inputs`."""
+        return (self.lift or self.loss).random_inputs(batch_size)
+
+    def outputs(
+        self, batch: TensorDictBase, losses: dict[str, Tensor], summary: dict[str, Tensor]
+    ) -> TensorDictBase:
+        """The metrics of an update: :meth:`IQLLoss.outputs`."""
+        return (self.lift or self.loss).outputs(batch, losses, summary)
 
     def _descend(self, loss: Tensor) -> None:
         """One optimizer step on ``loss``; parameters without a gradient are not changed."""
@@ -244,10 +264,9 @@ class IQLStep(Step):
         return gradients
 
     def _clipped(self, gradients: Gradients) -> Gradients:
-        """Gradients of one network scaled down to the L2 norm; each run's own in a population."""
-        rows = [
-            g.flatten(0 if self.loss.members is None else 1) for g in gradients if g is not None
-        ]
+        """Gradients of one network scaled down to the L2 norm."""
+        dims = 0 if self.lift is None else 1  # of a population each member's own
+        rows = [g.flatten(dims) for g in gradients if g is not None]
         if not rows:
             return gradients
         if torch.compiler.is_compiling() and launches_kernels(rows[0].device):
@@ -260,37 +279,41 @@ class IQLStep(Step):
 
     def move_targets(self) -> None:
         """The step of a ``SoftUpdate`` (of no other updater), and that of the averaged policy."""
-        _polyak_step(self.averaged.targets, self.averaged.live, self._actor_ema)
+        _polyak_step(self.averaged.targets, self.averaged.online, self.loss.actor_ema)
         if self.target_updater is not None and self.followed.targets:
-            _polyak_step(self.followed.targets, self.followed.live, self.target_updater.eps)
+            _polyak_step(self.followed.targets, self.followed.online, self.target_updater.eps)
 
     # -- what it needs -----------------------------------------------------------------------------
 
     @contextmanager
     def setting(self) -> Iterator[None]:
-        """How networks are evaluated in an update; the first chooses the library of products."""
+        """How networks are evaluated in an update."""
         half: Any = nullcontext()
         if self.precision == "bfloat16":
             half = torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False)
-        if self._is_wide and arithmetic.chosen is None:
-            settle_products()
         mode = set_exploration_type(self.loss.deterministic_sampling_mode)
-        with mode, set_recurrent_mode(True), self.loss.evaluated_directly(), half:
+        with mode, set_recurrent_mode(True), half:
             yield
 
     def list_trained(self) -> Trained:
-        """Bring :attr:`trained` up to date where parameters were frozen or unfrozen; returns it."""
+        """Bring :attr:`trained` up to date where parameters were frozen or unfrozen; returns it.
+
+        Raises ``ValueError`` where a parameter of the loss that requires a gradient is not the
+        optimizer's: nothing would train it.
+        """
         groups = self.optimizer.param_groups
         flags = [p.requires_grad for group in groups for p in group["params"]]
+        flags += [p.requires_grad for p in self._missing]
         if flags != self._flags:
+            check_optimizer(self.loss, self.optimizer)
             self._flags = flags
             parameters = [p for group in groups for p in group["params"] if p.requires_grad]
             group_of = [i for i, g in enumerate(groups) for p in g["params"] if p.requires_grad]
             place = {id(p): i for i, p in enumerate(parameters)}
             of_loss = [(n, place[id(p)]) for n, p in self.loss.named_parameters() if id(p) in place]
             networks = [
-                [i for name, i in of_loss if name.startswith(f"{network}_params.")]
-                for network in self.loss.network_names
+                [i for name, i in of_loss if name.startswith(f"{part}.")]
+                for part in self.loss.parts_with_parameters
             ]
             self.trained = Trained(parameters, group_of, networks)
         return self.trained
@@ -326,7 +349,7 @@ class IQLStep(Step):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """States of optimizer, schedulers and target updater, and the library of products.
+        """States of optimizer, schedulers and target updater, and the hyperparameters' values.
 
         The networks' state is the loss's.
         """
@@ -335,7 +358,7 @@ class IQLStep(Step):
             "optimizer": self.optimizer.state_dict(),
             "lr_schedulers": [scheduler.state_dict() for scheduler in self.lr_schedulers],
             "target_updater": None if updater is None else updater.state_dict(),
-            "products": chosen_products(),
+            "hyperparameters": {k: v.clone() for k, v in self.loss.hyperparameters.items()},
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -346,8 +369,10 @@ class IQLStep(Step):
                 f"the state holds {len(schedulers)} lr_scheduler states and this step has "
                 f"{len(self.lr_schedulers)}; build the step as it was when the state was saved."
             )
-        if state_dict.get("products") is not None:  # unknown to older states
-            choose_products(state_dict["products"])
+        for name, value in self.loss.hyperparameters.items():
+            stored = state_dict.get("hyperparameters", {}).get(name)  # older states have none
+            if stored is not None:
+                value.copy_(torch.as_tensor(stored))
         self.optimizer.load_state_dict(state_dict["optimizer"])
         for scheduler, state in zip(self.lr_schedulers, schedulers, strict=True):
             scheduler.load_state_dict(state)
@@ -364,10 +389,10 @@ def part_of(step: Any, name: str) -> Any:
     return None
 
 
-def _polyak_step(targets: Sequence[Tensor], live: Sequence[Tensor], eps: float) -> None:
-    """``target = eps * target + (1 - eps) * live``, in place, as TorchRL's ``SoftUpdate``."""
+def _polyak_step(targets: Sequence[Tensor], online: Sequence[Tensor], eps: float) -> None:
+    """``target = eps * target + (1 - eps) * online``, in place, as TorchRL's ``SoftUpdate``."""
     if torch.compiler.is_compiling():  # on CUDA one kernel fewer than the foreach form
-        for target, parameter in zip(targets, live, strict=True):
+        for target, parameter in zip(targets, online, strict=True):
             target.data.lerp_(parameter.data, 1 - eps)
     elif targets:
-        get_ema_multi_avg_fn(eps)(list(targets), list(live), 0)
+        get_ema_multi_avg_fn(eps)(list(targets), list(online), 0)

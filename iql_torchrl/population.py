@@ -33,11 +33,11 @@ from iql_torchrl.distributed import Ranks
 from iql_torchrl.evaluation.result import Evaluation
 from iql_torchrl.evaluation.rollout import evaluate
 from iql_torchrl.files import CheckpointError, read_components, write_components
-from iql_torchrl.population.loss import stack_losses, write_member
 from iql_torchrl.trainers.checkpoints import check_same_data, check_same_run, data_state
 from iql_torchrl.trainers.events import whole_updates
 from iql_torchrl.update.adam import StackedAdam
 from iql_torchrl.update.captured import captured
+from iql_torchrl.update.lifted import Lift, stack_losses, write_member
 
 MOST_UPDATES_PER_CALL = 32
 
@@ -76,7 +76,7 @@ class IQLPopulation:
 
     Raises ``ValueError`` on configs that differ elsewhere, network widths included, on unknown
     ``batches``, on fewer configs than ranks or ranks with other configs or data, and as
-    ``population.loss.stack_losses`` does.
+    ``update.lifted.stack_losses`` does.
     """
 
     def __init__(
@@ -100,12 +100,11 @@ class IQLPopulation:
         check_discount(max(config.discount for config in configs), dataset)
         first = self.all_configs[0]
         self.loss = stack_losses([self._agent(number).loss for number in range(len(self))])
-        if self.ranks.size > 1:
-            self.loss.among = self.runs.start, len(configs)
         self.loss.to(first.device)
         self.optimizer = self._make_optimizer()
         self.scheduler = LambdaLR(self.optimizer, rate_factors(first))
         self.step = make_step(first, self.loss, self.optimizer, self.scheduler)
+        self.step.lift = Lift(self.loss, len(self), first=self.runs.start, count=len(configs))
         self.step.independent_ranks = self.ranks.size > 1
         where: Any = {"device": first.device, "seed": first.seed}
         if batches == "own":

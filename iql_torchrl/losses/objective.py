@@ -1,0 +1,76 @@
+"""Base of the objectives: a module whose hyperparameters are tensors."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from iql_torchrl.config import IQLConfig, knobs, number_dtype
+
+
+class Objective(nn.Module):
+    """A part of the loss that you can replace; abstract.
+
+    Each keyword is a hyperparameter: a 0-d float64 tensor (float32 on MPS) in a buffer that is not in
+    the state dict. Assigning a number, ``objective.temperature = 5.0``, checks it and writes it into
+    the tensor: a compiled step is not compiled again, and a captured one reads it in its next call.
+    A name that is a setting of ``IQLConfig`` has the range of that setting.
+
+    Raises ``TypeError`` on a value that is not a number, ``ValueError`` on one out of range.
+    """
+
+    def __init__(self, **hyperparameters: float) -> None:
+        super().__init__()
+        for name, value in hyperparameters.items():
+            tensor = torch.tensor(checked_number(name, value), dtype=torch.float64)
+            self.register_buffer(name, tensor, persistent=False)
+        self.hyperparameter_names = tuple(hyperparameters)
+        #: The values at first, which identify a run whose hyperparameters are annealed.
+        self.initial = {name: float(value) for name, value in hyperparameters.items()}
+
+    @property
+    def hyperparameters(self) -> Mapping[str, Tensor]:
+        """The hyperparameters by name."""
+        return {name: self._buffers[name] for name in self.hyperparameter_names}  # type: ignore[misc]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dict__.get("hyperparameter_names", ()):
+            with torch.no_grad():
+                self._buffers[name].fill_(checked_number(name, value))  # type: ignore[union-attr]
+        else:
+            super().__setattr__(name, value)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Objective:
+        """Move the hyperparameters without a cast: 0.7 in bfloat16 would be 0.699."""
+        kept = self.hyperparameters
+        device = fn(torch.zeros(0)).device
+        super()._apply(fn, *args, **kwargs)
+        dtype = number_dtype(device)
+        self._buffers.update({name: value.to(device, dtype) for name, value in kept.items()})
+        return self
+
+    def extra_repr(self) -> str:
+        return ", ".join(
+            f"{k}={float(v):g}" for k, v in self.hyperparameters.items() if v.ndim == 0
+        )
+
+
+def checked_number(name: str, value: Any) -> float:
+    """``value`` as a float, inside the range of the setting ``name`` if there is one."""
+    one = isinstance(value, Tensor) and value.ndim == 0
+    if isinstance(value, bool) or not (one or isinstance(value, Real)):
+        raise TypeError(f"{name} is {value!r}; expected a number.")
+    if name in (described := knobs(IQLConfig)):
+        described[name].check_in_loss(value)
+    return float(value)
+
+
+def from_settings(kind: type[Any], settings: Mapping[str, Any]) -> Any:
+    """The objective ``kind`` with those of ``settings`` that its constructor names."""
+    names = inspect.signature(kind).parameters
+    return kind(**{name: settings[name] for name in names if name in settings})
