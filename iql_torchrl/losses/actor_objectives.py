@@ -56,7 +56,7 @@ class ActorObjective(Objective):
     ``needs_continuous_actions``, False where discrete actions can be trained too.
     """
 
-    diagnostics: Mapping[str, str] = MappingProxyType({})  # from metadata to the name of the output
+    diagnostics: tuple[tuple[str, str], ...] = ()  # names of metadata and of the outputs
     has_entropy = False
     needs_continuous_actions = True
 
@@ -227,7 +227,7 @@ class ConditionedFlow(ActorObjective):
             number, the batch's entry ``"flow_drop"`` ``(*B,)`` if it has one, is below it.
     """
 
-    diagnostics = MappingProxyType({"condition": "condition_mean"})
+    diagnostics = (("condition", "condition_mean"),)
     condition_dropout: Tensor
 
     def __init__(
@@ -281,7 +281,7 @@ class DDPGBC(ActorObjective):
     critics of ``q_source``. It grows where the policy exploits errors of the critics.
     """
 
-    diagnostics = MappingProxyType({"policy_value_gap": "policy_value_gap"})
+    diagnostics = (("policy_value_gap", "policy_value_gap"),)
     bc_weight: Tensor
 
     def __init__(

@@ -323,7 +323,9 @@ class IQLLoss(NetworkLoss):
         """Names of the scalars that an update computes besides its losses."""
         objective = self.actor_objective
         names = ["entropy"] if objective.has_entropy else []
-        return names + [*DIAGNOSTICS, *objective.diagnostics.values()] * bool(self.diagnostics)
+        if self.diagnostics:
+            names += [*DIAGNOSTICS, *(name for _, name in objective.diagnostics)]
+        return names
 
     def summary(self, batch: Batch, metadata: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Outputs of an update besides its losses.
@@ -340,7 +342,7 @@ class IQLLoss(NetworkLoss):
         weight = metadata.get("weight", torch.ones_like(advantage))
         clipped = metadata.get("clipped", torch.zeros_like(advantage))
         size = F.effective_sample_size(weight, mask=batch.mask_like(weight))
-        for key, name in self.actor_objective.diagnostics.items():
+        for key, name in self.actor_objective.diagnostics:
             summary[name] = batch.mean(metadata[key])
         return summary | {
             "advantage_mean": batch.mean(advantage),

@@ -17,7 +17,7 @@ from iql_torchrl.files import atomic_write
 from iql_torchrl.losses import DDPGBC, DIAGNOSTICS, LOSSES
 
 WIDEST_LABEL = 48
-TRAINING = (*LOSSES, "entropy", *DIAGNOSTICS, *DDPGBC.diagnostics.values())
+TRAINING = (*LOSSES, "entropy", *DIAGNOSTICS, *(name for _, name in DDPGBC.diagnostics))
 EVALUATION = (
     "episodes",
     *(f"return_{each}" for each in ("mean", "standard_error", "min", "max", "low", "high")),
