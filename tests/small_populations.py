@@ -10,7 +10,7 @@ import torch
 from small_agents import log
 
 from iql_torchrl import IQLConfig, load_dataset, make_agent
-from iql_torchrl.population.runs import IQLPopulation
+from iql_torchrl.population import IQLPopulation
 
 ROWS = 60
 BASE = IQLConfig(updates=50, hidden=(8, 8), batch_size=16, reward="raw", critic_lr=1e-3)

@@ -197,7 +197,9 @@ class CapturedStep:
     def _one_update(self, rows: DeviceSampler, moments: Moments) -> None:
         draws = {name: out for name, (_, out) in self._draws.items()}
         batch = self.step.prepare_batch(rows.gather(self._index), draws)
-        losses, summary = self._update.run(batch, moments)
+        losses, summary = self._update.run(
+            batch, moments, self.step.loss.deterministic_sampling_mode
+        )
         metrics = losses | summary
         self._sums.add_(torch.stack([metrics[name].to(self._sums.dtype) for name in self._names]))
 

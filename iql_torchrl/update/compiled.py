@@ -12,6 +12,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 from torch.optim import Adam, AdamW, Optimizer
 from torchrl import logger as torchrl_logger
+from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from iql_torchrl.config import launches_kernels, number_dtype
 from iql_torchrl.data.spaces import category_limits, check_categories
@@ -130,7 +131,7 @@ class CompiledStep(Step):
             read = plain.prepare_batch(batch)
             if plain.device.type == "cpu":  # elsewhere it would wait for the device
                 check_categories(lambda key: read.data.get(key, None), self._update.limits)
-            terms: Terms = self._program(read, moments)
+            terms: Terms = self._program(read, moments, plain.loss.deterministic_sampling_mode)
             mark_stepped(plain.optimizer)
             return terms
 
@@ -151,11 +152,16 @@ class GraphUpdate:
         self.rates = torch.zeros(0)
         self._written: list[Any] = []  # numbers in the rates, None for a tensor's
 
-    def run(self, batch: Batch, moments: Moments) -> Terms:
+    def run(self, batch: Batch, moments: Moments, mode: ExplorationType | None) -> Terms:
         """Losses, gradients, clipping, Adam and Polyak step; new values are written in place.
 
+        ``mode`` is that of :meth:`IQLStep.setting`, where a compiled program notices another one.
         Returns losses and summary, detached: nothing may carry a gradient out of a graph.
         """
+        with set_exploration_type(mode):
+            return self._run(batch, moments)
+
+    def _run(self, batch: Batch, moments: Moments) -> Terms:
         step = self.step
         parameters, group_of, _ = step.trained
         added = [0] * len(parameters)

@@ -116,6 +116,12 @@ class Lift:
         self.loss, self.members = loss, members
         self._first, self._count = first, members if count is None else count
 
+    def __call__(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """The losses and scalars of every member, each ``(P,)``; the batch is not written to."""
+        batch = self.prepare_batch(tensordict)
+        losses, metadata = self.evaluate(self.loss.terms, batch)
+        return self.outputs(tensordict, losses, self.evaluate(self.loss.summary, batch, metadata))
+
     def evaluate(self, term: Callable[..., Any], batch: Batch, *arguments: Any) -> Any:
         """``term(batch, *arguments)`` for each member, arguments ``(P, ...)`` divided."""
         rows = dict(batch.data.items(True, True))

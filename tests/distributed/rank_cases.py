@@ -26,7 +26,7 @@ from torchrl.objectives import SoftUpdate
 
 from iql_torchrl import DiscreteIQLLoss, IQLLoss, IQLStep, load_dataset, make_agent, policies
 from iql_torchrl.distributed import Ranks, data_parallel
-from iql_torchrl.population.loss import stack_losses
+from iql_torchrl.update.lifted import stack_losses
 
 UPDATES, ROWS = 20, 13  # 13 rows: two ranks have 6 and 7
 

@@ -13,7 +13,7 @@ from torchrl.data import Bounded
 from torchrl.objectives import HardUpdate, SoftUpdate
 
 from iql_torchrl import IQLLoss, IQLStep, policies
-from iql_torchrl.population.loss import stack_losses, write_member
+from iql_torchrl.update.lifted import stack_losses, write_member
 from iql_torchrl.update.adam import StackedAdam
 
 KNOBS = (

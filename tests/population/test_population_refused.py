@@ -12,7 +12,7 @@ from torchrl.data import Bounded
 from torchrl.modules import ValueOperator
 
 from iql_torchrl import IQLLoss, networks, policies
-from iql_torchrl.population.loss import stack_losses
+from iql_torchrl.update.lifted import stack_losses
 
 
 def test_weights_are_drawn_run_by_run():

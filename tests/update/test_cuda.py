@@ -13,7 +13,7 @@ from test_capture import untraced  # noqa: F401 (fixture)
 
 from iql_torchrl import IQLConfig, OfflineTrainer, captured, make_agent
 from iql_torchrl.data import replay_buffer
-from iql_torchrl.population.runs import IQLPopulation
+from iql_torchrl.population import IQLPopulation
 
 UPDATES = 4  # of a captured call
 
