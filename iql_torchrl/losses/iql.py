@@ -294,7 +294,7 @@ class IQLLoss(NetworkLoss):
         self, batch: Batch, inputs: Mapping[str, Draw], draws: Mapping[str, Tensor] | None
     ) -> dict[str, Tensor]:
         """The random tensors ``inputs``: the batch's entries, else ``draws``, else new ones."""
-        like, *_ = self.actor_network_params.values(True, True)
+        like = self.tensors["actor_network_params"][0]
         drawn = {}
         for key, draw in inputs.items():
             given = batch.data.get(key, None)

@@ -137,6 +137,11 @@ class MLP(nn.Sequential):
             in_features = width
         super().__init__(*layers, linear(in_features, out_features))
 
+    @property
+    def first(self) -> nn.Module:
+        """The first layer."""
+        return self[0]
+
 
 class ResidualMLP(nn.Module):
     """A linear layer, residual blocks of one width h, activation, and a linear layer.
@@ -257,9 +262,10 @@ class AroundPerceptron(nn.Module):
 
     def layers(self, features: Tensor) -> Tensor:
         """``mlp``: ``(*B, in)`` to ``(*B, out)``, of K networks to ``(K, *B, out)``."""
-        weight = next(self.mlp.parameters())
-        _check_dtype(features, weight)
-        if weight.ndim < 3:
+        weight = getattr(getattr(self.mlp, "first", None), "weight", None)  # not in a module of yours
+        if weight is not None and features.dtype != weight.dtype:
+            _check_dtype(features, weight)
+        if weight is None or weight.ndim < 3:
             out: Tensor = self.mlp(features)
             return out
         out = self.mlp(features.reshape(-1, features.shape[-1]))
@@ -267,12 +273,13 @@ class AroundPerceptron(nn.Module):
 
 
 def _check_dtype(features: Tensor, weight: Tensor) -> None:
+    """Raise ``TypeError`` unless autocast makes one dtype of both."""
     if not features.is_floating_point():
         raise TypeError(
             f"a network's first layer got {features.dtype}; it needs floating-point observations. Give "
             "a network of categories preprocess=networks.OneHot(...), and cast other integers to float."
         )
-    if features.dtype != weight.dtype and not torch.is_autocast_enabled(features.device.type):
+    if not torch.is_autocast_enabled(features.device.type):
         raise TypeError(
             f"a network's first layer got {features.dtype} and has weights of {weight.dtype}; cast the "
             f"batch's observations and actions to {weight.dtype}, or the loss to {features.dtype} "
