@@ -72,13 +72,19 @@ class Linear(nn.Linear):
 
 
 def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """``x @ weight.mT + bias``, of one layer or of K stacked ones (:class:`Linear`)."""
+    """``x @ weight.mT + bias``, of one layer or of K stacked ones (:class:`Linear`).
+
+    Stacked weights multiply columns, so that their gradients come out in their layout. A compiled
+    program computes a single output as a sum, which it joins with what surrounds it.
+    """
+    if weight.shape[-2] == 1 and x.ndim >= weight.ndim and torch.compiler.is_compiling():
+        return (x * weight).sum(-1, keepdim=True) + bias.unsqueeze(-2)
     if weight.ndim == 2:
         return nn.functional.linear(x, weight, bias)
     if x.ndim == 2:  # one product for all layers
-        out = (weight.flatten(0, 1) @ x.mT).unflatten(0, weight.shape[:2]).mT
-        return out + bias.unsqueeze(-2)
-    return torch.baddbmm(bias.unsqueeze(-2), x, weight.mT)
+        out = (weight.flatten(0, 1) @ x.mT).unflatten(0, weight.shape[:2])
+        return (out + bias.unsqueeze(-1)).mT
+    return torch.baddbmm(bias.unsqueeze(-1), weight, x.mT).mT
 
 
 def chain(x: Tensor, leaves: Sequence[Tensor]) -> Tensor:
