@@ -26,6 +26,7 @@ from typing import Any
 
 from bench_step import REFERENCE
 from iql_torchrl import DiscreteIQLLoss, IQLLoss, networks, policies
+from iql_torchrl.losses import SharedEncoder
 from measuring import add_options, measure, show, summarise
 from record import place, save
 from step_rivals import (
@@ -143,12 +144,12 @@ def image_ours(
     spec = Bounded(-torch.ones(ACTIONS), torch.ones(ACTIONS))
     critic = networks.Critic(FEATURES, ACTIONS, hidden=hidden)
     value = networks.StateValue(FEATURES, hidden=hidden)
+    encoder = TensorDictModule(module, in_keys=["observation"], out_keys=keys)
     loss = IQLLoss(
         policies.gaussian(FEATURES, spec, in_keys=keys, hidden=hidden),
         ValueOperator(critic, in_keys=[*keys, "action"]),
         ValueOperator(value, in_keys=keys),
-        encoder_network=TensorDictModule(module, in_keys=["observation"], out_keys=keys),
-        encoder_gradient=gradient,
+        encoder_network=SharedEncoder(encoder, gradient),
     ).to(device)
     loss.make_value_estimator(gamma=0.99)
     step = step_of(loss, order="simultaneous")

@@ -4,9 +4,9 @@
     python benchmarks/bench_policies.py --tasks pendulum --only-weights --bc-weights 0.003 0.01
     python benchmarks/bench_policies.py --only-flows --updates 5000 --seeds 5 --result policies_flows
 
-Cloning and IQL with a Gaussian; DDPG+BC with the minimum or the mean of the live or of the target
-critics, and two weights of cloning; a flow that clones, alone and with the best of 32 of its actions
-by the live or the target critics, from fixed or fresh noise, and drawn by a softmax. The policies of a
+Cloning and IQL with a Gaussian; DDPG+BC with the minimum or the mean of the online or of the
+target critics, and two weights of cloning; a flow that clones, alone and with the best of 32 of its actions
+by the online or the target critics, from fixed or fresh noise, and drawn by a softmax. The policies of a
 line have the same critics' settings, updates and seeds, and the runs of a flow are evaluated in all
 ways. Writes benchmarks/results/policies.json after each task.
 
@@ -52,7 +52,7 @@ EVALUATION_SEED, CANDIDATES = 10_000, 32
 #: name on the command line: (q_reduction, q_source) of DDPG+BC
 VALUES = {
     f"{reduction}-{source}": (reduction, source)
-    for source in ("live", "target")
+    for source in ("online", "target")
     for reduction in ("min", "mean")
 }
 GUIDANCE = (0.0, 1.0, 2.0, 4.0)
@@ -73,13 +73,16 @@ TASKS = {"pendulum": pendulum, "pointmaze": pointmaze}
 
 
 def train(
-    o: argparse.Namespace, data: OfflineDataset, configs: list[IQLConfig], **knobs: str
+    o: argparse.Namespace, data: OfflineDataset, configs: list[IQLConfig], **settings: str
 ) -> Iterator[Any]:
-    """The agents of all configs with all seeds, of one config after the other."""
+    """The agents of all configs with all seeds, of one config after the other.
+
+    ``settings`` are attributes of the policy's objective.
+    """
     runs = [replace(each, seed=seed) for each in configs for seed in range(o.seeds)]
     population = IQLPopulation(runs, data)
-    for name, value in knobs.items():
-        setattr(population.loss, name, value)
+    for name, value in settings.items():
+        setattr(population.loss.actor_objective, name, value)
     for _ in population.train(o.updates, every=o.updates):
         pass
     return (population.member(number) for number in range(len(runs)))
@@ -94,15 +97,19 @@ def by_targets(loss: Any) -> LossCritics:
 
 def flow_policies(agent: Any) -> dict[str, tuple[Any, bool]]:
     """Ways of acting with one trained flow: the policy, and whether it acts deterministically."""
-    live, targets = LossCritics(agent.loss), by_targets(agent.loss)
+    online, targets = LossCritics(agent.loss), by_targets(agent.loss)
     best = f"flow, best of {CANDIDATES}"
     softmax = policies.best_of(
-        agent.actor, live, CANDIDATES, select="softmax", temperature=agent.config.temperature or 1.0
+        agent.actor,
+        online,
+        CANDIDATES,
+        select="softmax",
+        temperature=agent.config.temperature or 1.0,
     )
     return {
         "flow": (agent.policy, False),
-        best: (policies.best_of(agent.actor, live, CANDIDATES), True),
-        f"{best}, fresh noise": (policies.best_of(agent.actor, live, CANDIDATES), False),
+        best: (policies.best_of(agent.actor, online, CANDIDATES), True),
+        f"{best}, fresh noise": (policies.best_of(agent.actor, online, CANDIDATES), False),
         f"{best}, target critics": (policies.best_of(agent.actor, targets, CANDIDATES), True),
         f"{best}, softmax": (softmax, False),
     }
@@ -223,7 +230,10 @@ def main() -> None:
     add("--episodes", type=int, default=20)
     add("--bc-weights", type=float, nargs="+", default=[0.5, 2.0], help="weights of DDPG+BC")
     add(
-        "--critics", nargs="+", choices=VALUES, help="of DDPG+BC; all, with --only-weights min-live"
+        "--critics",
+        nargs="+",
+        choices=VALUES,
+        help="of DDPG+BC; all, with --only-weights min-online",
     )
     add("--only-weights", action="store_true", help="DDPG+BC alone")
     add("--only-flows", action="store_true", help="weighted, conditioned and best of N, with gaps")

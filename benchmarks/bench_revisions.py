@@ -2,7 +2,6 @@
 
     python benchmarks/bench_revisions.py 8952c53
     python benchmarks/bench_revisions.py 8952c53 HEAD --widths 64,256 --rounds 15
-    python benchmarks/bench_revisions.py . . --products mkl,onednn --result products
 
 Each revision is unpacked from git into a temporary folder and runs in its own process; the working
 tree itself is revision ``.``. Only one process works at a time: for each form of the step, a block
@@ -44,7 +43,7 @@ def unpack(revision: str, folder: Path) -> Path:
 BUILT: dict[tuple[str, str], Any] = {}  # in a worker: updates by order and form
 
 
-def begin(tree: Path, products: str) -> None:
+def begin(tree: Path) -> None:
     """In a worker: use the revision in ``tree``."""
     sys.path[:0] = [str(tree), str(tree / "benchmarks")]
     import iql_torchrl
@@ -53,10 +52,6 @@ def begin(tree: Path, products: str) -> None:
 
     assert Path(iql_torchrl.__file__).is_relative_to(tree), iql_torchrl.__file__
     torch._dynamo.config.recompile_limit = 64
-    if products != "own":
-        from iql_torchrl.config import choose_products
-
-        choose_products(products)
 
 
 def seconds(order: str, form: str, updates: int, width: int, o: argparse.Namespace) -> float:
@@ -86,10 +81,10 @@ def compare(revisions: list[str], width: int, options: argparse.Namespace) -> di
                     1,
                     mp_context=get_context("spawn"),
                     initializer=begin,
-                    initargs=(unpack(revision, Path(folder)), library),
+                    initargs=(unpack(revision, Path(folder)),),
                 )
             )
-            for revision, library in zip(revisions, options.products.split(","), strict=True)
+            for revision in revisions
         ]
 
         def block(turn: int, case: tuple[str, str]) -> float:
@@ -129,16 +124,10 @@ def main() -> None:
     add("--rounds", type=int, default=15)
     add("--block", type=int, default=96, help="updates in a block")
     add("--captured-updates", type=int, default=8, help="updates in a captured call")
-    words = "mkl, onednn or auto for each revision; own: as it chooses by itself"
-    add("--products", default="own,own", metavar="OLD,NEW", help=words)
     add("--result", default="", metavar="NAME", help="ending of the file's name")
     options = parser.parse_args()
     revisions = [options.old, options.new]
-    record: dict[str, Any] = {
-        "revisions": revisions,
-        "products": options.products,
-        "widths": {},
-    }
+    record: dict[str, Any] = {"revisions": revisions, "widths": {}}
     path = place("revisions", options.device, options.result)
     for width in map(int, options.widths.split(",")):
         print(f"\nwidth {width}: {revisions[0]}, {revisions[1]}, median of ratios")

@@ -1,7 +1,7 @@
 """Lower limits of the time of one update: its matrix products; its bytes and kernels.
 
 ``floor``: the products of every network by itself, one after the other. ``floor_of_ours``: the
-products that our update has, which evaluates networks of one shape together. ``limit_of_bytes``: a
+products that our update has, which evaluates the critics together. ``limit_of_bytes``: a
 computed time in which every byte is moved once and every kernel is launched.
 """
 
@@ -11,7 +11,6 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
-from operator import matmul as product
 from measuring import median_seconds
 from step_rivals import Made, Sizes, Update, make_step, transitions
 
@@ -23,7 +22,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 Shape = tuple[int, ...]
 Layout = tuple[Shape, Shape]  # sizes and strides
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
-LINEAR = "_linear_pointwise"  # oneDNN's product, of the transposed second operand
 
 
 def products(sizes: Sizes) -> list[tuple[Shape, Shape]]:
@@ -57,10 +55,8 @@ class Products(TorchDispatchMode):
         self, operator: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         name = operator.overloadpacket.__name__
-        if name in PRODUCTS or name == LINEAR:
+        if name in PRODUCTS:
             a, b = [x for x in args if isinstance(x, Tensor)][-2:]
-            if name == LINEAR:
-                a, b = args[0], args[1].mT
             self.operands.append(((tuple(a.shape), a.stride()), (tuple(b.shape), b.stride())))
         return operator(*args, **(kwargs or {}))
 
@@ -85,10 +81,10 @@ def floor(rows: TensorDict, sizes: Sizes, device: str, graph: bool = False) -> M
 
 
 def floor_of_ours(rows: TensorDict, sizes: Sizes, device: str, graph: bool = False) -> Made:
-    """As :func:`floor`, of the products that our sequential update has, by the same libraries."""
+    """As :func:`floor`, of the products that our sequential update has."""
     how = {"device": device, "dtype": getattr(torch, sizes.dtype)}
     work = [(random_of(*a, **how), random_of(*b, **how)) for a, b in our_products(sizes)]
-    return timed_products(work, graph, by_library=not graph)
+    return timed_products(work, graph)
 
 
 def random_of(shape: Shape, strides: Shape, **how: Any) -> Tensor:
@@ -97,17 +93,12 @@ def random_of(shape: Shape, strides: Shape, **how: Any) -> Tensor:
     return torch.randn(last + 1, **how).as_strided(shape, strides)
 
 
-def timed_products(
-    work: list[tuple[Tensor, Tensor]], graph: bool, by_library: bool = False
-) -> Made:
+def timed_products(work: list[tuple[Tensor, Tensor]], graph: bool) -> Made:
     results = [torch.matmul(a, b) for a, b in work]
 
     def update() -> None:
         for (a, b), out in zip(work, results, strict=True):
-            if by_library:
-                product(a, b)
-            else:
-                (torch.bmm if a.ndim == 3 else torch.mm)(a, b, out=out)
+            (torch.bmm if a.ndim == 3 else torch.mm)(a, b, out=out)
 
     return (replayed(update, (work, results)) if graph else update), 1
 

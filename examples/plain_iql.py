@@ -62,8 +62,10 @@ class IQL:
         loss_q = sum((critic(pair) - td_target).square().mean() for critic in self.critics)
         descend(self.other_optimizer, loss_actor + loss_q)
         # The target critics move a small step towards the critics (Polyak averaging).
-        for target, live in zip(self.targets.parameters(), self.critics.parameters(), strict=True):
-            target.data.lerp_(live.data, POLYAK)
+        for target, online in zip(
+            self.targets.parameters(), self.critics.parameters(), strict=True
+        ):
+            target.data.lerp_(online.data, POLYAK)
         return loss_value.item(), loss_actor.item(), loss_q.item()
 
 

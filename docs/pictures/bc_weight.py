@@ -14,11 +14,12 @@ from matplotlib.figure import Figure
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parents[1] / "benchmarks" / "results"
 LINES = {"flow, best of 32": "#009E73", "IQL": "#0072B2", "cloning": "#E69F00"}
-PREFIX = "DDPG+BC, min of live, weight "
+PREFIX = "DDPG+BC, min of online, weight "
 
 
 def scores(name: str) -> dict[str, list[float]]:
-    return json.loads((RESULTS / name).read_text())["tasks"][0]["scores"]
+    text = (RESULTS / name).read_text().replace(" of live,", " of online,")  # as it was once called
+    return json.loads(text)["tasks"][0]["scores"]
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ import pytest
 from snippets import PAGES, ROOT, read_parts
 
 import iql_torchrl
+from iql_torchrl import losses
 
 LISTED = re.findall(r"^   ([\w.]+)$", (ROOT / "docs" / "api.md").read_text(), flags=re.MULTILINE)
 #: Shown by a table or a comment where they are defined, not by a docstring.
@@ -40,6 +41,8 @@ def test_every_public_name_of_the_package_is_listed():
     assert names <= set(LISTED)
     functional = {f"functional.{name}" for name in iql_torchrl.functional.__all__}
     assert functional <= set(LISTED)
+    classes = {n for n in losses.__all__ if inspect.isclass(getattr(losses, n))} - names
+    assert {f"losses.{name}" for name in classes} <= set(LISTED)
     assert len(set(LISTED)) == len(LISTED)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import struct
 import subprocess
@@ -71,6 +72,19 @@ def test_first_block_of_the_main_page_is_at_most_ten_lines_of_code():
 
 def test_the_main_page_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
+def test_inserted_code_exists():
+    """Each ``literalinclude`` names a function or class of a file: Sphinx alone would notice."""
+    text = (DOCS / "algorithm.md").read_text()
+    inserted = re.findall(r"{literalinclude} (\S+)\n:language: python\n:pyobject: (\S+)", text)
+    assert len(inserted) == text.count("{literalinclude}")
+    for name, path in inserted:
+        body: list[ast.stmt] = ast.parse((DOCS / name).read_text()).body
+        for part in path.split("."):
+            found = [n for n in body if getattr(n, "name", None) == part]
+            assert found, f"{name} has no {path}"
+            body = found[0].body  # type: ignore[attr-defined]
 
 
 @pytest.mark.slow

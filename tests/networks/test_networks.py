@@ -9,9 +9,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tensordict import TensorDict
 from torch import nn
+from torchrl.data import Bounded
+from torchrl.modules import ValueOperator
+from torchrl.objectives import IQLLoss as TorchRLLoss
+from torchrl.objectives import SoftUpdate
 
-from iql_torchrl import networks
+from iql_torchrl import networks, policies
 
 
 def are_orthogonal(net: nn.Module) -> bool:
@@ -243,3 +248,19 @@ def test_what_makes_no_encoder_is_refused(arguments, message):
     encoder = networks.ImageEncoder((20, 24, 3))
     with pytest.raises(ValueError, match=r"\(5, 24, 20, 3\); expected .* \(20, 24, 3\)"):
         encoder(torch.zeros(5, 24, 20, 3))
+
+
+def test_networks_of_this_package_work_in_torchrls_losses():
+    """TorchRL evaluates critics by ``vmap`` of a module without parameters of its own."""
+    spec = Bounded(-torch.ones(2), torch.ones(2), (2,))
+    loss = TorchRLLoss(
+        policies.gaussian(3, spec, hidden=(8,)),
+        ValueOperator(networks.Critic(3, 2, hidden=(8,)), in_keys=["observation", "action"]),
+        ValueOperator(networks.StateValue(3, hidden=(8,)), in_keys=["observation"]),
+        num_qvalue_nets=2,
+    )
+    SoftUpdate(loss, tau=0.005)
+    following = {"observation": torch.randn(5, 3), "reward": torch.randn(5, 1)}
+    following |= {key: torch.zeros(5, 1, dtype=torch.bool) for key in ("done", "terminated")}
+    batch = {"observation": torch.randn(5, 3), "action": torch.rand(5, 2), "next": following}
+    assert loss(TensorDict(batch, [5]))["loss_qvalue"] > 0
