@@ -4,11 +4,11 @@
     python benchmarks/bench_policies.py --tasks pendulum --only-weights --bc-weights 0.003 0.01
     python benchmarks/bench_policies.py --only-flows --updates 5000 --seeds 5 --result policies_flows
 
-Cloning and IQL with a Gaussian; DDPG+BC with the minimum or the mean of the online or of the
-target critics, and two weights of cloning; a flow that clones, alone and with the best of 32 of its actions
-by the online or the target critics, from fixed or fresh noise, and drawn by a softmax. The policies of a
-line have the same critics' settings, updates and seeds, and the runs of a flow are evaluated in all
-ways. Writes benchmarks/results/policies.json after each task.
+Cloning and IQL with a Gaussian; DDPG+BC with the minimum or the mean of the online or of the target
+critics, and two weights of cloning; a flow that clones, alone and with the best of 32 of its
+actions by the online or the target critics, from fixed or fresh noise, and drawn by a softmax. The
+policies of a line have the same critics' settings, updates and seeds, and the runs of a flow are
+evaluated in all ways. Writes benchmarks/results/policies.json after each task.
 
 With --only-flows: IQL with a Gaussian, weighted flow, the best of 32 of a clone, and a conditioned flow
 at several values of guidance, each with its return, the value gap, and the time of an action.
