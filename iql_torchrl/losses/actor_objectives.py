@@ -316,7 +316,7 @@ class DDPGBC(ActorObjective):
         return self.bc_weight * error - q / scale, metadata
 
 
-# -- what several objectives compute ---------------------------------------------------------------------
+# -- what several objectives compute --------------------------------------------------------------
 
 
 def of_advantage(function: Callable[[Tensor], Tensor], advantage: Tensor, name: str) -> Tensor:
@@ -339,7 +339,7 @@ def flow_draws(actor: Any, batch_size: Sequence[int]) -> dict[str, Draw]:
 def flow_error(networks: NetworkLoss, batch: Batch, *condition: Tensor) -> Tensor:
     """Mean over action dimensions of ``(v(s, x_t, t) - (a - noise))**2``, per sample ``(*B,)``.
 
-    ``x_t`` is :func:`iql_torchrl.functional.flow_path`, with the dataset action a in the policy's units.
+    ``x_t`` is :func:`iql_torchrl.functional.flow_path`, with a in the policy's units.
     """
     inputs, time = networks.inputs(batch), batch.draws[FLOW_TIME]
     logged = batch.data.get(networks.tensor_keys.action)

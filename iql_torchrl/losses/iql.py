@@ -89,9 +89,9 @@ class IQLLoss(NetworkLoss):
             ``SarsaExpectile``, ``Sparse``, ``Exponential``, ``Gumbel``, or one of your own; its name in
             ``IQLConfig``, which reads ``expectile``; or a function ``(target_qvalue (*B,), value (*B,))
             -> per-sample loss (*B,)``.
-        actor_objective: how the policy is extracted: an object such as ``losses.DDPGBC(bc_weight=0.3)``,
-            ``AdvantageWeighted``, ``WeightedSquaredError``, ``FlowMatching``, ``ConditionedFlow``, or one
-            of your own; its name (``"log_prob"``, ``"mse"``, ``"flow"``, ``"conditioned_flow"``,
+        actor_objective: how the policy is extracted: an object such as
+            ``losses.DDPGBC(bc_weight=0.3)``, ``AdvantageWeighted``, ``WeightedSquaredError``,
+            ``FlowMatching``, ``ConditionedFlow``, or one of your own; its name (``"log_prob"``, ``"mse"``, ``"flow"``, ``"conditioned_flow"``,
             ``"ddpg_bc"``), which reads ``temperature`` and ``max_weight``; or a function ``(actor,
             batch) -> per-sample loss (*B,)``, which is weighted.
         encoder_network: a TensorDictModule that the others share, or a
@@ -186,7 +186,7 @@ class IQLLoss(NetworkLoss):
     # -- the algorithm -------------------------------------------------------------------------------
 
     def target_qvalue(self, batch: Batch) -> Tensor:
-        """``min_k Q'_k(s, a)`` of the target critics, ``(*B,)``; or as ``pessimism`` says. No gradient."""
+        """``min_k Q'_k(s, a)`` of the target critics, ``(*B,)``, or as ``pessimism`` says."""
         with torch.no_grad():
             return self.value_objective.target_of(self.qvalues(batch, "target"))
 
@@ -262,7 +262,7 @@ class IQLLoss(NetworkLoss):
         mask, weight = batch.mask_like(loss), batch.weight_like(loss)
         return F.reduce(loss, reduction=self.reduction, mask=mask, weight=weight)
 
-    # -- what is read from a batch, and what is returned -------------------------------------------------
+    # -- what is read from a batch, and what is returned ----------------------------------------------
 
     def prepare_batch(
         self, tensordict: TensorDictBase, draws: Mapping[str, Tensor] | None = None

@@ -238,7 +238,7 @@ class NetworkLoss(LossModule):
         ]
         return [online for online, _ in pairs], [target for _, target in pairs]
 
-    # -- tensors that are one: shared parameters, targets' buffers, averages, your own networks ---------
+    # -- tensors that are one: shared parameters, targets' buffers, averages, your networks ------------
 
     def _tensor(self, entry: tuple[str, NestedKey]) -> Any:
         name, key = entry

@@ -174,7 +174,7 @@ class Lift:
             loss._modules[kind]._buffers[short] = value  # type: ignore[union-attr]
         loss.value_estimator._buffers["gamma"] = given["gamma"]
 
-    # -- the batch, and what is returned -----------------------------------------------------------------
+    # -- the batch, and what is returned ---------------------------------------------------------------
 
     def random_inputs(self, batch_size: Sequence[int]) -> dict[str, Draw]:
         """:meth:`IQLLoss.random_inputs` of every member, ``(P, ...)``."""
