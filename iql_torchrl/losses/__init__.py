@@ -14,8 +14,9 @@ from iql_torchrl.losses.actor_objectives import (
 )
 from iql_torchrl.losses.batch import Batch
 from iql_torchrl.losses.critics import LossCritics
+from iql_torchrl.losses.discrete import DiscreteIQLLoss
 from iql_torchrl.losses.encoder import SharedEncoder
-from iql_torchrl.losses.iql import DIAGNOSTICS, LOSSES, DiscreteIQLLoss, IQLLoss
+from iql_torchrl.losses.iql import DIAGNOSTICS, LOSSES, IQLLoss
 from iql_torchrl.losses.objective import Objective
 from iql_torchrl.losses.value_objectives import (
     VALUE_OBJECTIVES,
