@@ -1,4 +1,4 @@
-"""Settings tuned on a log alone: Optuna proposes them, ``rank_members``' estimate judges them.
+"""Settings tuned on a log alone: Optuna proposes them, ``rank_policies``' estimate judges them.
 
 Each round is one ``Sweep``: the runs that Optuna proposes are trained as a population on one part of
 the log, and Optuna gets their estimated values on held-out episodes. Of many trials, the highest
@@ -16,7 +16,7 @@ from iql_torchrl import PRESETS, load_dataset
 from iql_torchrl.config import cli
 from iql_torchrl.data.builtin import ensure_source
 from iql_torchrl.report import write_rows
-from iql_torchrl.selection import fitted_q_evaluation, rank_members
+from iql_torchrl.selection import fitted_q_evaluation, rank_policies
 from iql_torchrl.sweep import Sweep
 
 # smallest and largest value, and whether the logarithm is searched; all may differ in a population
@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
     agents, (_, fit, reserved) = search(options, config)
     discount, updates = config.discount, options.fit_updates
     fitted = fitted_q_evaluation(agents, fit, reserved, discount=discount, updates=updates)
-    ranking = rank_members(agents, fit, reserved, discount=discount, fitted_q=fitted)
+    ranking = rank_policies(agents, fit, reserved, discount=discount, fitted_q=fitted)
     ranking.to_json(options.folder / "final.json")
     print(f"\nOn {ranking.episodes} reserved episodes:\n{ranking}\nWritten to {options.folder}/")
 
@@ -109,7 +109,7 @@ def search(options, config):
         result = sweep.run(workers=1)
         for name, trial in trials.items():
             row = {"value": math.nan, "error": " ".join(result.notes)} | result.rows[name]
-            kept = ("value", "value_low", "value_high", "doubts", "error")
+            kept = ("value", "value_low", "value_high", "caveats", "error")
             rows[name] = {"trial": name, **trial.params, **{key: row.get(key) for key in kept}}
             results[name], failed = result, math.isnan(row["value"])
             state = optuna.trial.TrialState.FAIL if failed else None

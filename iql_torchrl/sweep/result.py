@@ -128,7 +128,7 @@ def joined(
     values = list(configs.values())
     different = differing(values)
     columns = [n for n, knob in knobs(type(values[0])).items() if knob.per_run or n in different]
-    ranked = {} if ranking is None else {row["member"]: row for row in ranking.rows}
+    ranked = {} if ranking is None else {row["candidate"]: row for row in ranking.rows}
     rows = {}
     for name, config in configs.items():
         # equal settings: the name without its seed
@@ -136,7 +136,8 @@ def joined(
         row |= {column: getattr(config, column) for column in ["seed", *columns]}
         row |= trained.get(name, {})
         own = ranked.get(name, {})
-        row |= {k: " ".join(v) if k == "doubts" else v for k, v in own.items()}
+        own = {k: v for k, v in own.items() if k != "candidate"}
+        row |= {k: " ".join(v) if k == "caveats" else v for k, v in own.items()}
         if name in failures:
             row["error"] = failures[name]
         rows[name] = row
@@ -159,7 +160,11 @@ def draw(
 
     panels = {"score": (words, *level)} if level else {}
     if ranking:
-        panels["value"] = ("estimate from the log, 95 % interval", "the log", ranking.log_value)
+        panels["value"] = (
+            "estimate from the log, 95 % interval",
+            "the behaviour policy",
+            ranking.behaviour_value,
+        )
     groups, seeds = ([*dict.fromkeys(r[k] for r in rows.values())] for k in ("settings", "seed"))
     size = 3.4 * len(panels) + 5.6, min(2.4 + 0.2 * len(groups) + 0.08 * len(rows), 14)
     figure = Figure(size, layout="constrained")

@@ -65,7 +65,7 @@ class Sweep:
         score_words: what the score is, for the picture.
         log_score: name and score of the policy that made the log; None: the log's mean return.
         held_out: share of the episodes that no run learns from, in (0, 1): from them
-            ``rank_members`` estimates the value of each run. None: no ranking.
+            ``rank_policies`` estimates the value of each run. None: no ranking.
         reserved: share of the episodes that the sweep does not read at all, in (0, 1), taken before
             ``held_out``. Where the results of one sweep decide which configs the next one has, its
             estimates are too high for the best; an estimate from :meth:`parts`' ``reserved`` is

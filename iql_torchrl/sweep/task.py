@@ -17,8 +17,8 @@ from iql_torchrl.data import DatasetWarning, OfflineDataset, load_dataset
 from iql_torchrl.evaluation.rollout import evaluate
 from iql_torchrl.files import SUFFIX, first_line, folder_lock, read_json, write_json
 from iql_torchrl.population.runs import IQLPopulation
-from iql_torchrl.selection import Ranking, fitted_q_evaluation, rank_members
-from iql_torchrl.selection.members import resolve_member
+from iql_torchrl.selection import Ranking, fitted_q_evaluation, rank_policies
+from iql_torchrl.selection.candidates import resolve_candidate
 from iql_torchrl.trainers.trainer import OfflineTrainer
 
 Row = dict[str, Any]
@@ -246,7 +246,7 @@ def rank(folder: Path, tasks: Sequence[Task], *, fit_updates: int, discount: flo
         for name, agent in (pair for task in tasks for pair in task.agents()):
             if name in names:
                 try:
-                    resolve_member(name, agent)
+                    resolve_candidate(name, agent)
                     members[name] = agent
                 except ValueError as error:
                     skipped[name] = first_line(error)
@@ -255,7 +255,7 @@ def rank(folder: Path, tasks: Sequence[Task], *, fit_updates: int, discount: flo
         discount = first.discount if discount is None else discount
         if members:
             fitted = fitted_q_evaluation(members, fit, test, discount=discount, updates=fit_updates)
-            ranking = rank_members(members, fit, test, discount=discount, fitted_q=fitted)
+            ranking = rank_policies(members, fit, test, discount=discount, fitted_q=fitted)
             ranking.to_json(folder / "ranking.json")
         else:
             write_json(folder / "ranking.json", None)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from iql_torchrl.selection.members import resolve_member
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from test_history import LENGTHS, Counter
@@ -17,7 +18,6 @@ from iql_torchrl import evaluate
 from iql_torchrl.evaluation import Acting
 from iql_torchrl.evaluation.acting import act
 from iql_torchrl.networks import Chunk, with_chunk, with_history
-from iql_torchrl.selection.members import resolve_member
 
 EXECUTED: dict[int, list[list[float]]] = {}
 

@@ -47,7 +47,7 @@ def test_a_search_is_continued_and_ends_with_reserved_episodes(search, capsys):
     assert {path: path.stat().st_mtime_ns for path in written} == written
     best = max(both, key=lambda row: float(row["value"]))["trial"]
     final = json.loads(Path("results/final.json").read_text())
-    assert {row["member"] for row in final["rows"]} == {best, "trial 0"}
+    assert {row["candidate"] for row in final["rows"]} == {best, "trial 0"}
     assert final["episodes"] == 6, "30 % of 20 episodes"
     assert all(row["seen"] == 0 for row in final["rows"])
     out = capsys.readouterr().out
@@ -62,7 +62,7 @@ def rows_of(self, *args, **kwargs) -> SimpleNamespace:
     rows = {}
     for name, config in self.configs.items():
         value = -(math.log(config.temperature) ** 2) - 30 * (config.expectile - 0.6) ** 2
-        rows[name] = {"value": value, "doubts": ""}
+        rows[name] = {"value": value, "caveats": ""}
         if config.temperature > 20:
             rows[name] = {"error": "it failed"}
     return SimpleNamespace(rows=rows, notes=(), agent=lambda name: name)
