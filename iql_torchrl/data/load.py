@@ -131,10 +131,12 @@ def load_dataset(
                     f"leave {name} out, or load the source with it."
                 )
         table, description = open_saved(Path(source), reward, dtype)
-    elif memmap is None:
-        table, description = build(open_source(source, options), options)
     else:
-        table, description = load_or_build(source, Path(memmap), options)
+        options = options if env is None else options.described()
+        if memmap is None:
+            table, description = build(open_source(source, options), options)
+        else:
+            table, description = load_or_build(source, Path(memmap), options)
     return OfflineDataset(table, **dataset_fields(description, env, reference_scores))
 
 
@@ -152,5 +154,7 @@ def dataset_fields(
         maker = partial(recorded_env, spec)
     if maker and description.adaptation != UNCHANGED:
         maker = partial(adapted_env, maker, description.adaptation)
-    scores = known_scores(reference_scores) or description.reference_scores
+    scores = description.reference_scores
+    if reference_scores is not None:
+        scores = known_scores(reference_scores)
     return vars(description) | {"env": maker, "reference_scores": scores}

@@ -6,7 +6,7 @@ import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -114,24 +114,6 @@ class Columns:
         """The row of the source that is row ``row`` here."""
         return int(row if self.order is None else self.order[row])
 
-    def sorted_by(self, order: NDArray[np.int64]) -> Columns:
-        """The rows in another order; a column is read completely at its first use."""
-
-        def ordered(column: Column) -> Column:
-            if isinstance(column, UnreadableColumn):
-                return column
-            kept: list[NDArray[Any]] = []
-
-            def read(rows: slice) -> NDArray[Any]:
-                if not kept:
-                    kept.append(np.asarray(column[:])[order])
-                return kept[0][rows]
-
-            return ComputedColumn(column.shape, column.dtype, read)
-
-        changed = {name: ordered(column) for name, column in self.columns.items()}
-        return replace(self, columns=changed, order=order)
-
 
 def group_of(columns: Mapping[str, Column], path: str) -> dict[Key, Column]:
     """The column ``path`` by the key ``()``, or those of the group ``path`` by their further names."""
@@ -158,16 +140,16 @@ class UnreadableColumn:
         raise DatasetError(self._reason)
 
 
+@dataclass
 class ComputedColumn:
     """A column whose rows ``read`` gives; nothing is copied before it is asked for."""
 
-    def __init__(
-        self, shape: tuple[int, ...], dtype: Any, read: Callable[[slice], NDArray[Any]]
-    ) -> None:
-        self.shape, self.dtype, self._read = shape, np.dtype(dtype), read
+    shape: tuple[int, ...]
+    dtype: Any
+    read: Callable[[slice], NDArray[Any]]
 
     def __getitem__(self, rows: slice, /) -> NDArray[Any]:
-        return self._read(rows)
+        return self.read(rows)
 
 
 class Parts:

@@ -261,18 +261,19 @@ def _last_rows(
         last |= ids
     elif unknown and broken is not None:
         last[:-1] |= broken
-    elif unknown and not ("trajectory_end" in has or limit or gaps is not None or terminated.all()):
-        if options.columns.get("truncated", "") is not None:
-            remedy = "columns={'truncated': None} if every episode terminates"
-            if not has & {"terminated", "not_terminated"}:
-                remedy = (
-                    "add a column of ones as terminated if each row is an episode, as in a bandit"
-                )
-            raise DatasetError(
-                f"{columns.name}: neither truncated, episode, time nor next_observation shows where "
-                "episodes end besides termination; pass max_episode_steps or env, name one with "
-                f"columns={{...}}, or {remedy}."
-            )
+    elif (
+        unknown
+        and not ("trajectory_end" in has or limit or gaps is not None or terminated.all())
+        and options.columns.get("truncated", "") is not None
+    ):
+        remedy = "columns={'truncated': None} if every episode terminates"
+        if not has & {"terminated", "not_terminated"}:
+            remedy = "add a column of ones as terminated if each row is an episode, as in a bandit"
+        raise DatasetError(
+            f"{columns.name}: neither truncated, episode, time nor next_observation shows where "
+            "episodes end besides termination; pass max_episode_steps or env, name one with "
+            f"columns={{...}}, or {remedy}."
+        )
     if gaps is not None:
         last |= gaps & valid
     if unknown and limit:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from iql_torchrl.data.readers.arrays import Columns, text_seconds
+from iql_torchrl.data.readers.arrays import Column, Columns, text_seconds
 from iql_torchrl.data.readers.following import side_by_side
 from iql_torchrl.data.readers.hints import leading_values
 from iql_torchrl.data.schema import DatasetError
@@ -28,7 +29,7 @@ def sorted_rows(columns: Columns) -> tuple[Columns, dict[str, Flags], list[str]]
     """
     notes: list[str] = []
     keys = [key for key in ("env_index", "episode") if key in columns.columns]
-    ids = {key: _id_codes(columns, key) for key in keys}
+    ids: dict[str, NDArray[Any]] = {key: _id_codes(columns, key) for key in keys}
     for key in keys:
         codes, path = ids[key], columns.paths[key]
         ends = np.append(codes[1:] != codes[:-1], True)
@@ -43,7 +44,9 @@ def sorted_rows(columns: Columns) -> tuple[Columns, dict[str, Flags], list[str]]
             continue
         order = np.argsort(codes, kind="stable")
         sources = order if columns.order is None else columns.order[order]
-        sorted_ = {name: np.asarray(each[:])[order] for name, each in columns.columns.items()}
+        sorted_: dict[str, Column] = {
+            name: np.asarray(each[:])[order] for name, each in columns.columns.items()
+        }
         columns = replace(columns, columns=sorted_, order=sources)
         ids = {each: values[order] for each, values in ids.items()}
         notes.append(
@@ -115,7 +118,7 @@ def time_gaps(columns: Columns, inside: Flags) -> tuple[Flags, list[str]]:
     20 where they are not. ``inside``: rows that do not end an episode.
     """
     subject = f"time ({columns.paths['time']!r})"
-    raw = np.asarray(columns.columns["time"][:]).reshape(-1)
+    raw: Any = np.asarray(columns.columns["time"][:]).reshape(-1)
     if raw.dtype.kind in "UO":
         text, raw = raw[0], text_seconds(raw.tolist())
         if raw is None:
