@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from iql_torchrl.data.readers.arrays import Columns
 from iql_torchrl.data.readers.episodes import Episodes
 from iql_torchrl.data.readers.options import ReadOptions
 from iql_torchrl.data.readers.source import Source
-from iql_torchrl.data.scaling import RewardMap, reward_map
+from iql_torchrl.data.scaling import NAMED_MAPS, reward_map
 from iql_torchrl.data.schema import MASK, REWARD, TERMINATED, TRUNCATED, Key, Layout
 
 #: At most so many transitions, and about so many bytes, are read, checked and written together.
@@ -100,16 +101,15 @@ def build(
                     files.append(chunk, start)
                 bar.update(count)
     change = reward_map(options.reward, checker.returns, source.name)
-    if change != RewardMap():
+    if change != NAMED_MAPS["raw"]:
         for rewards in [table[REWARD]] if files is None else files.rewards(options.dtype):
             for some in rewards.split(CHUNK):
                 some.copy_(change.forward(some.double()))
     limit = options.env_max_episode_steps
     if limit is None and source.env_spec is not None:
         limit = source.env_spec.max_episode_steps
-    doubts, notes = time_limit_findings(source, limit)
-    found = [f"{source.name}: {text}" for text in (*checker.warnings(), *doubts)]
-    noted = [f"{source.name}: {text}" for text in (*checker.notes(), *notes)]
+    both = zip(checker.findings(), time_limit_findings(source, limit), strict=True)
+    found, noted = ([f"{source.name}: {text}" for text in chain(*texts)] for texts in both)
     known: dict[str, Any] = {
         each.name: getattr(source, each.name, None) for each in fields(Description)
     }

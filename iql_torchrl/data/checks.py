@@ -253,43 +253,41 @@ class ChunkChecker:
             f"{expected}"
         )
 
-    def warnings(self) -> Iterator[str]:
-        """What was repaired, or looks wrong, one sentence each."""
-        paths, space = self.source.parts[0][0].paths, self.source.action_space
+    def findings(self) -> tuple[list[str], list[str]]:
+        """Warnings on what looks wrong or was repaired; notes on what is unusual, but often correct."""
+        warnings, notes, count = list[str](), list[str](), self.filled
         for key, kept in self.samples.items():
-            names = paths.get(dotted(key), "").split(", ")
-            yield from _lost_by_rounding(dotted(key), np.concatenate(kept), names)
-        if self.clipped and isinstance(space, spaces.Box):
+            names = self.source.parts[0][0].paths.get(dotted(key), "").split(", ")
+            warnings += _lost_by_rounding(dotted(key), np.concatenate(kept), names)
+        if self.clipped and isinstance(space := self.source.action_space, spaces.Box):
             bounds = bounds_in_words(space.low, space.high)
-            yield f"{self.clipped} rows had actions outside {bounds}; clipped."
-        for count, (high, low) in enumerate(pairwise(self.largest[::-1]), start=1):
-            if 0 < low * DOMINATES < high:
-                yield (
-                    f"{count} of {self.filled} rewards are of magnitude {high:.3g} and more, the "
-                    f"others at most {low:.3g}: they dominate the sum of squares, so that values are "
-                    "learned of them alone. Repair those rows if they are errors, or scale or clip "
-                    "the rewards."
-                )
-                break
-
-    def notes(self) -> Iterator[str]:
-        """What is unusual, but correct in many environments."""
+            warnings.append(f"{self.clipped} rows had actions outside {bounds}; clipped.")
+        pairs = enumerate(pairwise(self.largest[::-1]), start=1)
+        for few, high, low in [(n, h, k) for n, (h, k) in pairs if 0 < k * DOMINATES < h][:1]:
+            warnings.append(
+                f"{few} of {count} rewards are of magnitude {high:.3g} and more, the "
+                f"others at most {low:.3g}: they dominate the sum of squares, so that values are "
+                "learned of them alone. Repair those rows if they are errors, or scale or clip "
+                "the rewards."
+            )
         if self.unused:
-            yield (
+            notes.append(
                 f"next_observation is NaN in {self.unused} rows that terminate, where it is never "
                 "used; the observation is stored there."
             )
-        low, high = self.rewards
-        if low == high and self.filled > 1:
-            yield f"every reward is {low:g}; episodes differ in their lengths only."
-        for key, accumulator in self.statistics.items():
-            constant = np.flatnonzero(accumulator.low == accumulator.high).tolist()
-            if constant and self.filled > 1:
+        if count > 1 and self.rewards[0] == self.rewards[1]:
+            notes.append(
+                f"every reward is {self.rewards[0]:g}; episodes differ in their lengths only."
+            )
+        for key, each in self.statistics.items():
+            constant = np.flatnonzero(each.low == each.high).tolist()
+            if constant and count > 1:
                 more = "..." if len(constant) > 8 else ""
-                yield (
-                    f"{dotted(key)} never changes in {len(constant)} of {len(accumulator.low)} "
-                    f"columns ({', '.join(map(str, constant[:8]))}{more}); their std is taken as 1."
+                notes.append(
+                    f"{dotted(key)} never changes in {len(constant)} of {len(each.low)} columns "
+                    f"({', '.join(map(str, constant[:8]))}{more}); their std is taken as 1."
                 )
+        return warnings, notes
 
 
 def _lost_by_rounding(key: str, rows: NDArray[np.float64], names: list[str]) -> Iterator[str]:

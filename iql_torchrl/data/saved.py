@@ -401,7 +401,7 @@ def damaged(location: Location, reason: str) -> DatasetError:
 def is_saved(source: Any) -> TypeGuard[str | Path]:
     """True if ``source`` is the path of a folder of a built dataset or of shards, complete or not."""
     # the last one is of older versions
-    names = (RECORD, f"shard-00000/{file_name(REWARD)}", "shards.json")
+    names = (RECORD, "shard-00000/next/reward.memmap", "shards.json")
     # os.path: a text may be too long for a path.
     return isinstance(source, str | Path) and any(os.path.isfile(Path(source, n)) for n in names)
 

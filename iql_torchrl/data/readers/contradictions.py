@@ -40,8 +40,8 @@ def contradictions(
             f"row terminates), or pass columns={{'terminated': None, 'truncated': {path!r}}} if none "
             "does."
         )
-    elif text := _opposite(columns, flags, last, broken):
-        texts.append(text)
+    elif 3 * int(flags["terminated"].sum()) > columns.rows:
+        texts += _opposite(columns, flags, last, broken)
     if broken is not None:
         known = any(key in paths for key in ENDS)
         inside = flags["valid"][:-1] & ~(last if known else flags["terminated"])[:-1]
@@ -68,7 +68,7 @@ def contradictions(
 
 def _opposite(
     columns: Columns, flags: Mapping[str, Flags], last: Flags, broken: Flags | None
-) -> str:
+) -> list[str]:
     """Nearly all rows terminate, although the following rows continue their trajectories."""
     key, other = "terminated", "not_terminated"
     if other in columns.paths:
@@ -77,18 +77,18 @@ def _opposite(
     elif broken is not None and not flags["terminated"].all():  # as those of a bandit
         going_on = np.append(~broken, False)
     else:
-        return ""
+        return []
     ends = flags["terminated"][going_on]
     if len(ends) <= MANY or 2 * len(ends) < columns.rows or ends.mean() <= MOST:
-        return ""
+        return []
     sides = columns.leaves("observation"), columns.leaves("next/observation")
     if broken is not None and differs(*sides, LOOKED_AT, 7).mean() < 0.8:
-        return ""  # few states: rows equal each other by chance
+        return []  # few states: rows equal each other by chance
     path = columns.paths[key]
-    return (
+    return [
         f"{path!r} says that {ends.mean():.0%} of the rows terminate that the following row continues: "
         f"it may mean the opposite. columns={{{other!r}: {path!r}}} reads it in this way."
-    )
+    ]
 
 
 def _breaks_inside(

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from iql_torchrl.data.readers.arrays import Columns
-from iql_torchrl.data.readers.columns import FLAGS
+from iql_torchrl.data.readers.columns import FLAGS, IDS
 from iql_torchrl.data.readers.contradictions import MANY, contradictions
 from iql_torchrl.data.readers.following import SAMPLE, differs
 from iql_torchrl.data.readers.hints import boundary_hints, interleaved_by
@@ -79,8 +79,10 @@ def find_episodes(source: Columns, options: ReadOptions) -> tuple[Columns, Episo
     t+1, and the last row of each episode is dropped. ``notes`` count what was dropped; ``warnings``
     name what contradicts the flags.
     """
-    columns, ids, notes = sorted_rows(source)
-    has, flags = columns.paths.keys(), read_flags(columns)
+    columns, has, notes, ids = source, source.paths.keys(), list[str](), dict[str, Flags]()
+    if has & {*IDS}:
+        columns, ids, notes = sorted_rows(source)
+    flags = read_flags(columns)
     ended = flags["terminated"] | flags["truncated"] | flags["trajectory_end"]
     id_ends = np.any([*ids.values()], axis=0) if ids else None
     gaps = None
@@ -89,8 +91,9 @@ def find_episodes(source: Columns, options: ReadOptions) -> tuple[Columns, Episo
         notes += texts
     observed, following = columns.leaves("observation"), columns.leaves("next/observation")
     broken = differs(observed, following, columns.rows) if following else None
-    if not ids and options.columns.get("env_index", "") is not None:
-        _refuse_interleaved(columns, broken)
+    follows = broken is not None and 2 * int(broken.sum()) < len(broken)
+    if not (ids or follows) and options.columns.get("env_index", "") is not None:
+        _refuse_interleaved(columns)
     warnings = list[str]()
     unflagged = not ended.any()
     ended &= ~ids.get("env_index", np.zeros_like(ended))
@@ -165,13 +168,11 @@ def read_flags(columns: Columns) -> dict[str, Flags]:
     return flags
 
 
-def _refuse_interleaved(columns: Columns, broken: Flags | None) -> None:
+def _refuse_interleaved(columns: Columns) -> None:
     """Raise where the rows of several environments take turns, and no ids say so.
 
     The observations say how many environments may take turns; next observations, if known, must agree.
     """
-    if broken is not None and 2 * int(broken.sum()) < len(broken):
-        return
     observed, following = columns.leaves("observation"), columns.leaves("next/observation")
     envs = interleaved_by(observed)
     if envs is None or (following and differs(observed, following, SAMPLE, envs).mean() > 0.5):

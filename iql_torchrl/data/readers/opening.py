@@ -119,13 +119,14 @@ def is_table_path(source: str | Path) -> bool:
 def _open_arrow(path: Path, options: ReadOptions) -> Columns:
     """The columns of a Parquet file, or of a folder of LeRobot, ``save_to_disk`` or Parquet files."""
     from iql_torchrl.data.readers.arrow import arrow_columns
-    from iql_torchrl.data.readers.lerobot import open_lerobot
     from iql_torchrl.data.readers.parquet import ParquetRows, parquet_files
 
     if is_saved_dataset(path):
         rows = HuggingFaceRows(load_saved_dataset(path), path)
         return Columns(path.name, arrow_columns(rows, options.named))
     if (path / "meta" / "info.json").is_file():
+        from iql_torchrl.data.readers.lerobot import open_lerobot
+
         return open_lerobot(path, options)
     files, folder = ([path], path.parent) if path.is_file() else (parquet_files(path), path)
     table = ParquetRows(path.name, files, folder)

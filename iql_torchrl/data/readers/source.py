@@ -83,19 +83,11 @@ def _items(source: Any) -> Iterator[Any]:
 
 def _joined(parts: list[tuple[Columns, Episodes]], options: ReadOptions) -> Source:
     columns, first = [each for each, _ in parts], parts[0][0]
-    notes, warnings, guessed, found = list[str](), list[str](), set[str](), dict[str, Any]()
+    notes, warnings = list[str](), list[str]()
     for each, episodes in parts:
         prefix = f"{each.name}: " if len(parts) > 1 else ""
         notes += [prefix + note for note in (*each.notes, *episodes.notes)]
         warnings += [*each.warnings, *(f"{each.name}: {text}" for text in episodes.warnings)]
-    for key, guess in (("observation", guess_observation_space), ("action", guess_action_space)):
-        space = _declared(columns, f"{key}_space", options)
-        if space is None:
-            space, guess_notes, warning = guess(columns)
-            guessed.add(key)
-            notes += guess_notes
-            warnings += [f"{first.name}: {warning}"] if warning else []
-        found[key] = space
     for optional in ("action_mask", "action_log_prob"):
         have = [each.name for each in columns if optional in each.columns]
         if have and len(have) < len(columns):
@@ -104,27 +96,26 @@ def _joined(parts: list[tuple[Columns, Episodes]], options: ReadOptions) -> Sour
                 f"{lacks}: has no {optional}, but {have[0]} has; leave it out with "
                 f"columns={{{optional!r}: None}}, or join only datasets that have it."
             )
-    for part in columns:
-        _check_leaves(part, found["observation"])
+    observation, action, guessed = _spaces(columns, options, notes, warnings)
     same_env = all(each.env_spec == first.env_spec for each in columns)
     same_scores = all(each.reference_scores == first.reference_scores for each in columns)
     if not same_env:
         notes.append("the joined datasets name different environments; none is used.")
     adaptation = first.adaptation
     if options.concatenate:
-        parts, found["observation"] = _concatenated(parts, found["observation"], options)
+        parts, observation = _concatenated(parts, observation, options)
         adaptation = replace(adaptation, concatenate=tuple(options.concatenate))
     return Source(
         name=" + ".join(each.name for each in columns),
         parts=parts,
         episode_lengths=np.concatenate([episodes.lengths for _, episodes in parts]),
         layout=transition_layout(
-            found["observation"], found["action"], dtype=options.dtype,
+            observation, action, dtype=options.dtype,
             masked="action_mask" in first.columns, log_prob="action_log_prob" in first.columns,
         ),
-        observation_space=found["observation"],
-        action_space=found["action"],
-        guessed=frozenset(guessed),
+        observation_space=observation,
+        action_space=action,
+        guessed=guessed,
         adaptation=adaptation,
         env_spec=first.env_spec if same_env else None,
         reference_scores=first.reference_scores if same_scores else None,
@@ -133,29 +124,41 @@ def _joined(parts: list[tuple[Columns, Episodes]], options: ReadOptions) -> Sour
     )  # fmt: skip
 
 
-def _declared(columns: Sequence[Columns], part: str, options: ReadOptions) -> Any:
-    """The space that the options or the sources declare; None if neither does."""
-    if (space := getattr(options, part)) is not None:
-        return space
-    known = [(c.name, getattr(c, part)) for c in columns if getattr(c, part) is not None]
-    for name, space in known[1:]:
-        if space != known[0][1]:
+def _spaces(
+    columns: list[Columns], options: ReadOptions, notes: list[str], warnings: list[str]
+) -> tuple[gym.Space[Any], gym.Space[Any], frozenset[str]]:
+    """The spaces of observations and actions, and which of the two are made from the data.
+
+    A space is that of the options, of the sources, or of the environment, in this order. Raises unless
+    sources agree, and observations have the leaves of their space.
+    """
+    found, guessed = dict[str, Any](), set[str]()
+    for key, guess in (("observation", guess_observation_space), ("action", guess_action_space)):
+        name = f"{key}_space"
+        given = [(each.name, getattr(each, name)) for each in columns]
+        known = [(source, space) for source, space in given if space is not None]
+        found[key] = getattr(options, name) or getattr(options, f"env_{name}")
+        if known and getattr(options, name) is None:
+            found[key] = known[0][1]
+            if other := next(((s, space) for s, space in known if space != known[0][1]), None):
+                raise DatasetError(
+                    f"{other[0]}: {name} is {other[1]}, but {known[0][0]} has {known[0][1]}; only "
+                    "datasets of the same spaces can be joined."
+                )
+        if found[key] is None:
+            guessed.add(key)
+            found[key], texts, warning = guess(columns)
+            notes += texts
+            warnings += [f"{columns[0].name}: {warning}"] if warning else []
+    expected = leaf_spaces(found["observation"]).keys()
+    for part in columns:
+        if (leaves := part.leaves("observation").keys()) != expected:
             raise DatasetError(
-                f"{name}: {part} is {space}, but {known[0][0]} has {known[0][1]}; only datasets of the "
-                "same spaces can be joined."
+                f"{part.name}: the data has the leaves {', '.join(map('.'.join, leaves))}; its spaces "
+                f"have {', '.join(map('.'.join, expected))}; expected the same: pass the env the data "
+                "came from."
             )
-    return known[0][1] if known else getattr(options, f"env_{part}")
-
-
-def _check_leaves(columns: Columns, space: gym.Space[Any]) -> None:
-    """Raise unless the observations have the leaves of their space."""
-    found, expected = columns.leaves("observation").keys(), leaf_spaces(space).keys()
-    if found != expected:
-        raise DatasetError(
-            f"{columns.name}: the data has the leaves {', '.join(map('.'.join, found))}; its spaces "
-            f"have {', '.join(map('.'.join, expected))}; expected the same: pass the env the data came "
-            "from."
-        )
+    return found["observation"], found["action"], frozenset(guessed)
 
 
 def _concatenated(
