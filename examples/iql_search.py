@@ -96,7 +96,9 @@ def train_round(options, configs, discount, learn, held_out, folder):
     if finite and not table.exists():
         fit, test = held_out.split(0.5, seed=0)
         rank(finite, fit, test, discount, options.fit_updates).to_json(table)
-    return agents, {row["candidate"]: row for row in Ranking.from_json(table).rows} if finite else {}
+    return agents, {
+        row["candidate"]: row for row in Ranking.from_json(table).rows
+    } if finite else {}
 
 
 def is_finite(agent):

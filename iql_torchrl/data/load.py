@@ -40,7 +40,7 @@ def load_dataset(
     source: SourceLike,
     *,
     env: EnvLike | None = None,
-    reward: str | tuple[float, float] = "raw",
+    reward: str | tuple[float, float] | None = "raw",
     columns: Mapping[str, str | Sequence[str] | None] | None = None,
     reward_offset: int = 0,
     concatenate: Sequence[str] | None = None,
@@ -74,7 +74,7 @@ def load_dataset(
             ``reference_scores`` apply. Data larger than the memory: ``build_shards``.
         env: id, spec, instance or function; its spaces describe a table's columns, and
             ``make_env`` makes it. Minari's own record is used where this is None.
-        reward: ``"raw"``, ``"return_range"`` (1000 / (max - min episode return): the paper's
+        reward: ``"raw"`` or None, ``"return_range"`` (1000 / (max - min episode return): the paper's
             locomotion), ``"minus_one"`` (AntMaze), or ``(scale, shift)``: r' = scale * r + shift.
         columns: maps our keys, those of ``readers.columns.NAMES``, to the file's columns; None leaves
             one out (``terminated``: no row terminates). ``not_terminated`` is 0 where a row
@@ -114,7 +114,7 @@ def load_dataset(
             to do.
     """
     options = ReadOptions(
-        env=env, reward=reward, columns={} if columns is None else columns,
+        env=env, reward="raw" if reward is None else reward, columns={} if columns is None else columns,
         reward_offset=reward_offset, concatenate=concatenate, limit=limit, dtype=dtype,
         clip_actions=clip_actions, max_episode_steps=max_episode_steps,
         observation_space=observation_space, action_space=action_space, autoreset=autoreset,
@@ -130,7 +130,7 @@ def load_dataset(
                     f"{source}: {name}={value!r} cannot be applied to a dataset that is built already; "
                     f"leave {name} out, or load the source with it."
                 )
-        table, description = open_saved(Path(source), reward, dtype)
+        table, description = open_saved(Path(source), options.reward, dtype)
     else:
         options = options if env is None else options.described()
         if memmap is None:
