@@ -212,7 +212,9 @@ def test_leaves_and_lists_of_columns_have_guessed_spaces(tmp_path):
         a=gym.spaces.Box(-np.inf, np.inf, (3,), np.float32),
         b=gym.spaces.Discrete(5), c=gym.spaces.Discrete(2),
     )  # fmt: skip
-    steps = log(observation=None, action=None, x=np.arange(ROWS) * 37 % 60 / 8, y=np.ones(ROWS), a=yes)
+    steps = log(
+        observation=None, action=None, x=np.arange(ROWS) * 37 % 60 / 8, y=np.ones(ROWS), a=yes
+    )
     columns = {"observation": ["x", "y"], "action": "a"}
     pandas.DataFrame(steps).to_csv(tmp_path / "table.csv")
     for source in (pandas.DataFrame(steps), tmp_path / "table.csv"):
