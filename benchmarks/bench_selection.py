@@ -36,7 +36,7 @@ from iql_torchrl import (
 from iql_torchrl.data.builtin import ensure_source
 from iql_torchrl.data.builtin.icu_sepsis import NAME, SepsisTables
 from iql_torchrl.evaluation.statistics import rank_correlations, standard_error
-from iql_torchrl.selection import Ranking, fitted_q_evaluation, rank_members
+from iql_torchrl.selection import Ranking, fitted_q_evaluation, rank_policies
 from record import place, save
 
 import gymnasium
@@ -149,7 +149,7 @@ def quality(ranking: Ranking, truth: Levels, log: float) -> dict[str, Any]:
 
     ``truth``: true value of each member; ``log``: that of the policy that made the log.
     """
-    names = [row["member"] for row in ranking.rows]
+    names = [row["candidate"] for row in ranking.rows]
     true = np.array([truth[name] for name in names])
     shipped = log if ranking.recommended is None else truth[ranking.recommended]
     result: dict[str, Any] = {
@@ -212,8 +212,8 @@ def main() -> None:
     for name, episodes in (("fresh", fit), ("own", own)):
         logs = (members, episodes, held_out)
         fitted = fitted_q_evaluation(*logs, **how, **options.fit)
-        ranking = rankings[name] = rank_members(*logs, **how, fitted_q=fitted)
-        results[name] = quality(ranking, truth, ranking.log_value if level is None else level)
+        ranking = rankings[name] = rank_policies(*logs, **how, fitted_q=fitted)
+        results[name] = quality(ranking, truth, ranking.behaviour_value if level is None else level)
         print(f"\nFitted on {name} episodes\n\n{ranking}\n\n{results[name]}\n", flush=True)
     print(f"true values: {truth}")
     parts = {"own": own, "fresh": fit, "held_out": held_out}

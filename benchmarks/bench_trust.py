@@ -2,11 +2,11 @@
 
     python benchmarks/bench_trust.py
 
-Twenty families of small problems (``trust_families.py``), twenty seeds each. A seed draws a log
-to fit on and a held-out log; ``rank_members`` gets both, the members and the true probabilities of the
-logged actions. Counted per family: harmful recommendations (true value below the log's), right
-ones (at least half of the best member's gain), no recommendation, how often the bounds of all
-gains are correct, and regret. ``--networks`` fits networks instead of tables. Writes
+Twenty families of small problems (``trust_families.py``), twenty seeds each. A seed draws a log to
+fit on and a held-out log; ``rank_policies`` gets both, the candidates and the true probabilities of
+the logged actions. Counted per family: harmful recommendations (true value below the behaviour
+policy's), right ones (at least half of the best candidate's gain), no recommendation, how often the
+bounds of all gains are correct, and regret. ``--networks`` fits networks instead of tables. Writes
 benchmarks/results/trust.json.
 """
 
@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from iql_torchrl import fitted_q_evaluation, rank_members
+from iql_torchrl import fitted_q_evaluation, rank_policies
 from iql_torchrl.evaluation.statistics import wilson_interval
 from record import place, save
 from trust_families import FAMILIES, Problem
@@ -38,16 +38,16 @@ def trial(problem: Problem, seed: int, options: argparse.Namespace) -> dict[str,
             actors, fit, held_out, model="network", hidden=(64, 64), updates=options.updates,
             batch_size=256, **how,
         )  # fmt: skip
-    ranking = rank_members(actors, fit, held_out, fitted_q=fitted, **how)
+    ranking = rank_policies(actors, fit, held_out, fitted_q=fitted, **how)
     log = problem.value(problem.behaviour)
-    truth = {name: problem.value(table) for name, table in problem.members.items()}
+    truth = {name: problem.value(table) for name, table in problem.candidates.items()}
     best = max(log, *truth.values())
     value = log if ranking.recommended is None else truth[ranking.recommended]
     covered = [
-        row["gain_low"] <= truth[row["member"]] - log + CLOSE
-        and truth[row["member"]] - log <= row["gain_high"] + CLOSE
+        row["gain_low"] <= truth[row["candidate"]] - log + CLOSE
+        and truth[row["candidate"]] - log <= row["gain_high"] + CLOSE
         for row in ranking.rows
-        if "extrapolation" not in row["doubts"]
+        if "extrapolation" not in row["caveats"]
     ]
     return {
         "recommended": ranking.recommended,

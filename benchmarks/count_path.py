@@ -92,7 +92,7 @@ def parquet_folder(folder: Path) -> Path:
 
 def cases(folder: Path) -> dict[str, Callable[[], Callable[[], object]]]:
     """By name, a function that prepares a case and returns the call that is counted."""
-    from iql_torchrl import IQLConfig, captured, load_dataset, make_agent, rank_members
+    from iql_torchrl import IQLConfig, captured, load_dataset, make_agent, rank_policies
     from iql_torchrl.data import DeviceSampler
 
     dataset = load_dataset(npz_file(folder / "log"))
@@ -128,7 +128,7 @@ def cases(folder: Path) -> dict[str, Callable[[], Callable[[], object]]]:
             f"seed {i}": make_agent(IQLConfig(seed=i, hidden=(8,)), dataset) for i in range(3)
         }
         parts = dataset.split(0.5, 0)
-        return lambda: rank_members(members, *parts, discount=0.9, progress=False)
+        return lambda: rank_policies(members, *parts, discount=0.9, progress=False)
 
     return {
         "first eager update": first_update,
@@ -137,7 +137,7 @@ def cases(folder: Path) -> dict[str, Callable[[], Callable[[], object]]]:
         "make_agent": lambda: lambda: make_agent(IQLConfig(), dataset),
         "load_dataset of .npz": loaded(npz_file),
         "load_dataset of Parquet": loaded(parquet_folder),
-        "rank_members of 3": ranking,
+        "rank_policies of 3": ranking,
     }
 
 

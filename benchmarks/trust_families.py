@@ -26,9 +26,9 @@ class Problem:
     """A finite MDP, the policy that makes its log, and the policies to choose from.
 
     ``transition`` ``(S, A, S)``; ``reward`` and ``ending`` (probability that a step terminates)
-    ``(S, A)``; ``start`` ``(S,)``; ``behaviour`` and each of ``members`` ``(S, A)``; ``noise`` is
+    ``(S, A)``; ``start`` ``(S,)``; ``behaviour`` and each of ``candidates`` ``(S, A)``; ``noise`` is
     added to rewards, ``cut`` decides which steps are truncated, both of (state, action) and for
-    ``cut`` the following state. ``easy``: a good ranking recommends a member here.
+    ``cut`` the following state. ``easy``: a good ranking recommends a candidate here.
     """
 
     transition: FloatArray
@@ -36,7 +36,7 @@ class Problem:
     ending: FloatArray
     start: FloatArray
     behaviour: FloatArray
-    members: Mapping[str, FloatArray]
+    candidates: Mapping[str, FloatArray]
     discount: float = 0.95
     episodes: int = 300
     noise: Noise | None = None
@@ -93,7 +93,7 @@ class Problem:
         )
 
     def actors(self) -> dict[str, ProbabilisticActor]:
-        return {name: table_actor(table) for name, table in self.members.items()}
+        return {name: table_actor(table) for name, table in self.candidates.items()}
 
 
 class Lookup(nn.Module):
@@ -131,14 +131,14 @@ def gaussian(scale: float) -> Noise:
 def bandit(
     means: list[float], behaviour: list[float], noise: Noise, episodes: int, **more: bool
 ) -> Problem:
-    """One state, one step; the members are a clone of the log and each arm."""
+    """One state, one step; the candidates are a clone of the log and each arm."""
     count = len(means)
-    members = {"clone": np.array([behaviour])}
-    members |= {f"arm {arm}": always(arm, count=count) for arm in range(count)}
+    candidates = {"clone": np.array([behaviour])}
+    candidates |= {f"arm {arm}": always(arm, count=count) for arm in range(count)}
     one = np.ones((1, count))
     return Problem(
         transition=np.ones((1, count, 1)), reward=np.array([means]), ending=one,
-        start=np.ones(1), behaviour=np.array([behaviour]), members=members, discount=1.0,
+        start=np.ones(1), behaviour=np.array([behaviour]), candidates=candidates, discount=1.0,
         episodes=episodes, noise=noise, **more,
     )  # fmt: skip
 
@@ -156,16 +156,16 @@ def chain(*, right: float = 0.6, states: int = 6, slip: float = 0.1) -> Problem:
     def walk(probability: float) -> FloatArray:
         return np.tile([1 - probability, probability], (states, 1))
 
-    members = {"clone": walk(right), "right": walk(1.0), "left": walk(0.0)}
-    members |= {"mostly right": walk(0.8), "mostly left": walk(0.3)}
+    candidates = {"clone": walk(right), "right": walk(1.0), "left": walk(0.0)}
+    candidates |= {"mostly right": walk(0.8), "mostly left": walk(0.3)}
     return Problem(
         transition=transition, reward=reward, ending=ending, start=np.eye(states)[0],
-        behaviour=walk(right), members=members, noise=gaussian(0.2), easy=True,
+        behaviour=walk(right), candidates=candidates, noise=gaussian(0.2), easy=True,
     )  # fmt: skip
 
 
 def random_mdp(seed: int, *, noise: float = 0.5, states: int = 8, actions: int = 3) -> Problem:
-    """A random MDP; the members are trained on a log of their own (:func:`trained`)."""
+    """A random MDP; the candidates are trained on a log of their own (:func:`trained`)."""
     draw = np.random.default_rng(10_000 + seed)
     problem = Problem(
         transition=draw.dirichlet(np.full(states, 0.4), (states, actions)),
@@ -173,11 +173,11 @@ def random_mdp(seed: int, *, noise: float = 0.5, states: int = 8, actions: int =
         ending=np.full((states, actions), 0.12),
         start=np.full(states, 1 / states),
         behaviour=draw.dirichlet(np.full(actions, 2.0), states),
-        members={},
+        candidates={},
         noise=gaussian(noise),
         easy=True,
     )
-    return replace(problem, members=trained(problem, 20_000 + seed))
+    return replace(problem, candidates=trained(problem, 20_000 + seed))
 
 
 def trained(problem: Problem, seed: int) -> dict[str, FloatArray]:
@@ -219,7 +219,7 @@ def rare_state(_: int) -> Problem:
     return Problem(
         transition=transition, reward=np.array([[0.0, 1.0], [0.0, -30.0]]),
         ending=np.array([[1.0, 0.0], [1.0, 1.0]]), start=np.array([1.0, 0.0]), behaviour=behaviour,
-        members={"clone": behaviour, "always 1": always(1, 1, count=2),
+        candidates={"clone": behaviour, "always 1": always(1, 1, count=2),
                  "1, then 0": always(1, 0, count=2), "uniform": np.full((2, 2), 0.5)},
         discount=0.99, noise=lambda s, a, draw: 3.0 * (s == 0) * draw.standard_normal(len(s)),
     )  # fmt: skip
@@ -234,7 +234,7 @@ def rarer_state(_: int) -> Problem:
         transition=transition, reward=np.array([[0.0, 0.5], [0.0, -200.0]]),
         ending=np.array([[0.97, 0.97], [1.0, 1.0]]), start=np.array([1.0, 0.0]),
         behaviour=behaviour, discount=0.99, noise=gaussian(1.0),
-        members={"clone": behaviour, "reckless": always(1, 1, count=2),
+        candidates={"clone": behaviour, "reckless": always(1, 1, count=2),
                  "careful": always(1, 0, count=2)},
     )  # fmt: skip
 
@@ -249,7 +249,7 @@ def censored(_: int) -> Problem:
         transition=transition, reward=np.array([[0.0, 1.0], [-15.0, -15.0], [0.5, 0.5]]),
         ending=np.array([[0.0, 0.0], [0.3, 0.3], [1.0, 1.0]]), start=np.array([1.0, 0.0, 0.0]),
         behaviour=behaviour, noise=gaussian(0.3), cut=lambda action, after, draw: after == 1,
-        members={"clone": behaviour, "into it": always(1, 0, 0, count=2),
+        candidates={"clone": behaviour, "into it": always(1, 0, 0, count=2),
                  "more of it": np.array([[0.2, 0.8], [0.5, 0.5], [0.5, 0.5]])},
     )  # fmt: skip
 
@@ -283,8 +283,9 @@ def poor_clone(_: int) -> Problem:
     return Problem(
         transition=transition, reward=np.array([[1.0, 1.0], [0.6, 0.6]]), ending=np.zeros((2, 2)),
         start=np.array([1.0, 0.0]), behaviour=np.array([[0.02, 0.98], rest]), discount=0.99,
-        members={"clone": np.array([[0.2, 0.8], rest]), "better than it": np.array([[0.1, 0.9], rest]),
-                 "near the log": np.array([[0.05, 0.95], rest])},
+        candidates={"clone": np.array([[0.2, 0.8], rest]),
+                    "better than it": np.array([[0.1, 0.9], rest]),
+                    "near the log": np.array([[0.05, 0.95], rest])},
         noise=gaussian(0.3), horizon=20, episodes=200,
     )  # fmt: skip
 
@@ -292,19 +293,19 @@ def poor_clone(_: int) -> Problem:
 def noisy_mdp(seed: int) -> Problem:
     """A random MDP, much noise, 25 episodes for the fit and 25 held out."""
     problem = replace(random_mdp(seed, noise=2.0), episodes=25, easy=False)
-    return replace(problem, members=trained(problem, 20_000 + seed))
+    return replace(problem, candidates=trained(problem, 20_000 + seed))
 
 
 def good_log(seed: int) -> Problem:
-    """A random MDP, logged by a nearly optimal policy; all members are worse."""
+    """A random MDP, logged by a nearly optimal policy; all candidates are worse."""
     problem = random_mdp(seed)
-    best = 0.9 * problem.members["greedy"] + 0.1 / 3
+    best = 0.9 * problem.candidates["greedy"] + 0.1 / 3
     draw = np.random.default_rng(30_000 + seed)
-    members = {"clone": best}
-    members |= {
+    candidates = {"clone": best}
+    candidates |= {
         f"random {i}": 0.5 * best + 0.5 * draw.dirichlet(np.full(3, 0.5), 8) for i in range(6)
     }
-    return replace(problem, behaviour=best, members=members, easy=False)
+    return replace(problem, behaviour=best, candidates=candidates, easy=False)
 
 
 WITHOUT_RIGHT = ("clone", "left", "mostly left", "mostly right")
@@ -334,10 +335,10 @@ FAMILIES: dict[str, Callable[[int], Problem]] = {
         chain(), easy=False,
         cut=lambda action, after, draw: (action == 1) & (draw.random(len(action)) < 0.15),
     ),
-    # The chain, logged by a policy that is better than every other member.
+    # The chain, logged by a policy that is better than every other candidate.
     "wrong way": lambda _: replace(
         chain(right=0.95), easy=False,
-        members={name: chain(right=0.95).members[name] for name in WITHOUT_RIGHT},
+        candidates={name: chain(right=0.95).candidates[name] for name in WITHOUT_RIGHT},
     ),
     # The chain, logged by a policy that always goes right, so other actions are unknown.
     "deterministic log": lambda _: replace(chain(right=1.0), easy=False),

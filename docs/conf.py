@@ -17,7 +17,9 @@ from sphinx.util.inspect import stringify_signature
 from sphinx.util.nodes import make_refnode
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # the pages describe this checkout
+sys.path[:0] = [str(ROOT), str(ROOT / "docs")]  # the pages describe this checkout
+
+import formulas  # noqa: E402
 
 project = "iql_torchrl"
 author = copyright = "The iql_torchrl authors"
@@ -28,27 +30,23 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
     "sphinx.ext.intersphinx",
-    "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
 ]
-exclude_patterns = ["_build", "_templates", "pictures/*.py"]
+exclude_patterns = ["_build", "_templates", "pictures/*.py", "formulas.py"]
 html_theme = "furo"
 html_title = f"iql_torchrl {release}"
 html_theme_options = {"navigation_with_keys": True}
 html_copy_source = False
+html_math_renderer = "svg"
+html_static_path, html_css_files = ["_static"], ["pages.css"]
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath", "substitution"]
 # GitHub's workflows set the variable to the owner and name of the repository that they run in
-repository = os.environ.get("GITHUB_REPOSITORY", "OWNER/iql_torchrl")
-notebook = f"{repository}/blob/main/docs/notebooks/pendulum.ipynb"
-owner = (
-    " (in this address and in the notebook OWNER stands for the account that has the repository)"
-)
-myst_substitutions = {
-    "colab": f"[open it in Colab](https://colab.research.google.com/github/{notebook})"
-    + owner * ("OWNER" in repository)
-}
+repository = os.environ.get("GITHUB_REPOSITORY", "")
+notebook = "docs/notebooks/pendulum.ipynb"
+colab = f"https://colab.research.google.com/github/{repository}/blob/main/{notebook}"
+myst_substitutions = {"colab": f"[Open it in Colab]({colab})." if repository else ""}
 myst_heading_anchors = 3
 
 templates_path = ["_templates"]
@@ -174,6 +172,7 @@ def by_last_name(app, env, node, content):
 
 
 def setup(app) -> None:
+    app.add_html_math_renderer("svg", (formulas.visit, None), (formulas.visit, None))
     app.connect("missing-reference", by_last_name)
     app.connect("autodoc-process-signature", signature)
     app.connect("autodoc-process-docstring", complete)

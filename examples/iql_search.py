@@ -1,7 +1,7 @@
-"""Settings tuned on a log alone: Optuna proposes them, ``rank_members``' estimate judges them.
+"""Settings tuned without an environment: Optuna proposes them, ``rank_policies``' estimate judges them.
 
-Each round is one ``Sweep``: the runs that Optuna proposes are trained as a population on one part of
-the log, and Optuna gets their estimated values on held-out episodes. Of many trials, the highest
+Each round is one ``IQLPopulation``: the trials that Optuna proposes are trained together on one part of
+the dataset, and Optuna gets their estimated values on held-out episodes. Of many trials, the highest
 estimate is too high. So at the end the best trials and the preset are compared on reserved episodes,
 which nothing has read before. No environment is used. Started again with the same arguments, it
 continues; a larger ``--rounds`` adds rounds. It needs ``pip install -e ".[search]"``.
@@ -12,12 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from iql_torchrl import PRESETS, load_dataset
+from iql_torchrl import PRESETS, IQLPopulation, load_dataset
 from iql_torchrl.config import cli
 from iql_torchrl.data.builtin import ensure_source
 from iql_torchrl.report import write_rows
-from iql_torchrl.selection import fitted_q_evaluation, rank_members
-from iql_torchrl.sweep import Sweep
+from iql_torchrl.selection import Ranking, fitted_q_evaluation, rank_policies
 
 # smallest and largest value, and whether the logarithm is searched; all may differ in a population
 RANGES = {
@@ -62,18 +61,52 @@ def main(arguments: list[str] | None = None) -> None:
         if not low <= value <= high:
             cli.refuse(f"{name} is {value:g}; it is searched in [{low:g}, {high:g}].")
     source = ensure_source(options.dataset)
-    log = load_dataset(source, env=options.env, memmap=options.folder / "data")
-    log.print_notes()
-    agents, (_, fit, reserved) = search(options, config)
-    discount, updates = config.discount, options.fit_updates
-    fitted = fitted_q_evaluation(agents, fit, reserved, discount=discount, updates=updates)
-    ranking = rank_members(agents, fit, reserved, discount=discount, fitted_q=fitted)
+    how = {"env": options.env, "reward": config.reward}
+    dataset = load_dataset(source, memmap=options.folder / "data", **how)
+    dataset.print_notes()
+    rest, reserved = dataset.split(1 - RESERVED, seed=1)
+    learn, held_out = rest.split(1 - HELD_OUT, seed=0)
+    agents = search(options, config, learn, held_out)
+    ranking = rank(agents, held_out, reserved, config.discount, options.fit_updates)
     ranking.to_json(options.folder / "final.json")
     print(f"\nOn {ranking.episodes} reserved episodes:\n{ranking}\nWritten to {options.folder}/")
 
 
-def search(options, config):
-    """The agents of the best trials and of the preset, and the parts of the log.
+def rank(agents, fit, test, discount, updates):
+    fitted = fitted_q_evaluation(agents, fit, test, discount=discount, updates=updates)
+    return rank_policies(agents, fit, test, discount=discount, fitted_q=fitted)
+
+
+def train_round(options, configs, discount, learn, held_out, folder):
+    """The agents of a round and the rows of their ranking, by name; ``folder`` keeps both."""
+    saved, table = folder / "population.torchrl", folder / "ranking.json"
+    if saved.exists():
+        population = IQLPopulation.load(saved, learn)
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        population = IQLPopulation(list(configs.values()), learn)
+        population.train_now()
+        population.save(saved)
+    if list(population.configs) != list(configs.values()):
+        raise ValueError(
+            f"{folder} has another search; choose another --folder, or delete this one."
+        )
+    agents = {name: population.member(number) for number, name in enumerate(configs)}
+    finite = {name: agent for name, agent in agents.items() if is_finite(agent)}
+    if finite and not table.exists():
+        fit, test = held_out.split(0.5, seed=0)
+        rank(finite, fit, test, discount, options.fit_updates).to_json(table)
+    return agents, {
+        row["candidate"]: row for row in Ranking.from_json(table).rows
+    } if finite else {}
+
+
+def is_finite(agent):
+    return all(parameter.isfinite().all() for parameter in agent.loss.parameters())
+
+
+def search(options, config, learn, held_out):
+    """The agents of the best trials and of the preset.
 
     Nothing of the search is stored: its proposals follow from the seed and the estimates, which the
     folders of the rounds keep.
@@ -91,40 +124,34 @@ def search(options, config):
     sampler = optuna.samplers.TPESampler(seed=config.seed, **how)
     study = optuna.create_study(direction="maximize", sampler=sampler)
     study.enqueue_trial({name: getattr(config, name) for name in space})  # the preset itself
-    rows, results = {}, {}
+    rows, agents = {}, {}
     for number in range(options.rounds):
         trials = {f"trial {t.number}": t for t in (study.ask(space) for _ in range(options.batch))}
-        sweep = Sweep(
-            {name: replace(config, **trial.params) for name, trial in trials.items()},
-            options.folder / "data",
-            options.folder / f"round-{number:03d}",
-            members_per_task=16,
-            env=options.env,
-            score=None,
-            held_out=HELD_OUT,
-            reserved=RESERVED,
-            fit_updates=options.fit_updates,
-            discount=config.discount,  # of all estimates, also of runs that learn with another
-        )
-        result = sweep.run(workers=1)
+        configs = {name: replace(config, **trial.params) for name, trial in trials.items()}
+        folder = options.folder / f"round-{number:03d}"
+        # one discount for all estimates, also of trials that learn with another
+        parts = config.discount, learn, held_out
+        trained, ranked = train_round(options, configs, *parts, folder)
         for name, trial in trials.items():
-            row = {"value": math.nan, "error": " ".join(result.notes)} | result.rows[name]
-            kept = ("value", "value_low", "value_high", "doubts", "error")
-            rows[name] = {"trial": name, **trial.params, **{key: row.get(key) for key in kept}}
-            results[name], failed = result, math.isnan(row["value"])
+            row = {"value": math.nan, "caveats": ["diverged"]} | ranked.get(name, {})
+            kept = {key: row.get(key) for key in ("value", "value_low", "value_high")}
+            caveats = " ".join(row["caveats"])
+            rows[name] = {"trial": name, **trial.params, **kept, "caveats": caveats}
+            failed = math.isnan(row["value"])
             state = optuna.trial.TrialState.FAIL if failed else None
             study.tell(trial, None if failed else row["value"], state=state)
+        agents |= trained
         write_rows(options.folder / "trials.csv", list(rows.values()))
         known = [name for name in rows if not math.isnan(rows[name]["value"])]
         if not known:
-            raise RuntimeError(f"no trial has an estimate: {rows['trial 0']['error']}")
+            raise RuntimeError("no trial has an estimate: all diverged. Lower the learning rates.")
         known.sort(key=lambda name: -rows[name]["value"])
         best = rows[known[0]]
         words = ", ".join(f"{name} {best[name]:.3g}" for name in space)
         print(f"round {number}: the best of {len(rows)} is {best['trial']} ({words}), "
               f"estimate {best['value']:.4g}; the preset's {rows['trial 0']['value']:.4g}")  # fmt: skip
     chosen = dict.fromkeys(known[:FINALISTS] + [name for name in known if name == "trial 0"])
-    return {name: results[name].agent(name) for name in chosen}, sweep.parts()
+    return {name: agents[name] for name in chosen}
 
 
 if __name__ == "__main__":

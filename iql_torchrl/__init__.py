@@ -18,7 +18,7 @@ from iql_torchrl.evaluation.rollout import evaluate
 from iql_torchrl.evaluation.video import record_video
 from iql_torchrl.losses import DiscreteIQLLoss, IQLLoss
 from iql_torchrl.population import IQLPopulation
-from iql_torchrl.selection import fitted_q_evaluation, importance_sampling, rank_members
+from iql_torchrl.selection import fitted_q_evaluation, importance_sampling, rank_policies
 from iql_torchrl.trainers.trainer import OfflineTrainer
 from iql_torchrl.update.captured import captured
 from iql_torchrl.update.compiled import compiled
@@ -47,6 +47,6 @@ __all__ = [
     "make_agent",
     "networks",
     "policies",
-    "rank_members",
+    "rank_policies",
     "record_video",
 ]

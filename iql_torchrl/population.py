@@ -230,7 +230,7 @@ class IQLPopulation:
         """On rank 0 the population of all ranks' runs, in the order of ``all_configs``; else None.
 
         Every rank must call it. It has the weights, optimizer and sampler of all runs, so that
-        ``member``, ``rank_members`` and further training work as with a population of one process,
+        ``member``, ``rank_policies`` and further training work as with a population of one process,
         and a sampler with a copy of the rows. With one rank it is this population.
         """
         if self.ranks.size == 1:

@@ -1,29 +1,28 @@
-"""Calls in another process: each gives its result, its exception, or the end of the process.
+"""An executor of one other process, in which each call may have a time limit.
 
-The process is started by ``subprocess``, not ``multiprocessing``: the user's script is not imported
-again, so scripts need no ``if __name__ == "__main__"``, and notebooks work. joblib's loky is not
-used: with it an interpreter that exits would wait without end for a call that hangs, and workers
-continue to run after the parent is killed.
+``ProcessPoolExecutor`` is not used: it imports the user's script again, an interpreter that exits waits
+for a call that hangs, and a process that ends takes the calls that wait with it.
 """
 
 from __future__ import annotations
 
-import _thread
 import contextlib
 import io
+import multiprocessing
 import os
 import pickle
 import queue
 import signal
-import subprocess
 import sys
 import threading
 import time
+import types
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import replace
+from multiprocessing.connection import Connection
 from multiprocessing.pool import ExceptionWithTraceback  # type: ignore[attr-defined]
-from typing import IO, Any
+from typing import Any
+from unittest import mock
 
 import cloudpickle
 import gymnasium
@@ -31,27 +30,7 @@ import torch
 
 from iql_torchrl.config import Arithmetic
 
-Surroundings = tuple[list[str], list[bytes]]
-
-GRACE = 5.0  # seconds in which environments may close before the process is ended by force
-# SIGINT and SIGTERM are not used, because Ctrl-C and a scheduler send them to every process of a
-# run, and only the parent handles them.
-LEAVE = getattr(signal, "SIGUSR1", signal.SIGTERM)
-
-# The pipes are moved from stdin and stdout to other descriptors, so that an environment may print.
-PROGRAM = """
-import sys
-sys.path[:] = sys.argv[1:]
-del sys.argv[1:]
-import os, signal
-signal.signal(signal.SIGINT, signal.SIG_IGN)
-signal.signal(signal.SIGTERM, lambda *_: None)
-calls, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-os.dup2(2, 1)
-from iql_torchrl.processes import serve
-serve(calls, replies)
-"""
+SPAWN = multiprocessing.get_context("spawn")
 
 
 class ProcessEnded(RuntimeError):
@@ -62,11 +41,8 @@ class CallTimeout(TimeoutError):
     """A call took longer than its time limit, and its process was ended."""
 
 
-def packed(name: str, thing: Any) -> bytes:
-    """``thing`` with the parts that another process cannot import, for ``torch.load``.
-
-    Raises ``TypeError`` that names ``name`` for what cannot be pickled.
-    """
+def serialize(name: str, thing: Any) -> bytes:
+    """``thing`` with the parts that another process cannot import, else ``TypeError``."""
     file, protocol = io.BytesIO(), pickle.DEFAULT_PROTOCOL
     try:
         torch.save(thing, file, pickle_module=cloudpickle, pickle_protocol=protocol)
@@ -78,206 +54,129 @@ def packed(name: str, thing: Any) -> bytes:
     return file.getvalue()
 
 
-def surroundings() -> Surroundings:
-    """What calls need elsewhere: the folders of modules, and the environments registered here."""
+def serialize_call(call: Callable[[], Any]) -> bytes:
+    """``call`` with ``sys.path``, the environments registered here, and the settings of torch."""
     specs = []
     for spec in gymnasium.registry.values():
         if not str(spec.entry_point).startswith("gymnasium."):
             with contextlib.suppress(Exception):  # an error follows only if a call uses it
                 specs.append(cloudpickle.dumps(spec))
-    return _path(), specs
+    path = [os.path.abspath(entry) for entry in sys.path]
+    return pickle.dumps((path, specs, Arithmetic.current(), serialize("the call", call)))
 
 
-def packed_call(
-    name: str, call: Callable[[], Any], elsewhere: Surroundings, *, threads: int | None = None
-) -> bytes:
-    """``call`` for :func:`perform` in another process, with this process's settings of torch.
-
-    ``elsewhere``: :func:`surroundings`. ``threads``: of torch, by default as many as here. Raises as
-    :func:`packed`.
-    """
-    settings = Arithmetic.current()
-    settings = replace(settings, threads=settings.threads if threads is None else threads)
-    return pickle.dumps((elsewhere, settings, packed(name, call)))
-
-
-def perform(call: bytes) -> Any:
-    """The result of what :func:`packed_call` packed in another process."""
-    (path, specs), settings, own = pickle.loads(call)
+def run_task(task: bytes) -> Any:
+    """Perform a serialized call in another process."""
+    path, specs, settings, call = pickle.loads(task)
     sys.path.extend(entry for entry in path if entry not in sys.path)
     for each in specs:
         with contextlib.suppress(ImportError, AttributeError):
             spec = pickle.loads(each)
             gymnasium.registry.setdefault(spec.id, spec)
     settings.adopt()
-    return torch.load(io.BytesIO(own), weights_only=False)()
+    return torch.load(io.BytesIO(call), weights_only=False)()
 
 
-class Workers:
-    """``size`` processes that perform calls in the order of submission, and are replaced if they end.
+class ProcessExecutor:
+    """One process that performs serialized calls in their order, and is replaced where it ends.
 
-    They start with the first call, print to stderr, and ignore Ctrl-C and SIGTERM, which this
-    process handles. They end with :meth:`close`, or when this process ends in any way.
+    It starts with the first call, prints to stderr, and ignores Ctrl-C and SIGTERM, which this process
+    handles. It ends with :meth:`shutdown`, or when this process ends in any way.
     """
 
-    def __init__(self, size: int = 1) -> None:
-        self._calls: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._size, self._threads = size, list[threading.Thread]()
-        self._processes: dict[int, subprocess.Popen[bytes]] = {}
-        # Reentrant: the garbage collector may call close() while a thread has the lock.
-        self._lock, self._owner = threading.RLock(), os.getpid()
-        self._busy, self._closed = set[int](), False
+    def __init__(self) -> None:
+        self._tasks: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._process: Any = None
+        self._owner, self._closed = os.getpid(), False
+        self._thread = threading.Thread(target=self._deliver, daemon=True)
 
-    def submit(self, call: bytes, timeout: float | None = None, attempts: int = 1) -> Future[Any]:
-        """The future result of a :func:`packed_call`, which starts when a process is free.
+    def submit(self, task: bytes, timeout: float | None = None) -> Future[Any]:
+        """The future result, or what the call raised, with its traceback as the cause.
 
-        It raises what the call raised, with its traceback in the other process as the cause;
         :class:`CallTimeout` where the call and the start of its process took more than ``timeout``
-        seconds; :class:`ProcessEnded` where ``attempts`` processes ended during the call. The next
-        call then starts another process. ``close()`` leaves futures as they are.
+        seconds, and :class:`ProcessEnded`; the next call then starts another process.
         """
-        if not self._threads:
-            for number in range(self._size):
-                thread = threading.Thread(target=self._deliver, args=(number,), daemon=True)
-                self._threads.append(thread)
-                thread.start()
+        if self._thread.ident is None:
+            self._thread.start()
         future: Future[Any] = Future()
-        self._calls.put((future, call, timeout, attempts))
+        self._tasks.put((future, task, timeout))
         return future
 
-    def close(self) -> None:
-        """End the processes, also during a call, and the threads. Further calls have no effect."""
-        if os.getpid() != self._owner:  # a copy in a forked process
-            return
-        with self._lock:
-            self._closed, processes = True, dict(self._processes)
-        for number, process in processes.items():
-            if number in self._busy:
-                _end(process)
-            else:
-                process.kill()  # its own end takes seconds
-        for _ in self._threads:
-            self._calls.put(None)
-        for thread in self._threads:
-            if thread is not threading.current_thread():
-                thread.join(GRACE)
+    def shutdown(self) -> None:
+        """End the process, also during a call; futures stay as they are."""
+        if os.getpid() == self._owner and not self._closed:  # not in a forked copy
+            self._closed = True
+            self._tasks.put(None)
+            self._end()
 
-    def _deliver(self, number: int) -> None:
-        while (item := self._calls.get()) is not None and not self._closed:
-            future, *call, attempts = item
-            self._busy.add(number)
-            while not future.done() and not self._closed:
-                attempts -= 1
-                try:
-                    future.set_result(self._answer(number, *call))
-                except Exception as error:
-                    if not self._closed and not (attempts and isinstance(error, ProcessEnded)):
-                        future.set_exception(error)
-            self._busy.remove(number)
-        self._forget(number)
+    def _deliver(self) -> None:
+        while (item := self._tasks.get()) is not None and not self._closed:
+            future, *task = item
+            try:
+                future.set_result(self._call(*task))
+            except Exception as error:
+                if not self._closed:
+                    future.set_exception(error)
+        self._end()  # of a process that was started after ``shutdown``
 
-    def _answer(self, number: int, call: bytes, timeout: float | None) -> Any:
-        process, passed = self._running(number), threading.Event()
-        assert process.stdin is not None
-        assert process.stdout is not None
-
-        def end() -> None:
-            passed.set()
-            _end(process)
-
-        timer = threading.Timer(threading.TIMEOUT_MAX if timeout is None else timeout, end)
-        timer.daemon = True  # an interpreter that exits does not wait for it
-        timer.start()
+    def _call(self, task: bytes, timeout: float | None) -> Any:
+        if self._process is None or not self._process.is_alive():
+            self._pipe, theirs = SPAWN.Pipe()
+            process = SPAWN.Process(target=serve, args=(theirs, os.getpid()))
+            # without a name or file of ``__main__`` the script is not imported again
+            with mock.patch.dict(sys.modules, {"__main__": types.ModuleType("__main__")}):
+                process.start()
+            theirs.close()
+            self._process = process
+        process = self._process
         try:
-            pickle.dump(call, process.stdin)
-            process.stdin.flush()
-            succeeded, reply = pickle.load(process.stdout)
-        except (OSError, EOFError, pickle.UnpicklingError) as error:
-            code = self._forget(number)
-            if passed.is_set():
-                raise CallTimeout(f"took longer than timeout={timeout:g} seconds") from None
+            self._pipe.send_bytes(task)
+            if not self._pipe.poll(timeout):
+                self._end()
+                raise CallTimeout(f"took longer than timeout={timeout:g} seconds")
+            succeeded, reply = pickle.loads(self._pipe.recv_bytes())
+        except (BrokenPipeError, ConnectionResetError, EOFError) as error:
+            self._end()
+            process.join()
+            code = process.exitcode
             name = f" ({signal.Signals(-code).name})" if code < 0 else ""
             raise ProcessEnded(f"exit code {code}{name}") from error
-        finally:
-            timer.cancel()
-            timer.join()  # if it is ending the process, wait until it has ended
         if not succeeded:
             raise pickle.loads(reply)
         return reply
 
-    def _running(self, number: int) -> subprocess.Popen[bytes]:
-        if number in self._processes and self._processes[number].poll() is not None:
-            self._forget(number)  # it ended between two calls
-        with self._lock:
-            if self._closed:
-                raise ProcessEnded("closed")
-            if number not in self._processes:
-                command, pipe = [sys.executable, "-c", PROGRAM, *_path()], subprocess.PIPE
-                self._processes[number] = subprocess.Popen(
-                    command, stdin=pipe, stdout=pipe, start_new_session=True
-                )
-            return self._processes[number]
-
-    def _forget(self, number: int) -> int:
-        """Wait for the end of a process, or kill it; close its pipes; its exit code."""
-        process = self._processes.pop(number, None)
+    def _end(self) -> None:
+        """Kill the process and what it has started."""
+        process, self._process = self._process, None
         if process is None:
-            return 0
-        code = _exit_code(process)
-        for pipe in (process.stdin, process.stdout):
-            with contextlib.suppress(OSError):  # bytes that the process did not read
-                assert pipe is not None
-                pipe.close()
-        return code
-
-
-def _path() -> list[str]:
-    return [os.path.abspath(entry) for entry in sys.path]
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    process.send_signal(LEAVE)
-    _exit_code(process)
-
-
-def _exit_code(process: subprocess.Popen[bytes]) -> int:
-    """Wait ``GRACE`` seconds for the end of a process, then kill it; kill what it has started."""
-    try:
-        process.wait(GRACE)
-    except subprocess.TimeoutExpired:
-        process.kill()
-    if hasattr(os, "killpg"):  # simulators of an environment may hold the pipes open
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
-    return process.wait()
-
-
-def serve(calls: IO[bytes], replies: IO[bytes]) -> None:
-    """Perform calls until the parent process ends, or sends the signal ``LEAVE``.
-
-    ``SystemExit`` is then raised in the main thread, and lets ``evaluate`` close its environments.
-    """
-    signal.signal(LEAVE, lambda *_: sys.exit(128 + LEAVE))
-    threading.Thread(target=_follow_parent, args=(os.getppid(),), daemon=True).start()
-    while True:
-        try:
-            call = pickle.load(calls)
-        except EOFError:
             return
+        process.kill()
+        if hasattr(os, "killpg"):  # simulators of an environment may be processes
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+        process.join()
+
+
+def serve(pipe: Connection, parent: int) -> None:
+    """Perform calls until the process ``parent`` ends."""
+    if hasattr(os, "setsid"):
+        os.setsid()
+    os.dup2(2, 1)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_follow, args=(parent,), daemon=True).start()
+    while True:
+        task = pipe.recv_bytes()
         try:
-            reply = pickle.dumps((True, perform(call)))
+            reply = pickle.dumps((True, run_task(task)))
         except Exception as error:
             reply = pickle.dumps((False, failure(error)))
-        replies.write(reply)
-        replies.flush()
+        pipe.send_bytes(reply)
 
 
-def _follow_parent(parent: int) -> None:
-    """End this process after its parent, also during a call."""
+def _follow(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(1.0)
-    _thread.interrupt_main(LEAVE)
-    time.sleep(GRACE)
     os._exit(1)
 
 

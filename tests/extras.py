@@ -27,9 +27,8 @@ EXTRAS = {
     "PIL": "readers",
     "pyarrow": "readers",
     "pygame": "video",
-    "ray": "ray",
+    "ray": "tune",
     "sphinx": "docs",
-    "submitit": "slurm",
     "tensorboard": "tensorboard",
     "wandb": "wandb",
 }

@@ -26,7 +26,7 @@ LAYERS = (
     ("agent",),
     ("trainers",),
     ("population",),
-    ("sweep",),
+    ("tune",),
 )
 LAYER_OF = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
 MOST_ROOMS, MOST_LAYERS = 20, 9

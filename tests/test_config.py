@@ -55,7 +55,9 @@ OUT_OF_RANGE = {
     "weight_decay": (0.1,),  # without adamw
     "norm_after_activation": (True,),  # without layer_norm
 }
-NO_CHOICE = {n: ("random", None) for n, each in knobs(IQLConfig).items() if each.choices}
+NO_CHOICE = {
+    n: ("random", None)[: 2 - each.optional] for n, each in knobs(IQLConfig).items() if each.choices
+}
 WRONG_KIND = {
     "seed": (True, None),
     "updates": (1e4, "10"),

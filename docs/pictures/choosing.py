@@ -21,7 +21,7 @@ from torch import nn
 from torch.distributions import Categorical
 from torchrl.modules import ProbabilisticActor
 
-from iql_torchrl import IQLConfig, IQLPopulation, OfflineDataset, load_dataset, rank_members
+from iql_torchrl import IQLConfig, IQLPopulation, OfflineDataset, load_dataset, rank_policies
 
 FAILURE = np.array([0.0, 0.02, 0.08, 0.25, 0.5])  # probability of a failure, by wear
 REPAIR = 0.2  # of the policy that makes the log
@@ -102,16 +102,16 @@ def main() -> None:
     names = list(candidates)[::-1]
     for axes, episodes in zip(panels, (300, 25), strict=True):
         parts = make_log(2 * episodes, 0).split(0.5, seed=0)
-        ranking = rank_members(candidates, *parts, discount=DISCOUNT)
+        ranking = rank_policies(candidates, *parts, discount=DISCOUNT)
         print(ranking, "\n")
         for row in ranking.rows:
-            place = names.index(row["member"])
-            colour = COLOURS[row["member"] == ranking.recommended]
+            place = names.index(row["candidate"])
+            colour = COLOURS[row["candidate"] == ranking.recommended]
             axes.plot(
                 [row["gain_low"], row["gain_high"]], [place] * 2, color=colour, lw=5, alpha=0.5
             )
             axes.plot(row["gain"], place, "o", color=colour, ms=8)
-            axes.plot(truth[row["member"]], place, "x", color="#D55E00", ms=6, mew=1.8)
+            axes.plot(truth[row["candidate"]], place, "x", color="#D55E00", ms=6, mew=1.8)
         axes.axvline(0, color="0.2", lw=1)
         axes.set_title(
             f"{episodes} held-out episodes\nrecommended: {ranking.recommended or 'none'}",

@@ -1,4 +1,4 @@
-"""What ``rank_members`` answered in 400 trials with exact values: trust.png.
+"""What ``rank_policies`` answered in 400 trials with exact values: trust.png.
 
     python docs/pictures/trust.py
 
@@ -43,7 +43,7 @@ def main() -> None:
         ncols=3,
         frameon=False,
         fontsize=9,
-        title="rank_members recommended",
+        title="rank_policies recommended",
     )
     figure.savefig(HERE / "trust.png", dpi=100)
 

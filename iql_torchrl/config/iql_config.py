@@ -76,8 +76,11 @@ class IQLConfig:
     polyak: float = knob(
         0.005, "step of the target critics to the critics; 1 copies them", interval="(0, 1]"
     )
-    reward: Literal["raw", "return_range", "minus_one"] = knob(
-        "return_range", "reward map of load_dataset; return_range: 1000 / range of episode returns"
+    reward: Literal["raw", "return_range", "minus_one"] | None = knob(
+        None,
+        "reward scaling of load_dataset; return_range: 1000 / range of episode returns; none: that of "
+        "the dataset, which a script loads with raw rewards",
+        may_change=lambda config: True,  # the scaling itself is compared
     )
     standardise: bool = knob(True, "standardise observations, with the log's statistics")
     policy: Literal[
@@ -334,7 +337,9 @@ class _Named(dict[str, IQLConfig]):
 
 
 # The official code of IQL standardises nothing and draws orthogonal weights.
-OFFICIAL: dict[str, Any] = {"standardise": False, "initialisation": "orthogonal"}
+OFFICIAL: dict[str, Any] = {
+    "reward": "return_range", "standardise": False, "initialisation": "orthogonal",
+}  # fmt: skip
 
 # Settings that FQL's paper and code share among their methods.
 FQL: dict[str, Any] = {
@@ -375,7 +380,12 @@ PRESETS = MappingProxyType(
     _Named(
         {
             "quick": IQLConfig(
-                updates=10_000, hidden=(64, 64), actor_lr=1e-3, critic_lr=1e-3, value_lr=1e-3
+                updates=10_000,
+                reward="return_range",
+                hidden=(64, 64),
+                actor_lr=1e-3,
+                critic_lr=1e-3,
+                value_lr=1e-3,
             ),
             "adamw_cosine": IQLConfig(
                 discount=0.97,
@@ -389,9 +399,11 @@ PRESETS = MappingProxyType(
                 schedule_steps=100,
             ),
             "locomotion": IQLConfig(**OFFICIAL),
-            "antmaze": IQLConfig(expectile=0.9, temperature=10.0, reward="minus_one", **OFFICIAL),
-            "kitchen": IQLConfig(temperature=0.5, dropout=0.1, reward="raw", **OFFICIAL),
-            "adroit": IQLConfig(temperature=0.5, dropout=0.1, reward="raw", **OFFICIAL),
+            "antmaze": IQLConfig(
+                expectile=0.9, temperature=10.0, **OFFICIAL | {"reward": "minus_one"}
+            ),
+            "kitchen": IQLConfig(temperature=0.5, dropout=0.1, **OFFICIAL | {"reward": "raw"}),
+            "adroit": IQLConfig(temperature=0.5, dropout=0.1, **OFFICIAL | {"reward": "raw"}),
             "ogbench": IQLConfig(temperature=10.0, **FQL),
             "ifql": IQLConfig(temperature=0.0, policy="flow", flow_steps=10, num_samples=32, **FQL),
         }

@@ -67,7 +67,8 @@ class Knob:
     @property
     def choices(self) -> tuple[str, ...]:
         """The strings that are allowed; empty where the kind is not ``Literal``."""
-        return get_args(self.kind) if get_origin(self.kind) is Literal else ()
+        kind = get_args(self.kind)[0] if self.optional else self.kind
+        return get_args(kind) if get_origin(kind) is Literal else ()
 
     @property
     def help_with_range(self) -> str:

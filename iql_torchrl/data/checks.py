@@ -1,33 +1,37 @@
-"""Checks of the values of transitions, chunk by chunk; and what looks wrong about all of them."""
+"""Transitions chunk by chunk: converted, checked and measured; and what looks wrong about them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import torch
+from gymnasium import spaces
 from numpy.typing import NDArray
 from torch import Tensor
 
-from iql_torchrl.data.codec import leaf_spaces
+from iql_torchrl.data.codec import CATEGORIES, leaf_spaces
 from iql_torchrl.data.readers.arrays import Columns
 from iql_torchrl.data.readers.source import Source
+from iql_torchrl.data.scaling import StatisticsAccumulator
 from iql_torchrl.data.schema import (
     ACTION,
+    DONE,
+    EPISODE,
     MASK,
     NEXT_MASK,
     REWARD,
     TERMINATED,
+    TRUNCATED,
     DatasetError,
-    EpisodeIndex,
     Field,
     Key,
+    Layout,
     dotted,
 )
+from iql_torchrl.data.spaces import is_image
 from iql_torchrl.descriptions import bounds_in_words, describe_space
 from iql_torchrl.tolerance import EQUAL, outside_bounds
 
@@ -39,49 +43,87 @@ UNITS = 8
 HANDFUL, DOMINATES = 10, 1e5
 
 
-@dataclass
 class ChunkChecker:
-    """Checks consecutive chunks of transitions, and converts their values.
+    """Converts, checks and measures consecutive chunks of the transitions of ``source``.
 
     With ``clip_actions`` continuous actions are clipped and counted, otherwise they are an error.
     NaN in a next observation of a terminated transition, which is never used, becomes its observation.
+
+    ``returns``: float64 ``(E,)``, of raw rewards, complete when all chunks are filled. ``statistics``:
+    by key, of observations that are numbers.
     """
 
-    source: Source
-    index: EpisodeIndex
-    clip_actions: bool
-    clipped: int = 0
-    unused: int = 0
-    samples: dict[Key, list[NDArray[Any]]] = field(default_factory=dict)
-    #: the largest magnitudes of rewards, ascending
-    largest: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
+    def __init__(self, source: Source, layout: Layout, clip_actions: bool) -> None:
+        self.source, self.layout, self.clip_actions = source, layout, clip_actions
+        lengths, leaves = source.episode_lengths, leaf_spaces(source.observation_space)
+        self.offsets = np.concatenate([[0], np.cumsum(lengths)])
+        self.returns = np.zeros(len(lengths))
+        self.statistics = {
+            key: StatisticsAccumulator(layout[key].shape)
+            for key, space in leaves.items()
+            if not (isinstance(space, spaces.Discrete | spaces.MultiDiscrete) or is_image(space))
+        }
+        #: The space of each leaf with categories, and of actions, by key.
+        self.spaces = {ACTION: source.action_space}
+        for key, space in leaves.items():
+            if isinstance(space, CATEGORIES):
+                self.spaces |= {key: space, ("next", *key): space}
+        self.clipped = self.unused = self.filled = 0
+        #: Leading rows of observations that float32 rounds.
+        self.samples: dict[Key, list[NDArray[Any]]] = {}
+        self.rewards = np.array([np.inf, -np.inf])  # the range of raw rewards
+        self.largest = np.empty(0)  # the largest magnitudes of rewards, ascending
 
-    def begin(self, columns: Columns, rows: NDArray[np.int64], start: int) -> None:
-        """The next chunk has these rows of columns; its first transition is number ``start``."""
-        self.columns, self.rows, self.start = columns, rows, start
+    def fill(
+        self, chunk: Mapping[Key, Tensor], raw: Mapping[Key, NDArray[Any]], columns: Columns,
+        rows: NDArray[np.int64],
+    ) -> None:  # fmt: skip
+        """Fill the next chunk with ``raw``, the source's values, which are those of ``rows``.
 
-    def convert(self, key: Key, values: NDArray[Any], expected: Field) -> NDArray[Any]:
+        Raises ``DatasetError`` naming the first wrong row.
+        """
+        self.columns, self.rows = columns, rows
+        for key, values in raw.items():
+            converted = self._converted(key, values, self.layout[key])
+            if np.any(start := getattr(self.spaces.get(key), "start", 0)):
+                converted = converted.astype(np.int64) - start
+            with np.errstate(over="ignore", invalid="ignore"):  # infinite numbers are refused below
+                chunk[key].numpy()[...] = converted
+        if NEXT_MASK in chunk and NEXT_MASK not in raw:
+            chunk[NEXT_MASK].fill_(True)
+        chunk[DONE].copy_(chunk[TERMINATED] | chunk[TRUNCATED])
+        numbers = np.arange(self.filled, self.filled + len(rows))
+        episodes = np.searchsorted(self.offsets, numbers, side="right") - 1
+        chunk[EPISODE].numpy()[...] = episodes
+        self._check({key: values.numpy() for key, values in chunk.items()}, raw)
+        self.filled += len(rows)
+        rewards = raw[REWARD].astype(np.float64)  # before they are rounded to the table's dtype
+        sums = np.bincount(episodes - episodes[0], weights=rewards)
+        self.returns[episodes[0] : episodes[-1] + 1] += sums
+        self.rewards = np.array(
+            [min(self.rewards[0], rewards.min()), max(self.rewards[1], rewards.max())]
+        )
+        self.largest = np.sort(np.append(self.largest, np.abs(rewards)))[-HANDFUL - 1 :]
+        for key, accumulator in self.statistics.items():
+            accumulator.update(chunk[key])
+
+    def _converted(self, key: Key, values: NDArray[Any], expected: Field) -> NDArray[Any]:
         """The values in a form that can be assigned to ``expected``; raises where none can.
 
         Integers become floats where the space was made from the data, or the source is text, and no
         number changes; floats become categories where all are integers and a space was declared.
         """
         kind, shape, name = values.dtype.kind, values.shape[1:], self.source.name
-        group = key[1] if key[0] == "next" else key[0]
-        casts = self.columns.text or group in self.source.guessed
+        guessed = (key[1] if key[0] == "next" else key[0]) in self.source.guessed
         if expected.dtype == torch.bool:
             fits = kind == "b" or (kind in "iuf" and bool(((values == 0) | (values == 1)).all()))
         elif expected.dtype.is_floating_point:  # rewards may be stored as integers
-            fits = kind in ("fiu" if key == REWARD or casts else "f")
+            fits = kind in ("fiu" if key == REWARD or self.columns.text or guessed else "f")
             if fits and kind in "iu" and key != REWARD:
                 self._refuse_rounded(key, values, expected.dtype)
         else:
             fits = kind in "iub"
-            if (
-                kind == "f"
-                and group not in self.source.guessed
-                and (values == np.rint(values)).all()
-            ):
+            if kind == "f" and not guessed and (values == np.rint(values)).all():
                 fits, values = bool(np.abs(values).max(initial=0) < 2**53), values.astype(np.int64)
         if not fits:
             raise DatasetError(
@@ -100,12 +142,10 @@ class ChunkChecker:
             raise DatasetError(
                 f"{name}: {dotted(key)} has rows of shape {shape}, expected {expected.shape}; {remedy}."
             )
-        if (
-            expected.dtype == torch.float32
-            and values.dtype.itemsize > 4
-            and key[0] == "observation"
-        ):
-            self._keep_sample(key, values)
+        if expected.dtype == torch.float32 and values.itemsize > 4 and key[0] == "observation":
+            kept = self.samples.setdefault(key, [])
+            if (left := SAMPLE - sum(map(len, kept))) > 0:
+                kept.append(values.reshape(len(values), -1)[:left, :COLUMNS].astype(np.float64))
         return values.reshape(len(values), *expected.shape)
 
     def _refuse_rounded(self, key: Key, values: NDArray[Any], dtype: torch.dtype) -> None:
@@ -118,113 +158,29 @@ class ChunkChecker:
                 "dtype=torch.float64, or observation_space= if these are categories."
             )
 
-    def _keep_sample(self, key: Key, values: NDArray[Any]) -> None:
-        """The leading rows of values that float32 rounds."""
-        kept = self.samples.setdefault(key, [])
-        if (left := SAMPLE - sum(map(len, kept))) > 0:
-            kept.append(values.reshape(len(values), -1)[:left, :COLUMNS].astype(np.float64))
-
-    def count_rewards(self, rewards: NDArray[np.float64]) -> None:
-        """Remember the largest rewards."""
-        self.largest = np.sort(np.append(self.largest, np.abs(rewards)))[-HANDFUL - 1 :]
-
-    def check(self, chunk: Mapping[Key, Tensor], raw: Mapping[Key, NDArray[Any]]) -> None:
-        """Check converted values, of which ``raw`` are the source's; raises naming the first wrong "
-        "one."""
+    def _check(self, rows: Mapping[Key, NDArray[Any]], raw: Mapping[Key, NDArray[Any]]) -> None:
+        """Check converted values; ``raw``: the source's. Raise naming the first wrong one."""
         # NumPy is faster here than torch: chunks are short, and starting torch's threads takes time.
-        rows = {key: values.numpy() for key, values in chunk.items()}
-        self._replace_unused(rows)
         for key, values in rows.items():
             # If the sum is finite, every term is; a sum that overflows needs the slower test.
             with np.errstate(all="ignore"):
                 finite = values.dtype.kind != "f" or np.isfinite(values.sum())
-            if not finite and (wrong := ~np.isfinite(values)).any():
-                self._refuse_infinite(key, wrong, values.dtype, raw.get(key))
-        for key, space in leaf_spaces(self.source.observation_space).items():
-            for side in (key, ("next", *key)):
-                self._categories(side, rows[side], space)
-        self._categories(ACTION, rows[ACTION], self.source.action_space)
-        if isinstance(self.source.action_space, gym.spaces.Box):
-            self._bounds(rows[ACTION], self.source.action_space, raw[ACTION].dtype)
-        if MASK in rows:
-            self._masks(rows)
-
-    def _replace_unused(self, rows: Mapping[Key, NDArray[Any]]) -> None:
-        terminated = np.flatnonzero(rows[TERMINATED][:, 0])
-        for key, values in rows.items():
-            if (
-                key[:2] != ("next", "observation")
-                or values.dtype.kind != "f"
-                or not len(terminated)
-            ):
-                continue
-            after = values[terminated].reshape(len(terminated), -1)
-            missing = terminated[np.isnan(after).any(axis=1)]
-            values[missing] = rows[key[1:]][missing]
-            self.unused += len(missing)
-
-    def _refuse_infinite(
-        self, key: Key, wrong: NDArray[np.bool_], kind: Any, raw: NDArray[Any] | None
-    ) -> None:
-        if raw is not None and raw.size == wrong.size:
-            beyond = wrong & np.isfinite(raw.astype(np.float64).reshape(wrong.shape))
-            if beyond.any():
-                value = raw.reshape(wrong.shape)[beyond][0]
-                self._refuse(
-                    key, beyond, f"has the value {value:g}, beyond the range of {kind},",
-                    "scale the column, or pass dtype=torch.float64.",
-                )  # fmt: skip
-        self._refuse(
-            key, wrong, "is NaN or infinite", "expected finite numbers: repair those rows."
-        )
-
-    def _refuse(self, key: Key, wrong: Any, problem: str, expected: str) -> None:
-        """Raises ``DatasetError`` naming the first row of the source in ``wrong``, if there is one."""
-        if not wrong.any():
+            if not finite and not np.isfinite(values).all():
+                self._check_infinite(key, rows, raw.get(key))
+        for key, space in self.spaces.items():
+            if isinstance(space, spaces.Box):
+                low, high = (x.astype(rows[key].dtype) for x in (space.low, space.high))
+            elif isinstance(space, spaces.MultiBinary):
+                low, high = np.array(0), np.array(1)
+            else:
+                low, high = (
+                    np.array(0),
+                    np.asarray(getattr(space, "nvec", getattr(space, "n", 0))) - 1,
+                )
+            if (rows[key] < low).any() or (rows[key] > high).any():
+                self._check_outside(key, rows[key], low, high, raw[key].dtype)
+        if MASK not in rows:
             return
-        found = np.flatnonzero(wrong.reshape(len(wrong), -1).any(1))
-        number = self.start + int(found[0])
-        episode = int(self.index.ids(number, number + 1)[0])
-        row = self.columns.source_row(self.rows[found[0]])
-        raise DatasetError(
-            f"{self.columns.name}: {dotted(key)} {problem} in {len(found)} of the {len(wrong)} "
-            f"transitions checked together, first at row {row} of {self.columns.rows} (episode "
-            f"{episode}, step {number - int(self.index.offsets[episode])}); {expected}"
-        )
-
-    def _categories(self, key: Key, values: NDArray[Any], space: gym.Space[Any]) -> None:
-        if isinstance(space, gym.spaces.Discrete):
-            count: Any = int(space.n)
-        elif isinstance(space, gym.spaces.MultiDiscrete):
-            count = np.asarray(space.nvec)
-        elif isinstance(space, gym.spaces.MultiBinary):
-            count = 2
-        else:
-            return
-        shifted = np.any(getattr(space, "start", 0))
-        self._refuse(
-            key, (values < 0) | (values >= count), "is out of range",
-            f"expected {'start <= value < start + n' if shifted else '0 <= value < n'} of "
-            f"{describe_space(space)}: give the environment the data came from, or repair those rows.",
-        )  # fmt: skip
-
-    def _bounds(self, values: NDArray[Any], space: gym.spaces.Box, stored: Any) -> None:
-        low, high = space.low.astype(values.dtype), space.high.astype(values.dtype)
-        if not (values < low).any() and not (values > high).any():
-            return
-        wrong = outside_bounds(values, low, high, stored)
-        if self.clip_actions:
-            self.clipped += int(wrong.reshape(len(wrong), -1).any(1).sum())
-        elif wrong.any():
-            largest = float(np.abs(values[wrong]).max())
-            self._refuse(
-                ACTION, wrong, f"is outside its bounds (up to |{largest:.6g}|)",
-                f"expected {bounds_in_words(space.low, space.high)}: pass clip_actions=True, or the "
-                "env with the right bounds.",
-            )  # fmt: skip
-        np.clip(values, low, high, out=values)
-
-    def _masks(self, rows: Mapping[Key, NDArray[Any]]) -> None:
         mask, following = rows[MASK], rows[NEXT_MASK]
         no_action, expected = "allows no action", "expected at least one allowed."
         self._refuse(MASK, ~mask.any(axis=1), no_action, expected)
@@ -237,35 +193,101 @@ class ChunkChecker:
         unusable = ~following.any(axis=1) & ~rows[TERMINATED][:, 0]
         self._refuse(NEXT_MASK, unusable, no_action, expected)
 
-    def notes(self) -> Iterator[str]:
+    def _check_infinite(
+        self, key: Key, rows: Mapping[Key, NDArray[Any]], raw: NDArray[Any] | None
+    ) -> None:
+        values = rows[key]
+        if key[:2] == ("next", "observation"):
+            missing = np.isnan(values).reshape(len(values), -1).any(axis=1)
+            missing &= rows[TERMINATED][:, 0]
+            values[missing] = rows[key[1:]][missing]
+            self.unused += int(missing.sum())
+        wrong = ~np.isfinite(values)
+        if raw is not None and raw.size == wrong.size:
+            beyond = wrong & np.isfinite(raw.astype(np.float64).reshape(wrong.shape))
+            if beyond.any():
+                value = raw.reshape(wrong.shape)[beyond][0]
+                self._refuse(
+                    key, beyond, f"has the value {value:g}, beyond the range of {values.dtype},",
+                    "scale the column, or pass dtype=torch.float64.",
+                )  # fmt: skip
+        self._refuse(
+            key, wrong, "is NaN or infinite", "expected finite numbers: repair those rows."
+        )
+
+    def _check_outside(
+        self, key: Key, values: NDArray[Any], low: Any, high: Any, stored: Any
+    ) -> None:
+        """Actions may be outside their bounds by rounding; with ``clip_actions`` by more."""
+        space = self.spaces[key]
+        if not isinstance(space, spaces.Box):
+            shifted = np.any(getattr(space, "start", 0))
+            self._refuse(
+                key, (values < low) | (values > high), "is out of range",
+                f"expected {'start <= value < start + n' if shifted else '0 <= value < n'} of "
+                f"{describe_space(space)}: give the environment the data came from, or repair those "
+                "rows.",
+            )  # fmt: skip
+        wrong = outside_bounds(values, low, high, stored)
+        if self.clip_actions:
+            self.clipped += int(wrong.reshape(len(wrong), -1).any(1).sum())
+        elif wrong.any():
+            self._refuse(
+                key, wrong, f"is outside its bounds (up to |{np.abs(values[wrong]).max():.6g}|)",
+                f"expected {bounds_in_words(low, high)}: pass clip_actions=True, or the env with the "
+                "right bounds.",
+            )  # fmt: skip
+        np.clip(values, low, high, out=values)
+
+    def _refuse(self, key: Key, wrong: Any, problem: str, expected: str) -> None:
+        """Raise ``DatasetError`` naming the first row of the source in ``wrong``, if there is one."""
+        if not wrong.any():
+            return
+        found = np.flatnonzero(wrong.reshape(len(wrong), -1).any(1))
+        number, row = self.filled + int(found[0]), self.columns.source_row(self.rows[found[0]])
+        episode = int(np.searchsorted(self.offsets, number, side="right")) - 1
+        raise DatasetError(
+            f"{self.columns.name}: {dotted(key)} {problem} in {len(found)} of the {len(wrong)} "
+            f"transitions checked together, first at row {row} of "
+            f"{self.columns.rows} (episode {episode}, step {number - self.offsets[episode]}); "
+            f"{expected}"
+        )
+
+    def findings(self) -> tuple[list[str], list[str]]:
+        """Warnings on what looks wrong or was repaired; notes on what is unusual, but often correct."""
+        warnings, notes, count = list[str](), list[str](), self.filled
+        for key, kept in self.samples.items():
+            names = self.source.parts[0][0].paths.get(dotted(key), "").split(", ")
+            warnings += _lost_by_rounding(dotted(key), np.concatenate(kept), names)
+        if self.clipped and isinstance(space := self.source.action_space, spaces.Box):
+            bounds = bounds_in_words(space.low, space.high)
+            warnings.append(f"{self.clipped} rows had actions outside {bounds}; clipped.")
+        pairs = enumerate(pairwise(self.largest[::-1]), start=1)
+        for few, high, low in [(n, h, k) for n, (h, k) in pairs if 0 < k * DOMINATES < h][:1]:
+            warnings.append(
+                f"{few} of {count} rewards are of magnitude {high:.3g} and more, the "
+                f"others at most {low:.3g}: they dominate the sum of squares, so that values are "
+                "learned of them alone. Repair those rows if they are errors, or scale or clip "
+                "the rewards."
+            )
         if self.unused:
-            yield (
+            notes.append(
                 f"next_observation is NaN in {self.unused} rows that terminate, where it is never "
                 "used; the observation is stored there."
             )
-
-    def warnings(self) -> Iterator[str]:
-        """What was repaired, or looks wrong, one sentence each."""
-        paths = self.source.parts[0][0].paths
-        for key, kept in self.samples.items():
-            names = paths.get(dotted(key), "").split(", ")
-            yield from _lost_by_rounding(dotted(key), np.concatenate(kept), names)
-        space = self.source.action_space
-        if self.clipped and isinstance(space, gym.spaces.Box):
-            bounds = bounds_in_words(space.low, space.high)
-            yield f"{self.clipped} rows had actions outside {bounds}; clipped."
-        yield from self._dominating_rewards()
-
-    def _dominating_rewards(self) -> Iterator[str]:
-        for count, (high, low) in enumerate(pairwise(self.largest[::-1]), start=1):
-            if 0 < low * DOMINATES < high:
-                yield (
-                    f"{count} of {self.index.rows} rewards are of magnitude {high:.3g} and more, the "
-                    f"others at most {low:.3g}: they dominate the sum of squares, so that values are "
-                    "learned of them alone. Repair those rows if they are errors, or scale or clip "
-                    "the rewards."
+        if count > 1 and self.rewards[0] == self.rewards[1]:
+            notes.append(
+                f"every reward is {self.rewards[0]:g}; episodes differ in their lengths only."
+            )
+        for key, each in self.statistics.items():
+            constant = np.flatnonzero(each.low == each.high).tolist()
+            if constant and count > 1:
+                more = "..." if len(constant) > 8 else ""
+                notes.append(
+                    f"{dotted(key)} never changes in {len(constant)} of {len(each.low)} columns "
+                    f"({', '.join(map(str, constant[:8]))}{more}); their std is taken as 1."
                 )
-                return
+        return warnings, notes
 
 
 def _lost_by_rounding(key: str, rows: NDArray[np.float64], names: list[str]) -> Iterator[str]:
@@ -295,22 +317,29 @@ def _lost_by_rounding(key: str, rows: NDArray[np.float64], names: list[str]) -> 
     )
 
 
-def fixed_horizon(source: Source, limit: int | None) -> tuple[str, str]:
-    """A warning, or a note, where all episodes terminate at one step: it may be a time limit.
+def time_limit_findings(source: Source, limit: int | None) -> tuple[list[str], list[str]]:
+    """Warnings and notes where the episodes contradict the environment's time limit, or hide one.
 
-    A warning where the environment has this limit, a note where none is known; else both are empty.
+    Episodes may be longer than the limit. All may terminate at one step: a warning where this is the
+    limit, a note where none is known.
     """
-    length, terminated = source.episode_lengths, [e.terminated for _, e in source.parts]
-    end = np.concatenate(terminated)[length.cumsum() - 1]
+    length, warnings = source.episode_lengths, []
+    longest = int(length.max())
+    if limit is not None and longest > limit:
+        warnings.append(
+            f"episodes have up to {longest} steps, but the environment ends them after {limit}: "
+            "returns of evaluations are of shorter episodes. Pass env= with the limit that the data "
+            f"were recorded with: env=lambda: gymnasium.make(..., max_episode_steps={longest})."
+        )
+    terminated = np.concatenate([episodes.terminated for _, episodes in source.parts])
+    end = terminated[length.cumsum() - 1]
     # The file may cut the last episode short. Short episodes often have equal lengths.
-    complete = length if end[-1] else length[:-1]
-    if len(complete) < 3 or not end[: len(complete)].all() or complete[0] < 5:
-        return "", ""
-    if (complete != complete[0]).any() or length[-1] > complete[0]:
-        return "", ""
-    steps = int(complete[0])
-    paths = source.parts[0][0].paths
-    column, remedy = "", "store those ends as truncations"
+    complete, steps = length if end[-1] else length[:-1], int(length[0])
+    if len(complete) < 3 or not end[: len(complete)].all() or not 5 <= steps == longest:
+        return warnings, []
+    if (complete != steps).any() or limit not in (None, steps):
+        return warnings, []
+    paths, column, remedy = source.parts[0][0].paths, "", "store those ends as truncations"
     if name := paths.get("terminated", paths.get("trajectory_end")):
         column = f" ({name!r})"
         remedy = f"pass columns={{'terminated': None, 'truncated': {name!r}}}"
@@ -318,9 +347,10 @@ def fixed_horizon(source: Source, limit: int | None) -> tuple[str, str]:
         f"all {int(end.sum())} terminations{column} come at step {steps} of their episode and no other "
         "step ends one"
     )
-    warning = (
+    if limit is None:
+        note = f"{text}. If that is a time limit, at which values must be bootstrapped, {remedy}."
+        return warnings, [note]
+    return [
         f"{text}: that is the environment's time limit, at which values must be bootstrapped: "
         f"{remedy}. If each episode really terminates after that many steps, ignore this warning."
-    )
-    note = f"{text}. If that is a time limit, at which values must be bootstrapped, {remedy}."
-    return warning if limit == steps else "", note if limit is None else ""
+    ], []

@@ -42,16 +42,18 @@ CATEGORIES = (spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
 
 def leaf_spaces(space: gym.Space[Any], prefix: Key = ("observation",)) -> dict[Key, gym.Space[Any]]:
     """The leaves of a space by key; a space without others inside is a single leaf."""
+    if not isinstance(space, spaces.Dict | spaces.Tuple):
+        return {prefix: space}
     leaves: dict[Key, gym.Space[Any]] = {}
     for name, child in _children(space):
         leaves.update(leaf_spaces(child, (*prefix, name)))
-    return leaves if isinstance(space, spaces.Dict | spaces.Tuple) else {prefix: space}
+    return leaves
 
 
-def _children(space: gym.Space[Any]) -> list[tuple[str, gym.Space[Any]]]:
+def _children(space: Any) -> list[tuple[str, gym.Space[Any]]]:
     if isinstance(space, spaces.Dict):
         return list(space.spaces.items())
-    return [(str(n), child) for n, child in enumerate(getattr(space, "spaces", ()))]
+    return [(str(n), child) for n, child in enumerate(space.spaces)]
 
 
 def has_tensor_form(space: gym.Space[Any]) -> bool:

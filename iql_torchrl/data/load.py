@@ -40,7 +40,7 @@ def load_dataset(
     source: SourceLike,
     *,
     env: EnvLike | None = None,
-    reward: str | tuple[float, float] = "raw",
+    reward: str | tuple[float, float] | None = "raw",
     columns: Mapping[str, str | Sequence[str] | None] | None = None,
     reward_offset: int = 0,
     concatenate: Sequence[str] | None = None,
@@ -74,7 +74,7 @@ def load_dataset(
             ``reference_scores`` apply. Data larger than the memory: ``build_shards``.
         env: id, spec, instance or function; its spaces describe a table's columns, and
             ``make_env`` makes it. Minari's own record is used where this is None.
-        reward: ``"raw"``, ``"return_range"`` (1000 / (max - min episode return): the paper's
+        reward: ``"raw"`` or None, ``"return_range"`` (1000 / (max - min episode return): the paper's
             locomotion), ``"minus_one"`` (AntMaze), or ``(scale, shift)``: r' = scale * r + shift.
         columns: maps our keys, those of ``readers.columns.NAMES``, to the file's columns; None leaves
             one out (``terminated``: no row terminates). ``not_terminated`` is 0 where a row
@@ -114,7 +114,7 @@ def load_dataset(
             to do.
     """
     options = ReadOptions(
-        env=env, reward=reward, columns={} if columns is None else columns,
+        env=env, reward="raw" if reward is None else reward, columns={} if columns is None else columns,
         reward_offset=reward_offset, concatenate=concatenate, limit=limit, dtype=dtype,
         clip_actions=clip_actions, max_episode_steps=max_episode_steps,
         observation_space=observation_space, action_space=action_space, autoreset=autoreset,
@@ -130,11 +130,13 @@ def load_dataset(
                     f"{source}: {name}={value!r} cannot be applied to a dataset that is built already; "
                     f"leave {name} out, or load the source with it."
                 )
-        table, description = open_saved(Path(source), reward, dtype)
-    elif memmap is None:
-        table, description = build(open_source(source, options), options)
+        table, description = open_saved(Path(source), options.reward, dtype)
     else:
-        table, description = load_or_build(source, Path(memmap), options)
+        options = options if env is None else options.described()
+        if memmap is None:
+            table, description = build(open_source(source, options), options)
+        else:
+            table, description = load_or_build(source, Path(memmap), options)
     return OfflineDataset(table, **dataset_fields(description, env, reference_scores))
 
 
@@ -152,5 +154,7 @@ def dataset_fields(
         maker = partial(recorded_env, spec)
     if maker and description.adaptation != UNCHANGED:
         maker = partial(adapted_env, maker, description.adaptation)
-    scores = known_scores(reference_scores) or description.reference_scores
+    scores = description.reference_scores
+    if reference_scores is not None:
+        scores = known_scores(reference_scores)
     return vars(description) | {"env": maker, "reference_scores": scores}

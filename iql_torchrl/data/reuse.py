@@ -91,11 +91,10 @@ def identity(source: Any, options: ReadOptions) -> dict[str, Any]:
         for p in files
     ]
     # Of an environment the limit and the spaces decide, which may change under its id.
-    read = options.described()
     decisive = {
-        **vars(read), "env": None,
-        "observation_space": _space_identity(read.observation_space),
-        "action_space": _space_identity(read.action_space),
+        **vars(options), "env": None,
+        "observation_space": _space_identity(options.observation_space),
+        "action_space": _space_identity(options.action_space),
         "source": _source_identity(source),
         "download": None, "progress": None,  # these decide nothing
     }  # fmt: skip

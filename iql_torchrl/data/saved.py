@@ -248,7 +248,7 @@ def write_dataset(
     and the free space if the disk is or becomes full.
     """
     parent = folder.absolute().parent
-    needed = source.rows * row_bytes(source.layout(options.dtype))
+    needed = int(source.episode_lengths.sum()) * row_bytes(source.layout)
     try:
         if needed > shutil.disk_usage(parent).free:
             raise OSError(errno.ENOSPC, "nothing was written")
@@ -269,7 +269,7 @@ def write_dataset(
 def _write(
     source: Source, staging: Path, edges: NDArray[np.int64], options: ReadOptions, built_from: Any
 ) -> None:
-    layout, lengths = source.layout(options.dtype), source.episode_lengths
+    layout, lengths = source.layout, source.episode_lengths
     starts = np.concatenate([[0], np.cumsum(lengths)])
     first = starts[edges]
     names = [f"shard-{number:05d}" for number in range(len(edges) - 1)]
@@ -401,7 +401,7 @@ def damaged(location: Location, reason: str) -> DatasetError:
 def is_saved(source: Any) -> TypeGuard[str | Path]:
     """True if ``source`` is the path of a folder of a built dataset or of shards, complete or not."""
     # the last one is of older versions
-    names = (RECORD, f"shard-00000/{file_name(REWARD)}", "shards.json")
+    names = (RECORD, "shard-00000/next/reward.memmap", "shards.json")
     # os.path: a text may be too long for a path.
     return isinstance(source, str | Path) and any(os.path.isfile(Path(source, n)) for n in names)
 

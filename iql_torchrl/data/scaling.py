@@ -46,6 +46,10 @@ class RewardMap:
     __call__ = forward
 
 
+#: The reward maps that a name describes, whatever the data are.
+NAMED_MAPS = {"raw": RewardMap(), "minus_one": RewardMap(shift=-1.0)}
+
+
 def reward_map(
     reward: str | Sequence[float], episode_returns: NDArray[np.float64], name: str = ""
 ) -> RewardMap:
@@ -57,8 +61,8 @@ def reward_map(
     ``"return_range"`` where all episodes return the same; it begins with the ``name`` of the data.
     """
     name = name and f"{name}: "
-    if reward in ("raw", "minus_one"):
-        return RewardMap(shift=-1.0 if reward == "minus_one" else 0.0)
+    if isinstance(reward, str) and reward in NAMED_MAPS:
+        return NAMED_MAPS[reward]
     if reward == "return_range":
         spread = float(np.ptp(episode_returns))
         if not spread > 0:

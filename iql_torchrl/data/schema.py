@@ -1,4 +1,4 @@
-"""Keys of transitions, errors, and which transitions belong to which episode.
+"""Keys and layout of transitions, and errors.
 
 Rows follow TorchRL's "next" layout. Keys are tuples inside this package: ``("observation",)``
 or ``("observation", name)`` for Dict observations, ``("action",)``, ``("next", "reward")``, ...
@@ -8,12 +8,9 @@ A row's reward and flags are those of the step that left ``observation`` through
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 Key: TypeAlias = tuple[str, ...]
 
@@ -48,28 +45,6 @@ class Field(NamedTuple):
 
 
 Layout: TypeAlias = dict[Key, Field]
-
-
-@dataclass
-class EpisodeIndex:
-    """Which rows belong to which episode; rows of an episode are consecutive.
-
-    ``lengths``: rows of each episode, all at least 1.
-    """
-
-    lengths: NDArray[np.int64]
-    offsets: NDArray[np.int64] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.offsets = np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int64)
-
-    @property
-    def rows(self) -> int:
-        return int(self.offsets[-1])
-
-    def ids(self, start: int, stop: int) -> NDArray[np.int64]:
-        """The episode of each row in ``[start, stop)``."""
-        return np.searchsorted(self.offsets, np.arange(start, stop), side="right") - 1
 
 
 def nested(leaves: Mapping[Key, Any], group: Callable[[dict[str, Any]], Any] = dict) -> Any:

@@ -67,7 +67,7 @@ def build_shards(
         raise DatasetError(
             f"{source}: is a built dataset already; build shards from the source of that dataset."
         )
-    read, folder = ReadOptions(env=env, **options), Path(folder)
+    read, folder = ReadOptions(env=env, **options).described(), Path(folder)
     make_folder("folder", folder, above=True, error=DatasetError)
     folder = folder.resolve()  # a link stays one
     opened = open_source(source, read)

@@ -26,10 +26,9 @@ from iql_torchrl.evaluation.rollout import check_arguments, evaluate
 from iql_torchrl.processes import (
     CallTimeout,
     ProcessEnded,
-    Workers,
-    packed,
-    packed_call,
-    surroundings,
+    ProcessExecutor,
+    serialize,
+    serialize_call,
 )
 
 LARGE = 100 * 2**20  # bytes
@@ -92,7 +91,7 @@ class BackgroundEvaluation:
         check_arguments(policy, make_env, episodes, num_envs, seed, max_steps, goals)
         self.timeout = timeout
         self._policy, self._layout = policy, _layout(named_tensors(policy))
-        environment = packed("make_env", make_env)
+        environment = serialize("make_env", make_env)
         if len(environment) > LARGE:
             warnings.warn(
                 f"make_env sends {len(environment) / 2**20:.0f} MiB to the evaluation process; a "
@@ -102,7 +101,7 @@ class BackgroundEvaluation:
         where = "cpu" if device is None else str(torch.device(device))
         self._evaluate = partial(
             evaluated,
-            packed("policy", policy),
+            serialize("policy", policy),
             environment,
             episodes=episodes,
             num_envs=num_envs,
@@ -115,10 +114,10 @@ class BackgroundEvaluation:
         )
         spec = getattr(make_env, "spec", None)
         name = getattr(spec, "id", spec) or getattr(make_env, "__qualname__", None)
-        self._environment, self._surroundings = name or make_env, surroundings()
+        self._environment = name or make_env
         self._pending: dict[int, tuple[Snapshot, Future[Evaluation]]] = {}
-        self._workers = Workers()
-        self._open = weakref.finalize(self, self._workers.close)
+        self._executor = ProcessExecutor()
+        self._open = weakref.finalize(self, self._executor.shutdown)
 
     @property
     def timeout(self) -> float | None:
@@ -165,10 +164,8 @@ class BackgroundEvaluation:
                 raise ValueError(f"number {number} is pending already; each needs its own")
             self._check_layout(number, tensors)
             snapshot = {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
-            call = partial(self._evaluate, snapshot)
-            order = packed_call("the policy", call, self._surroundings)
-            future = self._workers.submit(order, self._timeout)
-            self._pending[int(number)] = snapshot, future
+            task = serialize_call(partial(self._evaluate, snapshot))
+            self._pending[int(number)] = snapshot, self._executor.submit(task, self._timeout)
 
     def results(
         self, *, wait: bool = False, stop: Callable[[], bool] | None = None

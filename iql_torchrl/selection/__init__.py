@@ -2,7 +2,7 @@
 
 from iql_torchrl.selection.fitted_q import FittedQ, fitted_q_evaluation
 from iql_torchrl.selection.importance_sampling import Importance, importance_sampling
-from iql_torchrl.selection.ranking import Ranking, rank_members
+from iql_torchrl.selection.ranking import Ranking, rank_policies
 
 __all__ = [
     "FittedQ",
@@ -10,5 +10,5 @@ __all__ = [
     "Ranking",
     "fitted_q_evaluation",
     "importance_sampling",
-    "rank_members",
+    "rank_policies",
 ]

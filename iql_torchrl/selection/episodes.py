@@ -24,7 +24,7 @@ class Episodes:
         number: of the episode of each row, counted from 0 ``(N,)``.
         reward: of each row, before the dataset's ``reward_map``, float64 ``(N,)``.
         terminated: which rows terminated ``(N,)``; in some logs the episode continues afterwards.
-        open_ended: which episodes never terminate ``(E,)``.
+        never_terminated: which episodes never terminate ``(E,)``.
     """
 
     def __init__(self, log: OfflineDataset) -> None:
@@ -36,7 +36,7 @@ class Episodes:
         mapped = after["reward"].reshape(-1).double().cpu().numpy()
         self.reward: FloatArray = np.asarray(log.reward_map.inverse(mapped), np.float64)
         self.terminated = after["terminated"].reshape(-1).cpu().numpy()
-        self.open_ended = ~np.logical_or.reduceat(self.terminated, self.first)
+        self.never_terminated = ~np.logical_or.reduceat(self.terminated, self.first)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -49,9 +49,9 @@ class Episodes:
         """Kish's effective number of episodes from the weights of the rows ``(N,)``."""
         return float(F.effective_sample_size(torch.from_numpy(self.sums(weight))))
 
-    def left(self, discount: float) -> FloatArray:
+    def truncation_weight(self, discount: float) -> FloatArray:
         """``discount**T`` of episodes of T rows that never terminate, 0 of others, ``(E,)``."""
-        return np.asarray(float(discount) ** self.lengths * self.open_ended)
+        return np.asarray(float(discount) ** self.lengths * self.never_terminated)
 
     def horizon(self, discount: float) -> float:
         """How many steps a value adds up: the mean of ``sum_t discount**t`` over the episodes."""
@@ -70,7 +70,7 @@ class Episodes:
         return result
 
 
-def read_logs(
+def read_datasets(
     train: OfflineDataset, held_out: OfflineDataset, discount: float
 ) -> tuple[Episodes, Episodes]:
     """Both as arrays; ``ValueError`` unless they are of one task and ``discount`` is in [0, 1]."""
@@ -102,32 +102,32 @@ def return_range(discount: float, *logs: Episodes) -> tuple[float, float]:
     every = []
     for log in logs:
         returns = log.returns_to_go(discount)
-        every.append(returns[log.first] / np.maximum(1 - log.left(discount), 1e-12))
-        every.append(returns[~log.open_ended[log.number]])
+        every.append(returns[log.first] / np.maximum(1 - log.truncation_weight(discount), 1e-12))
+        every.append(returns[~log.never_terminated[log.number]])
     joined = np.concatenate(every)
     return float(joined.min()), float(joined.max())
 
 
 @dataclass(frozen=True, repr=False)
 class EpisodeScores:
-    """Doubly robust scores of E held-out episodes for P members, in raw reward units.
+    """Doubly robust scores of E held-out episodes for P candidates, in raw reward units.
 
     Attributes:
-        scores: ``(P, E)``; their mean estimates the member's value, their spread shows the error.
+        scores: ``(P, E)``; their mean estimates the candidate's value, their spread shows the error.
             Unknown returns, where the log has no data, count as the smallest of ``return_range``.
-        log_scores: scores of the policy that made the log, ``(E,)``.
-        scores_high, log_scores_high: scores with the largest return in place of unknown ones.
+        behaviour_scores: scores of the policy that made the log, ``(E,)``.
+        scores_high, behaviour_scores_high: scores with the largest return in place of unknown ones.
         initial_values: the model's value of each episode's first state, ``(P, E)``.
-        surprise: largest distance of one more episode's score from the mean, ``(P,)``: the largest
-            weight of a step times the range of returns. log_surprise: that of ``log_scores``, 0
-            where no episode was truncated.
-        unsupported: for finite states the discounted probability that an episode of the member
+        max_score_deviation: largest distance of one more episode's score from the mean,
+            ``(P,)``: the largest weight of a step times the range of returns.
+        behaviour_max_deviation: that of ``behaviour_scores``, 0 where no episode was truncated.
+        unsupported: for finite states the discounted probability that an episode of the candidate
             reaches an action that the log lacks in that state; for vectors the share of its steps,
-            ``(P,)`` in [0, 1]. log_unsupported: that of the log.
+            ``(P,)`` in [0, 1]. behaviour_unsupported: that of the log.
         worst_unsupported: the largest probability of such an action, minus the log's own, in one
-            state that the member visits at least once in a hundred episodes (for vectors: the mean
+            state that the candidate visits at least once in a hundred episodes (for vectors: the mean
             over the worst 5 % of its steps), ``(P,)``.
-        unlogged_ends: discounted weight of truncated ends in states that the log lacks.
+        uncovered_ends: discounted weight of truncated ends in states that the log lacks.
         return_range: smallest and largest return from any logged state.
         effective_episodes: effective number of held-out episodes in the correction (Kish), ``(P,)``.
         history: t statistics of the dependence of outcomes on earlier steps, by the name of what
@@ -135,55 +135,55 @@ class EpisodeScores:
     """
 
     scores: FloatArray
-    log_scores: FloatArray
+    behaviour_scores: FloatArray
     scores_high: FloatArray
-    log_scores_high: FloatArray
+    behaviour_scores_high: FloatArray
     initial_values: FloatArray
-    surprise: FloatArray
-    log_surprise: float
+    max_score_deviation: FloatArray
+    behaviour_max_deviation: float
     unsupported: FloatArray
-    log_unsupported: float
+    behaviour_unsupported: float
     worst_unsupported: FloatArray
-    unlogged_ends: float
+    uncovered_ends: float
     return_range: tuple[float, float]
     effective_episodes: FloatArray
     history: Mapping[str, float]
 
     def __repr__(self) -> str:
-        members, episodes = self.scores.shape
-        return f"EpisodeScores({members} members, {episodes} episodes)"
+        candidates, episodes = self.scores.shape
+        return f"EpisodeScores({candidates} candidates, {episodes} episodes)"
 
     def value_bounds(self, confidence: float, seed: int) -> tuple[FloatArray, FloatArray]:
-        """Bounds of each member's value by itself, ``(P,)``; see :func:`bounds.mean_bounds`."""
+        """Bounds of each candidate's value by itself, ``(P,)``; see :func:`bounds.mean_bounds`."""
         return _score_bounds(
-            self.scores, self.scores_high, self.surprise,
+            self.scores, self.scores_high, self.max_score_deviation,
             together=False, confidence=confidence, seed=seed,
         )  # fmt: skip
 
     def gain_bounds(self, confidence: float, seed: int) -> tuple[FloatArray, FloatArray]:
-        """Bounds ``(P,)`` of the members' gains over the log that hold for all at once.
+        """Bounds ``(P,)`` of the candidates' gains over the log that hold for all at once.
 
-        Unknown returns count as the smallest for the members and the largest for the log in the
+        Unknown returns count as the smallest for the candidates and the largest for the log in the
         lower bounds, and the reverse in the upper bounds.
         """
         return _score_bounds(
-            self.scores - self.log_scores_high, self.scores_high - self.log_scores,
-            self.surprise + self.log_surprise, confidence=confidence, seed=seed,
+            self.scores - self.behaviour_scores_high, self.scores_high - self.behaviour_scores,
+            self.max_score_deviation + self.behaviour_max_deviation, confidence=confidence, seed=seed,
         )  # fmt: skip
 
-    def log_value(self, confidence: float, seed: int) -> tuple[float, float, float]:
+    def behaviour_value(self, confidence: float, seed: int) -> tuple[float, float, float]:
         """Value of the policy that made the log, and its bounds."""
         low, high = self.return_range
         bounds = mean_bounds(
-            self.log_scores[None], np.array([low - self.log_surprise]),
-            np.array([high + self.log_surprise]), upper_samples=self.log_scores_high[None],
-            confidence=confidence, seed=seed,
+            self.behaviour_scores[None], np.array([low - self.behaviour_max_deviation]),
+            np.array([high + self.behaviour_max_deviation]),
+            upper_samples=self.behaviour_scores_high[None], confidence=confidence, seed=seed,
         )  # fmt: skip
-        return float(self.log_scores.mean()), float(bounds[0][0]), float(bounds[1][0])
+        return float(self.behaviour_scores.mean()), float(bounds[0][0]), float(bounds[1][0])
 
 
 def _score_bounds(
-    least: FloatArray, most: FloatArray, surprise: FloatArray, **options: bool | float
+    least: FloatArray, most: FloatArray, max_score_deviation: FloatArray, **options: bool | float
 ) -> tuple[FloatArray, FloatArray]:
-    lowest, highest = least.mean(1) - surprise, most.mean(1) + surprise
+    lowest, highest = least.mean(1) - max_score_deviation, most.mean(1) + max_score_deviation
     return mean_bounds(least, lowest, highest, upper_samples=most, **options)  # type: ignore[arg-type]

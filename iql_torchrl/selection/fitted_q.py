@@ -26,15 +26,15 @@ from iql_torchrl.data import ObservationStatistics, OfflineDataset
 from iql_torchrl.networks import Standardise
 from iql_torchrl.networks.perceptrons import chain
 from iql_torchrl.selection.bounds import FloatArray
-from iql_torchrl.selection.coverage import USUAL, Coverage, features_of
-from iql_torchrl.selection.episodes import Episodes, EpisodeScores, read_logs, return_range
-from iql_torchrl.selection.members import (
-    Member,
+from iql_torchrl.selection.candidates import (
+    Candidate,
     actions,
     log_probabilities,
-    resolve_members,
+    resolve_candidates,
     states,
 )
+from iql_torchrl.selection.coverage import USUAL, Coverage, features_of
+from iql_torchrl.selection.episodes import Episodes, EpisodeScores, read_datasets, return_range
 from iql_torchrl.selection.tabular import finite_states, table_scores
 from iql_torchrl.tolerance import rounding
 
@@ -52,10 +52,10 @@ VISITS_COMPARED = 5_000
 
 @dataclass(frozen=True)
 class FittedQ:
-    """What :func:`fitted_q_evaluation` gives; P members, E held-out episodes, raw reward units.
+    """What :func:`fitted_q_evaluation` gives; P candidates, E held-out episodes, raw reward units.
 
     Attributes:
-        names: of the members, ``(P,)``.
+        names: of the candidates, ``(P,)``.
         discount: of the values.
         episodes: :class:`~iql_torchrl.selection.episodes.EpisodeScores`: doubly robust scores of each
             held-out episode, and what the log does not cover.
@@ -65,7 +65,8 @@ class FittedQ:
         backups: how often targets were renewed, ``updates`` times ``polyak``; rewards travel one
             step back each time. passes: how often every step of the data was seen. Both are
             infinite for a table, whose equations are solved exactly.
-        deterministic: whether the members take their deterministic or most probable action, or sample.
+        deterministic: True: candidates take their deterministic or most probable action; False:
+            they sample.
     """
 
     names: tuple[str, ...]
@@ -84,7 +85,7 @@ class FittedQ:
 
     @property
     def values(self) -> FloatArray:
-        """Estimated value of each member, ``(P,)``, the mean of its scores over held-out episodes."""
+        """Estimated value of each candidate, ``(P,)``: the mean of its scores."""
         return self.episodes.scores.mean(axis=1)
 
     def intervals(self, *, confidence: float = 0.95, seed: int = 0) -> FloatArray:
@@ -96,7 +97,7 @@ class FittedQ:
 
 
 def fitted_q_evaluation(
-    members: Mapping[str, Any],
+    candidates: Mapping[str, Any],
     train: OfflineDataset,
     held_out: OfflineDataset,
     *,
@@ -115,24 +116,24 @@ def fitted_q_evaluation(
     table_bytes: int = TABLE_BYTES,
     progress: bool | None = None,
 ) -> FittedQ:
-    """Value of each member's policy, fitted on ``train`` and corrected by ``held_out``.
+    """Value of each candidate's policy, fitted on ``train`` and corrected by ``held_out``.
 
     With few distinct states and discrete actions (``model="table"``), Q solves the equations of the
     log's empirical model exactly (:func:`tabular.table_scores`). Otherwise P critics are trained
     together: critic i regresses ``r + discount * E_{a'~pi_i(s')} Q'_i(s', a')`` with squared error,
     Q' a target network. Nothing is bootstrapped where ``terminated``; past ``truncated`` it is,
-    unless the log describes no such state: then the members get the least return that either log
+    unless the log describes no such state: then the candidates get the least return that either log
     was seen to lead to. All critics start from the same weights and see the same batches, so a
-    member's estimate does not depend on which others are evaluated with it, and differences come
+    candidate's estimate does not depend on which others are evaluated with it, and differences come
     from the policies.
 
     Held-out steps correct the critics' errors, see :func:`network_scores`. Rewards are mapped
     back by each dataset's ``reward_map`` and divided by the deviation of the log's returns while
-    training; results are in raw units whatever map the members saw.
+    training; results are in raw units whatever map the candidates saw.
 
     Args:
-        members: name to ``Agent`` or TorchRL actor.
-        train: episodes to learn from; best ones that the members were not trained on, whose noise
+        candidates: name to ``Agent`` or TorchRL actor.
+        train: episodes to learn from; best ones that the candidates were not trained on, whose noise
             they have not fitted.
         held_out: episodes that correct the estimate; other ones.
         discount: in [0, 1]; with 1 every episode must terminate.
@@ -145,16 +146,19 @@ def fitted_q_evaluation(
             it samples. None: only for continuous actions. Discrete expectations are exact, over
             the actions that ``action_mask`` allows; continuous ones the mean of
             ``action_samples`` draws per state, drawn once.
-        table_bytes: members' choices at all next states are kept if they fit in so many bytes,
+        table_bytes: candidates' choices at all next states are kept if they fit in so many bytes,
             else computed again for each batch.
         progress: a progress bar of the critics' updates; None shows it on terminals only.
 
     Raises:
-        TypeError, ValueError: a member that is no policy or does not fit the data, two logs of
+        TypeError, ValueError: a candidate that is no policy or does not fit the data, two logs of
             different tasks, observations that are neither vectors nor a category, states that are
             too many for a table, or a number out of range.
     """
-    resolved, (fit, fresh) = resolve_members(members), read_logs(train, held_out, discount)
+    resolved, (fit, fresh) = (
+        resolve_candidates(candidates),
+        read_datasets(train, held_out, discount),
+    )
     check_choice("model", model, MODELS)
     check_whole(
         updates=updates, batch_size=batch_size, action_samples=action_samples, min_count=min_count,
@@ -190,13 +194,13 @@ def fitted_q_evaluation(
         critics.fit(fitted, hidden, updates, batch_size, lr, polyak, progress)
         scores, error, error_training = network_scores(fitted, unseen)
         passes, backups = updates * batch_size / len(train), updates * polyak
-    names = tuple(member.name for member in resolved)
+    names = tuple(candidate.name for candidate in resolved)
     return FittedQ(names, discount, scores, error, error_training, backups, passes, deterministic)
 
 
 @dataclass
 class Critics:
-    """Critics of P members and of the log's own policy, and how they read the log ``train``.
+    """Critics of P candidates and of the log's own policy, and how they read the log ``train``.
 
     There are P + 1 critics. The last one is of the policy that made the log. It estimates the value
     of a state from the logged steps, so it does not depend on an action: its action input is always
@@ -204,11 +208,11 @@ class Critics:
     weight ``(P + 1, out, in)`` and the bias ``(P + 1, out)`` of each layer in turn.
 
     Values are in units of the deviation of the log's returns, ``unit``. ``limits``: least and greatest
-    return. ``samples``: draws of a continuous action per state; with 0 members take the deterministic
-    or most probable action.
+    return. ``samples``: draws of a continuous action per state; with 0 candidates take
+    the deterministic or most probable action.
     """
 
-    members: tuple[Member, ...]
+    candidates: tuple[Candidate, ...]
     train: Episodes
     device: torch.device
     discount: float
@@ -230,12 +234,12 @@ class Critics:
             self.scale = Standardise(logged.mean, logged.std).to(self.device)
 
     def choices(self, table: TensorDictBase) -> Tensor:
-        """Of every member, then of the log's policy: ``(P + 1, N, n)`` or ``(P + 1, N, K, A)``."""
+        """Of every candidate, then of the log's policy: ``(P + 1, N, n)`` or ``(P + 1, N, K, A)``."""
         chosen = [
             log_probabilities(m, table, self.outputs, deterministic=self.samples == 0).exp().float()
             if self.discrete
             else actions(m, table, samples=self.samples, seed=self.seed)
-            for m in self.members
+            for m in self.candidates
         ]
         every = torch.stack(chosen).to(self.device)
         own = torch.full_like(every[:1], 1 / self.outputs)
@@ -247,8 +251,8 @@ class Critics:
         """Logged actions ``(B, ...)`` in the form of :meth:`choices`."""
         if self.discrete:
             taken = nn.functional.one_hot(action.reshape(-1), self.outputs).float()
-            return taken.expand(len(self.members) + 1, -1, -1)
-        every = action.expand(len(self.members) + 1, -1, -1).clone()
+            return taken.expand(len(self.candidates) + 1, -1, -1)
+        every = action.expand(len(self.candidates) + 1, -1, -1).clone()
         every[-1] = self.scale.mean
         return every[:, :, None]
 
@@ -279,7 +283,7 @@ class Critics:
     def target(self, layers: Layers, steps: Steps, index: Tensor) -> Tensor:
         """``r + discount * E Q'(s', .)``, ``(P + 1, B)``, of the rows numbered ``index`` ``(B,)``."""
         following = self.expected(layers, steps.following[index], steps.choices(index))
-        following = torch.where(steps.stopped[index], steps.end_values, following)
+        following = torch.where(steps.out_of_support[index], steps.end_values, following)
         terminated = steps.terminated[index].expand_as(following)
         return F.td_target(steps.reward[index], following, terminated, gamma=self.discount)
 
@@ -321,7 +325,7 @@ class Critics:
             if number < len(widths):
                 nn.init.orthogonal_(layers[-2], 2.0**0.5, generator=generator)
         layers[-1] += self.mean_return / self.unit
-        size = len(self.members) + 1
+        size = len(self.candidates) + 1
         copies = [leaf.expand(size, *leaf.shape).contiguous().to(self.device) for leaf in layers]
         return [(leaf.mT if leaf.ndim == 3 else leaf).requires_grad_() for leaf in copies]
 
@@ -342,7 +346,7 @@ class Critics:
         hidden = torch.cat([hidden, torch.ones_like(hidden[:, :1])], -1)
         if not self.discrete:
             return hidden.unflatten(0, (-1, chosen.shape[2])).mean(1)
-        if policy == len(self.members):
+        if policy == len(self.candidates):
             return hidden
         if hidden.shape[-1] * self.outputs > MAX_FEATURES:
             return torch.cat([hidden, chosen[0]], -1)
@@ -352,9 +356,9 @@ class Critics:
 class Steps:
     """Rows of a log as critics read them.
 
-    ``starts``: features and choices of the first states. ``stopped`` ``(N,)``: rows whose following
-    state does not occur in the log. The value of that state counts as the least return for the members
-    and the greatest for the log's own policy.
+    ``starts``: features and choices of the first states. ``out_of_support`` ``(N,)``: transitions
+    whose next observation does not occur in the dataset. The value of that state counts as the least
+    return for the candidates and the greatest for the behaviour policy.
     """
 
     def __init__(
@@ -368,14 +372,14 @@ class Steps:
         self.reward = torch.from_numpy(log.reward / critics.unit).float().to(device)
         self.terminated = torch.from_numpy(log.terminated).to(device)
         self.action = (table["action"] if critics.discrete else table["action"].float()).to(device)
-        first, ends = torch.from_numpy(log.first), torch.from_numpy(log.last[log.open_ended])
+        first, ends = torch.from_numpy(log.first), torch.from_numpy(log.last[log.never_terminated])
         self.starts = self.features[first], critics.choices(states(table[first]))
-        stopped = torch.zeros(len(table), dtype=torch.bool)
+        out_of_support = torch.zeros(len(table), dtype=torch.bool)
         if len(ends):
-            stopped[ends] = coverage.unsupported_states(following[ends])
-        self.stopped = stopped.to(device)
+            out_of_support[ends] = coverage.unsupported_states(following[ends])
+        self.out_of_support = out_of_support.to(device)
         low, high = (limit / critics.unit for limit in critics.limits)
-        self.end_values = torch.tensor([[low]] * len(critics.members) + [[high]], device=device)
+        self.end_values = torch.tensor([[low]] * len(critics.candidates) + [[high]], device=device)
         self.states = states(table, following=True)
         one = critics.choices(self.states[:1])
         few = one.numel() * one.element_size() * len(table) <= table_bytes
@@ -395,17 +399,17 @@ class Steps:
         """
         critics, log, device = self.critics, self.log, self.critics.device
         visited = partial(critics.visit_features, policy)
-        if policy < len(critics.members):
+        if policy < len(critics.candidates):
             begun = visited(*self.starts).mean(0).double()
         else:
             ends = torch.from_numpy(log.last).to(device)
-            left = torch.from_numpy(log.left(critics.discount)).float().to(device)
+            left = torch.from_numpy(log.truncation_weight(critics.discount)).float().to(device)
             after = visited(self.following[ends], self.choices(ends))
-            begun = ((left * ~self.stopped[ends])[:, None] * after).mean(0).double()
+            begun = ((left * ~self.out_of_support[ends])[:, None] * after).mean(0).double()
         squares, change = torch.zeros_like(begun), torch.zeros_like(begun).diag()
         for index in self.parts:
             logged = visited(self.features[index], critics.logged(self.action[index]))
-            going = ~(self.terminated[index] | self.stopped[index])
+            going = ~(self.terminated[index] | self.out_of_support[index])
             after = visited(self.following[index], self.choices(index))
             step = logged - critics.discount * going[:, None] * after
             change += (step.T @ logged).double()
@@ -430,16 +434,16 @@ class Steps:
         return weights, errors * critics.unit
 
     def unsupported(self, weight: FloatArray) -> tuple[FloatArray, FloatArray]:
-        """Share of each member's steps outside the log, and the mean over the worst of them.
+        """Share of each candidate's steps outside the log, and the mean over the worst of them.
 
-        A member's steps are the first states and the states after the steps fitted on, weighted.
+        A candidate's steps are the first states and the states after the steps fitted on, weighted.
         """
         critics, rows, episodes = self.critics, len(self.reward), len(self.log)
         compared = torch.linspace(0, rows - 1, min(rows, VISITS_COMPARED)).long()
         later = self.following[compared], critics.choices(self.states[compared])
         parts = [self.coverage.unsupported_choices(*each) for each in (self.starts, later)]
         outside = torch.cat(parts, 1)[:-1].double().numpy()
-        going = ~(self.terminated | self.stopped).cpu().numpy()[compared.numpy()]
+        going = ~(self.terminated | self.out_of_support).cpu().numpy()[compared.numpy()]
         scale = critics.discount * rows / len(compared) / episodes
         followed = weight[:-1, compared.numpy()] * going * scale
         visits = np.concatenate([np.full((len(followed), episodes), 1 / episodes), followed], 1)
@@ -460,11 +464,11 @@ def network_scores(fitted: Steps, fresh: Steps) -> tuple[EpisodeScores, FloatArr
     over the log fitted on, with a small ridge: minimax weight learning with a linear class (Uehara,
     Huang, Jiang 2020, arXiv:1910.12809, section 4). Negative weights count as 0.
 
-    ``fitted``, ``fresh``: the steps fitted on and held out. Also returns the members' mean squared
+    ``fitted``, ``fresh``: the steps fitted on and held out. Also returns the candidates' mean squared
     one-step errors of held-out steps and of those fitted on.
     """
     critics, held_out, discount = fitted.critics, fresh.log, fitted.critics.discount
-    coefficients = [fitted.visits(policy) for policy in range(len(critics.members) + 1)]
+    coefficients = [fitted.visits(policy) for policy in range(len(critics.candidates) + 1)]
     train_weight, train_error = fitted.corrections(coefficients)
     weight, error = fresh.corrections(coefficients)
     correction = np.array([held_out.sums(row) for row in weight * error])
@@ -472,17 +476,21 @@ def network_scores(fitted: Steps, fresh: Steps) -> tuple[EpisodeScores, FloatArr
     initial = critics.state_values(*fresh.starts)[:-1]
     after = critics.state_values(fresh.following[ends], fresh.choices(ends))[-1]
     span = critics.limits[1] - critics.limits[0]
-    left, stopped = held_out.left(discount), fresh.stopped[ends].cpu().numpy()
-    ended = discount * (train_weight * fitted.stopped.cpu().numpy()).sum(1) / len(fitted.log)
+    left, out_of_support = (
+        held_out.truncation_weight(discount),
+        fresh.out_of_support[ends].cpu().numpy(),
+    )
+    ended = discount * (train_weight * fitted.out_of_support.cpu().numpy()).sum(1) / len(fitted.log)
     scores = initial + correction[:-1]
-    log_high = held_out.returns_to_go(discount)[held_out.first] + correction[-1]
-    log_high = log_high + left * np.where(stopped, critics.limits[1], after)
-    surprise = train_weight.max(1) * span
+    behaviour_high = held_out.returns_to_go(discount)[held_out.first] + correction[-1]
+    behaviour_high = behaviour_high + left * np.where(out_of_support, critics.limits[1], after)
+    max_score_deviation = train_weight.max(1) * span
     share, worst = fitted.unsupported(train_weight)
     result = EpisodeScores(
-        scores, log_high - (left * stopped + ended[-1]) * span,
-        scores + ended[:-1, None] * span, log_high, initial, surprise[:-1], float(surprise[-1]),
-        share, 1 - USUAL, worst, float((left * stopped).mean()), critics.limits,
+        scores, behaviour_high - (left * out_of_support + ended[-1]) * span,
+        scores + ended[:-1, None] * span, behaviour_high, initial,
+        max_score_deviation[:-1], float(max_score_deviation[-1]),
+        share, 1 - USUAL, worst, float((left * out_of_support).mean()), critics.limits,
         np.array([held_out.effective(row) for row in weight[:-1]]), {},
     )  # fmt: skip
     return result, np.square(error[:-1]).mean(1), np.square(train_error[:-1]).mean(1)
@@ -490,7 +498,7 @@ def network_scores(fitted: Steps, fresh: Steps) -> tuple[EpisodeScores, FloatArr
 
 def _check_ends(**logs: Episodes) -> None:
     for name, log in logs.items():
-        if cut := int(log.open_ended.sum()):
+        if cut := int(log.never_terminated.sum()):
             raise ValueError(
                 f"discount is 1 and {cut} of {len(log)} episodes of {name} end without "
                 "termination, past which undiscounted values have no bound; choose a discount "

@@ -19,18 +19,18 @@ from torch import Tensor
 from iql_torchrl import functional as F
 from iql_torchrl.data import OfflineDataset
 from iql_torchrl.selection.bounds import FloatArray, mean_bounds
-from iql_torchrl.selection.episodes import Episodes, read_logs, return_range
-from iql_torchrl.selection.members import logged_log_prob, resolve_member, resolve_members
+from iql_torchrl.selection.candidates import logged_log_prob, resolve_candidate, resolve_candidates
+from iql_torchrl.selection.episodes import Episodes, read_datasets, return_range
 
 LARGEST_LOG_WEIGHT = 600.0  # exp of it times a return is a number
 
 
 @dataclass(frozen=True)
 class Importance:
-    """The result of :func:`importance_sampling` for P members, in raw reward units.
+    """The result of :func:`importance_sampling` for P candidates, in raw reward units.
 
     Attributes:
-        names: of the members, ``(P,)``.
+        names: of the candidates, ``(P,)``.
         discount: of the values.
         values: estimates, ``(P,)``; NaN where at some step no episode has weight.
         low, high: bounds of each single value, ``(P,)``: :func:`value_bounds`.
@@ -49,7 +49,7 @@ class Importance:
 
 
 def importance_sampling(
-    members: Mapping[str, Any],
+    candidates: Mapping[str, Any],
     log: OfflineDataset,
     *,
     behaviour: Any,
@@ -59,34 +59,34 @@ def importance_sampling(
     return_limits: tuple[float, float] | None = None,
     seed: int = 0,
 ) -> Importance:
-    """Value of each member's policy from ``log``'s rewards alone: :func:`pdwis` per member.
+    """Value of each candidate's policy from ``log``'s rewards alone: :func:`pdwis` per candidate.
 
     Args:
-        members: name to ``Agent`` or TorchRL actor; continuous ones need a density.
-        log: episodes that the members were not trained on.
+        candidates: name to ``Agent`` or TorchRL actor; continuous ones need a density.
+        log: episodes that the candidates were not trained on.
         behaviour: the policy that chose the logged actions: a key of its log-probabilities in the
             data (``"action_log_prob"``; exact if these are correct), or a model of it: an ``Agent``
             or actor, such as behaviour cloning trained on other episodes.
         discount: in [0, 1].
         deterministic: evaluate the policy that takes the most probable discrete action, instead of
             the policy that samples. Continuous policies always sample.
-        confidence: of each member's interval, in (0, 1).
+        confidence: of each candidate's interval, in (0, 1).
         return_limits: smallest and largest possible return; None takes both from the log,
             :func:`episodes.return_range`.
         seed: of the bounds' draws.
 
     Raises:
-        TypeError, ValueError: a member that is not a policy, has no density or does not fit the
+        TypeError, ValueError: a candidate that is not a policy, has no density or does not fit the
             data, a key that the data lack, or a logged action with probability 0 under
             ``behaviour``.
     """
-    resolved = resolve_members(members)
-    episodes, _ = read_logs(log, log, discount)
+    resolved = resolve_candidates(candidates)
+    episodes, _ = read_datasets(log, log, discount)
     logged = _behaviour_log_prob(behaviour, log)
     limits = return_range(discount, episodes) if return_limits is None else return_limits
     values, weights, sizes = [], [], []
-    for member in resolved:
-        ratio = logged_log_prob(member, log, deterministic=deterministic) - logged
+    for candidate in resolved:
+        ratio = logged_log_prob(candidate, log, deterministic=deterministic) - logged
         ratios, rewards, alive = padded(ratio.numpy(), episodes)
         values.append(pdwis(ratios, rewards, alive, discount))
         whole = ratios.sum(axis=1)
@@ -95,7 +95,7 @@ def importance_sampling(
     low, high = value_bounds(
         np.array(weights), episodes, discount, limits, confidence=confidence, seed=seed
     )
-    names = tuple(member.name for member in resolved)
+    names = tuple(candidate.name for candidate in resolved)
     return Importance(names, discount, np.array(values), low, high, np.array(sizes), len(episodes))
 
 
@@ -131,7 +131,7 @@ def padded(log_ratio: FloatArray, log: Episodes) -> tuple[FloatArray, FloatArray
     rows = log.first[:, None] + np.minimum(steps, lengths - 1)
     ended = np.cumsum(log.terminated[rows] & (steps < lengths), axis=1)
     inside = (steps < lengths) & (np.pad(ended, ((0, 0), (1, 0)))[:, :-1] == 0)
-    alive = inside | ~log.open_ended[:, None]
+    alive = inside | ~log.never_terminated[:, None]
     ratios, rewards = (np.where(inside, values[rows], 0.0) for values in (log_ratio, log.reward))
     return ratios, rewards, alive.astype(np.float64)
 
@@ -156,7 +156,7 @@ def value_bounds(
     larger than 1, the lower bound may be above the upper one.
     """
     low, high = limits
-    returns, left = log.returns_to_go(discount)[log.first], log.left(discount)
+    returns, left = log.returns_to_go(discount)[log.first], log.truncation_weight(discount)
     above = weights * np.maximum(returns + left * low - low, 0)
     below = weights * np.maximum(high - returns - left * high, 0)
     parts = np.concatenate([above, below])
@@ -187,7 +187,7 @@ def _behaviour_log_prob(behaviour: Any, log: OfflineDataset) -> Tensor:
         result = values.reshape(-1).double()
     else:
         source = "the behaviour model"
-        result = logged_log_prob(resolve_member("behaviour", behaviour), log)
+        result = logged_log_prob(resolve_candidate("behaviour", behaviour), log)
     impossible = ~result.isfinite()
     if isinstance(log.action_space, spaces.Discrete):
         impossible |= result > 1e-6

@@ -17,11 +17,11 @@ from gymnasium import spaces
 from iql_torchrl.data import OfflineDataset
 from iql_torchrl.evaluation.statistics import rank_correlations
 from iql_torchrl.files import atomic_write
-from iql_torchrl.selection.episodes import Episodes, read_logs
+from iql_torchrl.selection.candidates import Candidate, bc_distance, has_density, resolve_candidates
+from iql_torchrl.selection.episodes import Episodes, read_datasets
 from iql_torchrl.selection.fitted_q import FittedQ, fitted_q_evaluation
 from iql_torchrl.selection.importance_sampling import importance_sampling
-from iql_torchrl.selection.members import Member, clone_distance, has_density, resolve_members
-from iql_torchrl.selection.recommendation import Evidence, doubts_of, recommendation
+from iql_torchrl.selection.recommendation import Evidence, caveats_of, recommendation
 from iql_torchrl.selection.tabular import LOG_PROB
 
 MIN_COMPARED = 3
@@ -40,29 +40,30 @@ COLUMNS = {
     "importance_value": "importance",
     "effective_episodes": "eff. episodes",
     "extrapolation": "extrapol.",
-    "clone_distance": "from clone",
+    "bc_distance": "from BC",
 }
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """The result of ``selection.rank_members``; ``str`` makes a table. Values in raw reward units.
+    """The result of ``selection.rank_policies``; ``str`` makes a table. Values in raw reward units.
 
     Attributes:
-        rows: one dict per member, best estimated value first: ``rank`` (from 1), ``member``,
+        rows: one dict per candidate, best estimated value first: ``rank`` (from 1), ``candidate``,
             ``temperature``; ``value`` by fitted Q evaluation corrected on held-out episodes, with
-            bounds for this member alone; ``gain`` over the log, with bounds that hold for
-            all members at once; ``td_error`` and ``td_error_training``; ``importance_value`` and
-            bounds, ``effective_episodes``; ``extrapolation`` and ``worst_extrapolation``, see
-            ``EpisodeScores``; ``correcting_episodes``, its ``effective_episodes``; ``seen``, the
-            share of the held-out episodes that the member was trained on; ``clone_distance``;
-            ``doubts``, names of the warnings that concern it (``importance``, ``extrapolation``,
-            ``td_error``, ``range``, ``few``, ``contradiction``, ``seen``). NaN is unknown.
-        log_value, log_low, log_high: value of the policy that made the log, and its bounds.
-        log_extrapolation: share of the log's own actions that count as outside the log.
-        spearman, kendall: agreement of the two estimators over the members whose importance weights
+            bounds for this candidate alone; ``gain`` over the behaviour policy, with bounds that
+            hold for all candidates at once; ``td_error`` and ``td_error_training``;
+            ``importance_value`` and bounds, ``effective_episodes``; ``extrapolation`` and
+            ``worst_extrapolation``, see ``EpisodeScores``; ``correcting_episodes``, its
+            ``effective_episodes``; ``seen``, the share of the held-out episodes that the candidate
+            was trained on; ``bc_distance``; ``caveats``, names of the warnings that concern it
+            (``importance``, ``extrapolation``, ``td_error``, ``range``, ``few``, ``contradiction``,
+            ``seen``). NaN is unknown.
+        behaviour_value, behaviour_low, behaviour_high: value of the behaviour policy, and its bounds.
+        behaviour_extrapolation: share of the log's own actions that count as outside the log.
+        spearman, kendall: agreement of the two estimators over the candidates whose importance weights
             are not doubted; NaN for fewer than three.
-        recommended: name of the recommended member, or None.
+        recommended: name of the recommended candidate, or None.
         recommendation: the recommendation in one sentence.
         warnings: reasons not to trust the ranking, one sentence each.
         discount: of the values.
@@ -70,10 +71,10 @@ class Ranking:
     """
 
     rows: tuple[dict[str, Any], ...]
-    log_value: float
-    log_low: float
-    log_high: float
-    log_extrapolation: float
+    behaviour_value: float
+    behaviour_low: float
+    behaviour_high: float
+    behaviour_extrapolation: float
     spearman: float
     kendall: float
     recommended: str | None
@@ -84,18 +85,18 @@ class Ranking:
 
     def __str__(self) -> str:
         log = {
-            "member": "the log",
-            "value": self.log_value,
-            "value_low": self.log_low,
-            "value_high": self.log_high,
-            "extrapolation": self.log_extrapolation,
+            "candidate": "behaviour policy",
+            "value": self.behaviour_value,
+            "value_low": self.behaviour_low,
+            "value_high": self.behaviour_high,
+            "extrapolation": self.behaviour_extrapolation,
         }
-        width = max(len(row["member"]) for row in (*self.rows, log))
-        lines = [f"{'member':{width}}" + "".join(f" {title:>13}" for title in COLUMNS.values())]
+        width = max(len(row["candidate"]) for row in (*self.rows, log))
+        lines = [f"{'candidate':{width}}" + "".join(f" {title:>13}" for title in COLUMNS.values())]
         for row in (*self.rows, log):
             values = [row.get(key, math.nan) for key in COLUMNS]
             cells = ["-" if math.isnan(value) else f"{value:.4g}" for value in values]
-            lines.append(f"{row['member']:{width}}" + "".join(f" {cell:>13}" for cell in cells))
+            lines.append(f"{row['candidate']:{width}}" + "".join(f" {cell:>13}" for cell in cells))
         lines.append(f"\n{self.episodes} held-out episodes, discount {self.discount:g}.")
         if not math.isnan(self.spearman):
             lines[-1] += (
@@ -129,7 +130,7 @@ class Ranking:
         return cls(**json.loads(Path(path).read_text(encoding="utf-8"), object_hook=unknown))
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Replace ``path`` by one line per member, best first; unknown numbers stay empty."""
+        """Replace ``path`` by one line per candidate, best first; unknown numbers stay empty."""
         rows = self.to_dict()["rows"]
         with (
             atomic_write(Path(path)) as temporary,
@@ -137,18 +138,18 @@ class Ranking:
         ):
             writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
             writer.writeheader()
-            writer.writerows(row | {"doubts": " ".join(row["doubts"])} for row in rows)
+            writer.writerows(row | {"caveats": " ".join(row["caveats"])} for row in rows)
 
 
-def rank_members(
-    members: Mapping[str, Any],
+def rank_policies(
+    candidates: Mapping[str, Any],
     train: OfflineDataset,
     held_out: OfflineDataset,
     *,
     discount: float,
     fitted_q: FittedQ | None = None,
     behaviour: Any = None,
-    clone: str | None = None,
+    bc_baseline: str | None = None,
     deterministic: bool | None = None,
     min_count: int = 2,
     max_extrapolation: float = 0.05,
@@ -157,48 +158,48 @@ def rank_members(
     seed: int = 0,
     progress: bool | None = None,
 ) -> Ranking:
-    """Members by estimated value, with doubts about each estimate, and a recommendation.
+    """Candidates by estimated value, with caveats about each estimate, and a recommendation.
 
-    A member's ``value`` is the mean of its doubly robust scores over the held-out episodes: fitted
+    A candidate's ``value`` is the mean of its doubly robust scores over the held-out episodes: fitted
     Q evaluation on ``train``, corrected by held-out steps
     (:class:`~iql_torchrl.selection.episodes.EpisodeScores`). The log's value is that of the policy
-    that made it, from the same episodes; it needs no clone. ``gain`` is the mean over episodes of
-    their difference. Its bounds hold for all members at once with probability ``confidence``, so
+    that made it, from the same episodes; it needs no BC baseline. ``gain`` is the mean over episodes of
+    their difference. Its bounds hold for all candidates at once with probability ``confidence``, so
     they remain valid for the best of many. They include the error of the estimate, as far as
     held-out episodes show it, and one more episode with the worst return in the log
     (:func:`bounds.mean_bounds`).
 
-    The recommended member has the largest value among those whose interval of the gain is above
-    zero and that have no doubts except ``importance`` and ``td_error``. No member is recommended
+    The recommended candidate has the largest value among those whose interval of the gain is above
+    zero and that have no caveats except ``importance`` and ``td_error``. No candidate is recommended
     where networks have not converged, where ``train`` and ``held_out`` share episodes, where
     outcomes depend on more than the observation (for a table, see ``tabular.table_scores``), or where
-    for any member fitted Q evaluation and importance sampling contradict each other beyond their
+    for any candidate fitted Q evaluation and importance sampling contradict each other beyond their
     intervals.
 
     Assumptions: episodes are independent of each other, no return is worse than the worst one from
-    any logged state, and members were chosen without ``held_out``. With networks also: the critics'
+    any logged state, and candidates were chosen without ``held_out``. With networks also: the critics'
     features describe values and visits well enough.
 
     A log cannot show the effect of an action that it lacks in a state, nor the effect of causes that
-    the log's policy used but the observations do not contain. Up to ``max_extrapolation``, missing
-    actions count with the smallest logged return; above it, the member is not recommended.
+    the behaviour policy used but the observations do not contain. Up to ``max_extrapolation``, missing
+    actions count with the smallest logged return; above it, the candidate is not recommended.
 
     Args:
-        members: name to ``Agent`` or TorchRL actor.
-        train, held_out: see :func:`fitted_q_evaluation`; without episodes that members trained on.
+        candidates: name to ``Agent`` or TorchRL actor.
+        train, held_out: see :func:`fitted_q_evaluation`; without episodes that candidates trained on.
         discount: in [0, 1].
-        fitted_q: an evaluation of the same members on ``held_out``; by default made here with
+        fitted_q: an evaluation of the same candidates on ``held_out``; by default made here with
             ``fitted_q_evaluation``'s defaults.
         behaviour: for importance sampling; a key of the data or a model, see
             :func:`importance_sampling`. None: ``"action_log_prob"`` where the data have it,
             otherwise no importance sampling.
-        clone: the member that imitates the log; by default the first of temperature 0 that does not
-            take the best of several actions. Distances are measured from it; nothing else depends on
-            it.
+        bc_baseline: the candidate that was trained by behaviour cloning (BC); by default the first
+            of temperature 0 that does not take the best of several actions. Distances are measured
+            from it; nothing else depends on it.
         deterministic: whether both estimators evaluate the most probable or deterministic action, or
             the policy as it samples; not used with ``fitted_q``, which has its own. None: as it
             samples for discrete actions, and for continuous ones where there is importance sampling,
-            because a deterministic continuous action has no density. Where some member has none, or
+            because a deterministic continuous action has no density. Where some candidate has none, or
             ``deterministic`` is True for continuous actions, there is no importance sampling, and a
             warning says so.
         min_count: see :func:`fitted_q_evaluation`; not used with ``fitted_q``.
@@ -211,16 +212,19 @@ def rank_members(
         progress: see :func:`fitted_q_evaluation`; not used with ``fitted_q``.
 
     Raises:
-        TypeError, ValueError: as ``fitted_q_evaluation`` and ``importance_sampling``; ``clone`` is
-            not a member; ``fitted_q`` is of other members, episodes or another discount; a number
-            out of range.
+        TypeError, ValueError: as ``fitted_q_evaluation`` and ``importance_sampling``; ``bc_baseline``
+            is not a candidate; ``fitted_q`` is of other candidates, episodes or another
+            discount; a number out of range.
     """
-    resolved, (fit, fresh) = resolve_members(members), read_logs(train, held_out, discount)
+    resolved, (fit, fresh) = (
+        resolve_candidates(candidates),
+        read_datasets(train, held_out, discount),
+    )
     for name, share in (("max_extrapolation", max_extrapolation), ("confidence", confidence)):
         ends = name == "confidence" and share in (0, 1)
         if isinstance(share, bool) or not 0 <= share <= 1 or ends:
             raise ValueError(f"{name} is {share!r}; it must lie between 0 and 1.")
-    imitator = _clone(resolved, clone)
+    baseline = _bc_baseline(resolved, bc_baseline)
     if behaviour is None and LOG_PROB in held_out.transitions:
         behaviour = LOG_PROB
     continuous = not isinstance(held_out.action_space, spaces.Discrete)
@@ -230,12 +234,12 @@ def rank_members(
         if chosen is None and continuous:
             chosen = bool(unchecked)
         fitted_q = fitted_q_evaluation(
-            members, train, held_out, discount=discount, min_count=min_count, seed=seed,
+            candidates, train, held_out, discount=discount, min_count=min_count, seed=seed,
             deterministic=chosen, progress=progress,
         )  # fmt: skip
     _check_fitted(fitted_q, resolved, fresh, discount)
     known = Evidence(
-        members=resolved, clone=imitator, fitted_q=fitted_q, train=fit, held_out=fresh,
+        candidates=resolved, bc_baseline=baseline, fitted_q=fitted_q, train=fit, held_out=fresh,
         unchecked=unchecked, sampled=continuous and not fitted_q.deterministic,
         max_extrapolation=max_extrapolation, min_effective_episodes=min_effective_episodes,
         confidence=confidence, seed=seed,
@@ -244,23 +248,23 @@ def rank_members(
     agreement = _agreement(rows)
     recommended, sentence, warnings = recommendation(rows, known, agreement[0])
     return Ranking(
-        tuple(rows), *known.log, fitted_q.episodes.log_unsupported, *agreement, recommended,
+        tuple(rows), *known.log, fitted_q.episodes.behaviour_unsupported, *agreement, recommended,
         sentence, warnings, discount, len(fresh),
     )  # fmt: skip
 
 
 def _rows(known: Evidence, behaviour: Any) -> list[dict[str, Any]]:
-    """What is estimated of each member, best value first; NaN is last."""
-    fitted_q, episodes, members = known.fitted_q, known.fitted_q.episodes, known.members
-    clone, log = known.clone, known.held_out.log
+    """What is estimated of each candidate, best value first; NaN is last."""
+    fitted_q, episodes, candidates = known.fitted_q, known.fitted_q.episodes, known.candidates
+    baseline, log = known.bc_baseline, known.held_out.log
     value_low, value_high = episodes.value_bounds(known.confidence, known.seed)
     gain_low, gain_high = episodes.gain_bounds(known.confidence, known.seed)
     columns = {
-        "temperature": [member.temperature for member in members],
+        "temperature": [candidate.temperature for candidate in candidates],
         "value": fitted_q.values,
         "value_low": value_low,
         "value_high": value_high,
-        "gain": (episodes.scores - episodes.log_scores).mean(1),
+        "gain": (episodes.scores - episodes.behaviour_scores).mean(1),
         "gain_low": gain_low,
         "gain_high": gain_high,
         "td_error": fitted_q.td_error,
@@ -269,59 +273,60 @@ def _rows(known: Evidence, behaviour: Any) -> list[dict[str, Any]]:
         "extrapolation": episodes.unsupported,
         "worst_extrapolation": episodes.worst_unsupported,
         "correcting_episodes": episodes.effective_episodes,
-        "clone_distance": [
-            math.nan if clone is None else clone_distance(member, clone, log) for member in members
+        "bc_distance": [
+            math.nan if baseline is None else bc_distance(candidate, baseline, log)
+            for candidate in candidates
         ],
         "seen": known.seen(known.held_out),
     }
     rows: list[dict[str, Any]] = []
     for rank, number in enumerate(np.argsort(-fitted_q.values, kind="stable").tolist(), 1):
-        row = {"rank": rank, "member": members[number].name}
+        row = {"rank": rank, "candidate": candidates[number].name}
         row |= {key: float(values[number]) for key, values in columns.items()}
-        rows.append(row | {"doubts": doubts_of(row, known)})
+        rows.append(row | {"caveats": caveats_of(row, known)})
     return rows
 
 
 def _importance(known: Evidence, behaviour: Any) -> dict[str, Any]:
     """Importance sampling's columns of :func:`_rows`, NaN where there is none."""
     if known.unchecked:
-        return dict.fromkeys(IMPORTANCE, np.full(len(known.members), math.nan))
-    # Intervals that hold for all members at once (Bonferroni), in the range of logged returns.
+        return dict.fromkeys(IMPORTANCE, np.full(len(known.candidates), math.nan))
+    # Intervals that hold for all candidates at once (Bonferroni), in the range of logged returns.
     result = importance_sampling(
-        {member.name: member.policy for member in known.members}, known.held_out.log,
+        {candidate.name: candidate.policy for candidate in known.candidates}, known.held_out.log,
         behaviour=behaviour, discount=known.fitted_q.discount,
         deterministic=known.fitted_q.deterministic, seed=known.seed,
-        confidence=1 - (1 - known.confidence) / len(known.members),
+        confidence=1 - (1 - known.confidence) / len(known.candidates),
         return_limits=known.fitted_q.episodes.return_range,
     )  # fmt: skip
     return {column: getattr(result, name) for column, name in IMPORTANCE.items()}
 
 
-def _clone(members: Sequence[Member], name: str | None) -> Member | None:
+def _bc_baseline(candidates: Sequence[Candidate], name: str | None) -> Candidate | None:
     if name is None:
-        # the best of several actions of a clone is no clone
-        clones = (m for m in members if getattr(m.policy, "critics", None) is None)
-        return next((member for member in clones if member.temperature == 0), None)
-    named = {member.name: member for member in members}
+        # the best of several actions is not the behaviour
+        clones = (m for m in candidates if getattr(m.policy, "critics", None) is None)
+        return next((candidate for candidate in clones if candidate.temperature == 0), None)
+    named = {candidate.name: candidate for candidate in candidates}
     if name not in named:
-        raise ValueError(f"clone is {name!r}, which is none of the members {[*named]}.")
+        raise ValueError(f"bc_baseline is {name!r}; expected one of the candidates {[*named]}.")
     return named[name]
 
 
 def _check_fitted(
-    fitted_q: FittedQ, members: Sequence[Member], held_out: Episodes, discount: float
+    fitted_q: FittedQ, candidates: Sequence[Candidate], held_out: Episodes, discount: float
 ) -> None:
     actual = (fitted_q.names, fitted_q.episodes.scores.shape[1], fitted_q.discount)
-    expected = (tuple(member.name for member in members), len(held_out), discount)
+    expected = (tuple(candidate.name for candidate in candidates), len(held_out), discount)
     if actual != expected:
         raise ValueError(
-            f"fitted_q has (members, episodes, discount) {actual}, expected {expected}: "
+            f"fitted_q has (candidates, episodes, discount) {actual}, expected {expected}: "
             "pass what fitted_q_evaluation returned for the same arguments."
         )
 
 
 def _unchecked(
-    members: Sequence[Member], log: OfflineDataset, behaviour: Any, deterministic: bool
+    candidates: Sequence[Candidate], log: OfflineDataset, behaviour: Any, deterministic: bool
 ) -> str:
     """Why the same policies cannot be evaluated by importance sampling; empty where they can.
 
@@ -336,18 +341,18 @@ def _unchecked(
         )
     if isinstance(log.action_space, spaces.Discrete):
         return ""
-    without = [member.name for member in members if not has_density(member, log)]
+    without = [candidate.name for candidate in candidates if not has_density(candidate, log)]
     have = f"{', '.join(without)} {'have' if len(without) > 1 else 'has'}"
     reason = f"importance sampling is left out, because {have} no density of actions"
     return reason if without else ""
 
 
 def _agreement(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
-    """Spearman's and Kendall's correlation over the members whose importance weights are not doubted.
+    """Spearman's and Kendall's correlation over candidates without the caveat ``importance``.
 
     NaN for fewer than ``MIN_COMPARED`` of them, for unknown (NaN) values, or where all are equal.
     """
-    sound = [row for row in rows if "importance" not in row["doubts"]]
+    sound = [row for row in rows if "importance" not in row["caveats"]]
     if len(sound) < MIN_COMPARED:
         return math.nan, math.nan
     values, checks = ([row[key] for row in sound] for key in ("value", "importance_value"))

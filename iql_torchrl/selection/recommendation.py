@@ -1,4 +1,4 @@
-"""Which member is recommended, if any: the reasons against it, a name and a sentence for each."""
+"""Which candidate is recommended, if any: the reasons against it, a name and a sentence for each."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from iql_torchrl.data.digests import shared_share, sketch_of
+from iql_torchrl.selection.candidates import Candidate
 from iql_torchrl.selection.episodes import Episodes
 from iql_torchrl.selection.fitted_q import FittedQ
-from iql_torchrl.selection.members import Member
 
 Row = Mapping[str, Any]
 
@@ -27,26 +27,26 @@ HORIZONS, PASSES, UNLOGGED = 2.0, 1.0, 0.01
 MIN_AGREEMENT = 0.3
 NAMED = 3
 
-# A member with one of these is not recommended.
+# A candidate with one of these is not recommended.
 BLOCKING = ("extrapolation", "range", "few", "contradiction", "seen")
 
-# Of each doubt; ``least`` and ``most`` are over the rows of the members that it concerns.
-DOUBTS = {
+# Of each caveat; ``least`` and ``most`` are over the rows of the candidates that it concerns.
+CAVEATS = {
     "importance": (
         "importance weights have only {least[effective_episodes]:.1f} effective episodes of "
         "{episodes}; ignore importance_value."
     ),
     "extrapolation": (
-        "up to {most[extrapolation]:.0%} of their actions are rare or missing in the log in that "
-        "state (of the log's own actions: {log_extrapolation:.0%}), in the worst state "
-        "{most[worst_extrapolation]:.0%}; the log does not show what follows."
+        "up to {most[extrapolation]:.0%} of their actions are rare or missing in the dataset in that "
+        "state (of the behaviour policy's actions: {behaviour_extrapolation:.0%}), in the worst state "
+        "{most[worst_extrapolation]:.0%}; the dataset does not show what follows."
     ),
     "td_error": (
         "errors of the critics are up to {growth:.1f} times as large on held-out steps as on "
         "training steps, so intervals are wide; use more data or smaller critics."
     ),
     "range": (
-        "values are outside the range that the log allows, {possible[0]:.4g} to {possible[1]:.4g}; "
+        "values are outside the range that the dataset allows, {possible[0]:.4g} to {possible[1]:.4g}; "
         "the estimate has failed; use smaller critics or fewer updates."
     ),
     "few": (
@@ -55,28 +55,28 @@ DOUBTS = {
     ),
     "contradiction": (
         "fitted Q evaluation and importance sampling contradict each other beyond their intervals "
-        "({first[member]}: {first[value_low]:.4g} to {first[value_high]:.4g} against "
+        "({first[candidate]}: {first[value_low]:.4g} to {first[value_high]:.4g} against "
         "{first[importance_low]:.4g} to {first[importance_high]:.4g}); check action_log_prob, and "
-        "whether the observations contain everything that the log's policy used."
+        "whether the observations contain everything that the behaviour policy used."
     ),
     "seen": (
         "trained on up to {most[seen]:.0%} of the held-out episodes, so these cannot test them; "
-        "rank on episodes that no member was trained on."
+        "rank on episodes that no candidate was trained on."
     ),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """What is known about a ranking beside its rows, and the options of ``rank_members``.
+    """What is known about a ranking beside its rows, and the options of ``rank_policies``.
 
-    ``clone``: the member that imitates the log. ``fitted_q``: fitted on ``train``, corrected by
-    ``held_out``. ``unchecked``: why there is no importance sampling, or empty. ``sampled``: whether
-    values are of continuous actions as the members draw them.
+    ``bc_baseline``: the candidate trained by behaviour cloning. ``fitted_q``: fitted on ``train``,
+    corrected by ``held_out``. ``unchecked``: why there is no importance sampling, or empty.
+    ``sampled``: whether values are of continuous actions as the candidates draw them.
     """
 
-    members: tuple[Member, ...]
-    clone: Member | None
+    candidates: tuple[Candidate, ...]
+    bc_baseline: Candidate | None
     fitted_q: FittedQ
     train: Episodes
     held_out: Episodes
@@ -90,7 +90,7 @@ class Evidence:
     @cached_property
     def log(self) -> tuple[float, float, float]:
         """Value of the log and its bounds."""
-        return self.fitted_q.episodes.log_value(self.confidence, self.seed)
+        return self.fitted_q.episodes.behaviour_value(self.confidence, self.seed)
 
     @cached_property
     def possible(self) -> tuple[float, float]:
@@ -109,15 +109,18 @@ class Evidence:
         return min(low, steps * float(rewards.min())), max(high, steps * float(rewards.max()))
 
     def seen(self, log: Episodes) -> list[float]:
-        """Share of the log's episodes that each member was trained on, 0 where unknown."""
-        digests, trained = log.log.episode_digests(), (member.episodes for member in self.members)
+        """Share of the log's episodes that each candidate was trained on, 0 where unknown."""
+        digests, trained = (
+            log.log.episode_digests(),
+            (candidate.episodes for candidate in self.candidates),
+        )
         return [0.0 if own is None else shared_share(own, digests) for own in trained]
 
 
-def doubts_of(row: Row, known: Evidence) -> tuple[str, ...]:
-    """Names of the doubts about one member's row of a ranking."""
+def caveats_of(row: Row, known: Evidence) -> tuple[str, ...]:
+    """Names of the caveats about one candidate's row of a ranking."""
     enough = max(known.min_effective_episodes, MIN_EFFECTIVE_SHARE * len(known.held_out))
-    more = row["extrapolation"] - known.fitted_q.episodes.log_unsupported
+    more = row["extrapolation"] - known.fitted_q.episodes.behaviour_unsupported
     checks = {
         "importance": row["effective_episodes"] < enough,
         "extrapolation": more > known.max_extrapolation
@@ -135,40 +138,41 @@ def doubts_of(row: Row, known: Evidence) -> tuple[str, ...]:
 def recommendation(
     rows: Sequence[Row], known: Evidence, agreement: float
 ) -> tuple[str | None, str, tuple[str, ...]]:
-    """The recommended member of ``rows``, best first; a sentence about it; all warnings.
+    """The recommended candidate of ``rows``, best first; a sentence about it; all warnings.
 
     ``agreement``: Spearman's correlation of the two estimators.
     """
     blocking, better = [*_blocking_warnings(known)], [row for row in rows if row["gain_low"] > 0]
     general = _general_warnings(rows, known, agreement)
-    warnings = (*_member_warnings(rows, known), *blocking, *general)
-    sound = [row for row in better if not set(row["doubts"]) & set(BLOCKING)]
-    refused = blocking or any("contradiction" in row["doubts"] for row in rows) or not sound
+    warnings = (*_candidate_warnings(rows, known), *blocking, *general)
+    sound = [row for row in better if not set(row["caveats"]) & set(BLOCKING)]
+    refused = blocking or any("contradiction" in row["caveats"] for row in rows) or not sound
     row = rows[0] if refused else sound[0]
     interval = (
-        f"{known.confidence:.0%} interval for all {len(rows)} members at once {row['gain_low']:.4g} to "
-        f"{row['gain_high']:.4g}"
+        f"{known.confidence:.0%} interval for all {len(rows)} candidates at once {row['gain_low']:.4g} "
+        f"to {row['gain_high']:.4g}"
     )
     if refused:
-        doubted = "; estimates above the log's are doubted, see the warnings" if better else ""
+        doubted = "; higher estimates have caveats, see the warnings" if better else ""
         sentence = (
-            "Recommendation: no member is reliably better than the log (the highest estimate, "
-            f"{row['member']}, gains {row['gain']:.4g}, {interval}{doubted})."
+            "Recommendation: no candidate is reliably better than the behaviour policy (the "
+            "highest estimate, "
+            f"{row['candidate']}, gains {row['gain']:.4g}, {interval}{doubted})."
         )
         return None, sentence, warnings
     higher = row["rank"] - 1
-    more = f"; {higher} with higher estimates are doubted or uncertain" if higher else ""
+    more = f"; {higher} with higher estimates have caveats or are uncertain" if higher else ""
     sentence = (
-        f"Recommendation: {row['member']}, with an estimated gain over the log of {row['gain']:.4g} "
-        f"({interval}{more})."
+        f"Recommendation: {row['candidate']}, with an estimated gain over the behaviour policy of "
+        f"{row['gain']:.4g} ({interval}{more})."
     )
-    return row["member"], sentence, warnings
+    return row["candidate"], sentence, warnings
 
 
-def _member_warnings(rows: Sequence[Row], known: Evidence) -> Iterator[str]:
-    """One sentence for each doubt, with the names of the members that it concerns."""
-    for name, sentence in DOUBTS.items():
-        doubted = [row for row in rows if name in row["doubts"]]
+def _candidate_warnings(rows: Sequence[Row], known: Evidence) -> Iterator[str]:
+    """One sentence for each caveat, with the names of the candidates that it concerns."""
+    for name, sentence in CAVEATS.items():
+        doubted = [row for row in rows if name in row["caveats"]]
         if not doubted:
             continue
         numbers = [key for key, value in doubted[0].items() if isinstance(value, float)]
@@ -176,11 +180,11 @@ def _member_warnings(rows: Sequence[Row], known: Evidence) -> Iterator[str]:
         growth = [row["td_error"] / max(row["td_error_training"], TINY) for row in doubted]
         text = sentence.format(
             least=least, most=most, growth=max(growth), first=doubted[0], possible=known.possible,
-            log_extrapolation=known.fitted_q.episodes.log_unsupported,
+            behaviour_extrapolation=known.fitted_q.episodes.behaviour_unsupported,
             episodes=len(known.held_out), enough=MIN_CORRECTING,
         )  # fmt: skip
         more = f" and {len(doubted) - NAMED} more" if len(doubted) > NAMED else ""
-        yield f"{', '.join(row['member'] for row in doubted[:NAMED])}{more}: {text}"
+        yield f"{', '.join(row['candidate'] for row in doubted[:NAMED])}{more}: {text}"
 
 
 def _blocking_warnings(known: Evidence) -> Iterator[str]:
@@ -212,10 +216,10 @@ def _blocking_warnings(known: Evidence) -> Iterator[str]:
 
 def _general_warnings(rows: Sequence[Row], known: Evidence, agreement: float) -> Iterator[str]:
     """Sentences about the whole ranking."""
-    unlogged = known.fitted_q.episodes.unlogged_ends
+    unlogged = known.fitted_q.episodes.uncovered_ends
     if (fit_seen := max(known.seen(known.train))) > SHARED:
         yield (
-            f"members were trained on up to {fit_seen:.0%} of the episodes fitted on, so the "
+            f"candidates were trained on up to {fit_seen:.0%} of the episodes fitted on, so the "
             "fit estimates them too high; held-out episodes correct that, but intervals are wider."
         )
     if unlogged > UNLOGGED:
@@ -225,20 +229,20 @@ def _general_warnings(rows: Sequence[Row], known: Evidence, agreement: float) ->
         )
     if known.sampled:
         yield (
-            "values are of actions as the members draw them, because importance sampling needs "
+            "values are of actions as the candidates draw them, because importance sampling needs "
             "densities: act so too (deterministic=False), or rank with deterministic=True."
         )
     if known.unchecked:
         yield f"{known.unchecked}, so nothing independent checks the values."
     elif agreement < MIN_AGREEMENT:
-        yield f"the two estimators order the members differently (Spearman {agreement:.2f})."
+        yield f"the two estimators order the candidates differently (Spearman {agreement:.2f})."
     value, low, high = known.log
     for row in rows:
-        own = known.clone is not None and row["member"] == known.clone.name
+        own = known.bc_baseline is not None and row["candidate"] == known.bc_baseline.name
         if own and (row["value_low"] > high or row["value_high"] < low):
             yield (
-                f"{row['member']}, which imitates the log, is estimated at {row['value']:.4g} "
-                f"({row['value_low']:.4g} to {row['value_high']:.4g}) and the log at {value:.4g} "
-                f"({low:.4g} to {high:.4g}): the clone is a poor one, or the observations lack what "
-                "the log's policy acted on."
+                f"{row['candidate']}, trained by behaviour cloning, is estimated at {row['value']:.4g} "
+                f"({row['value_low']:.4g} to {row['value_high']:.4g}) and the behaviour policy at "
+                f"{value:.4g} ({low:.4g} to {high:.4g}): the cloning is poor, or the "
+                "observations lack what the behaviour policy acted on."
             )

@@ -15,8 +15,8 @@ from tensordict import TensorDictBase
 
 from iql_torchrl.data import OfflineDataset
 from iql_torchrl.selection.bounds import FloatArray
+from iql_torchrl.selection.candidates import Candidate, log_probabilities, states
 from iql_torchrl.selection.episodes import Episodes, EpisodeScores, return_range
-from iql_torchrl.selection.members import Member, log_probabilities, states
 
 IntArray = NDArray[np.int64]
 
@@ -77,7 +77,7 @@ def _columns(table: TensorDictBase) -> FloatArray:
 
 
 def table_scores(
-    members: tuple[Member, ...],
+    candidates: tuple[Candidate, ...],
     train: Episodes,
     held_out: Episodes,
     finite: FiniteStates,
@@ -89,35 +89,36 @@ def table_scores(
     """Doubly robust scores of ``held_out``'s episodes by the empirical model of ``train``.
 
     The model's values are the fixed point of fitted Q evaluation with one number per state and
-    action, solved exactly. Where a member would take an action that ``train`` contains fewer than
+    action, solved exactly. Where a candidate would take an action that ``train`` contains fewer than
     ``min_count`` times in that state, or ``held_out`` never, its episode stops with the smallest
     return from any state of either log (the filter of Liu, Swaminathan, Agarwal,
     Brunskill 2020, "Provably good batch reinforcement learning without great exploration",
     arXiv:2007.08202).
 
     The score of a held-out episode is ``V(s_0) + sum_t w(s_t, a_t) (r + discount V(s') - Q(s, a))``
-    with w the member's discounted visits of (s, a) in the model over those held out (Kallus and Uehara
-    2022, "Efficiently breaking the curse of horizon in off-policy evaluation with double
+    with w the candidate's discounted visits of (s, a) in the model over those held out (Kallus and
+    Uehara 2022, "Efficiently breaking the curse of horizon in off-policy evaluation with double
     reinforcement learning", arXiv:1909.05850): the held-out steps correct the model's errors
     and, since each episode corrects them differently, show how large they may be.
     """
     model = _Model(train, held_out, finite, min(discount, LARGEST_DISCOUNT), min_count)
     count = model.count.shape[1]
     policies = [
-        log_probabilities(member, finite.representatives, count, deterministic=deterministic)
-        for member in members
+        log_probabilities(candidate, finite.representatives, count, deterministic=deterministic)
+        for candidate in candidates
     ]
-    columns = [model.member(policy.exp().numpy() * model.supported) for policy in policies]
-    scores, scores_high, initial, surprise, share, worst, effective = map(
+    columns = [model.candidate(policy.exp().numpy() * model.supported) for policy in policies]
+    scores, scores_high, initial, max_score_deviation, share, worst, effective = map(
         np.array, zip(*columns, strict=True)
     )
-    log_scores, log_scores_high, log_surprise = model.log()
+    behaviour_scores, behaviour_scores_high, behaviour_max_deviation = model.log()
     visits = model.factors(model.frequency * model.supported).solve(model.start, trans="T")
     log_share = float(np.clip(visits @ model.usual, 0, 1))
     ends = model.well_known[finite.held_out_next[held_out.last]]
-    unlogged = float((held_out.left(model.discount) * ~ends).mean())
+    unlogged = float((held_out.truncation_weight(model.discount) * ~ends).mean())
     return EpisodeScores(
-        scores, log_scores, scores_high, log_scores_high, initial, surprise, log_surprise,
+        scores, behaviour_scores, scores_high, behaviour_scores_high, initial,
+        max_score_deviation, behaviour_max_deviation,
         np.clip(share, 0, 1), log_share, np.clip(worst, 0, 1), unlogged, model.limits, effective,
         model.history(),
     )  # fmt: skip
@@ -151,14 +152,14 @@ class _Model:
         self.start = np.bincount(finite.train[train.first], minlength=shape[0]) / len(train)
         # The states in which episodes were truncated, discounted.
         ends = finite.train_next[train.last]
-        self.cut = np.bincount(ends, train.left(discount), shape[0]) / len(train)
+        self.cut = np.bincount(ends, train.truncation_weight(discount), shape[0]) / len(train)
         self.pair = finite.held_out * shape[1] + self.action
         self.fresh = np.bincount(self.pair, minlength=size).astype(np.float64)
         visited = self.count.sum(1, keepdims=True)
         self.frequency = self.count / np.maximum(visited, 1)
         self.well_known = visited[:, 0] >= least
         # Held-out steps cannot correct a pair that they lack. Weights from held-out frequencies are not
-        # biased by members that overfit ``train``.
+        # biased by candidates that overfit ``train``.
         self.supported = (self.count >= least) & (self.fresh.reshape(shape) > 0)
         # How probable an unsupported action is for the log itself.
         self.usual = 1 - (self.frequency * self.supported).sum(1)
@@ -185,7 +186,7 @@ class _Model:
         going = self.discount * ~self.held_out.terminated
         return np.asarray(self.held_out.reward + going * value[self.next_state])
 
-    def member(
+    def candidate(
         self, policy: FloatArray
     ) -> tuple[FloatArray, FloatArray, FloatArray, float, float, float, float]:
         """The columns of ``EpisodeScores`` of one policy, given its supported part."""
@@ -205,16 +206,24 @@ class _Model:
         most = scipy.stats.chi2.ppf(VISITS_CONFIDENCE, 2 * (visits * self.episodes + 1)) / 2
         often = (visits > 0) & (most >= OFTEN_VISITED * self.episodes)
         worst = float(((stop - self.usual) * often).max())
-        surprise = float(weight.max()) * (self.limits[1] - self.limits[0])
+        max_score_deviation = float(weight.max()) * (self.limits[1] - self.limits[0])
         effective = self.held_out.effective(weight)
-        return scores[0], scores[1], initial[0], surprise, float(visits @ stop), worst, effective
+        return (
+            scores[0],
+            scores[1],
+            initial[0],
+            max_score_deviation,
+            float(visits @ stop),
+            worst,
+            effective,
+        )
 
     def log(self) -> tuple[FloatArray, FloatArray, float]:
-        """Scores of the log's own policy ``(E,)``, low and high, and their ``surprise``.
+        """Scores of the log's own policy ``(E,)``, low and high, and their ``max_score_deviation``.
 
         An episode's return, and where it was truncated the value of its last state under the log's
-        own frequencies of actions, corrected by held-out steps like the members' values. A state with
-        too few rows in ``train`` has the smallest or largest return.
+        own frequencies of actions, corrected by held-out steps like the candidates' values. A state
+        with too few rows in ``train`` has the smallest or largest return.
         """
         policy, held_out = self.frequency * self.well_known[:, None], self.held_out
         factors, fresh = self.factors(policy), np.bincount(self.state, minlength=len(policy))
@@ -224,7 +233,9 @@ class _Model:
         scores = []
         for limit in self.limits:
             value = self.values(policy, factors, limit)
-            after = held_out.left(self.discount) * value[self.next_state[held_out.last]]
+            after = (
+                held_out.truncation_weight(self.discount) * value[self.next_state[held_out.last]]
+            )
             correction = weight[self.state] * (self.outcomes(value) - value[self.state])
             scores.append(returns + after + held_out.sums(correction))
         return scores[0], scores[1], float(weight.max()) * (self.limits[1] - self.limits[0])

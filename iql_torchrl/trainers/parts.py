@@ -154,7 +154,8 @@ def check_agent(
     rewards = list(_other_rewards(agent.task, other))
     for text in (*rewards, *_other_units(agent.task, other)) * warns:
         warnings.warn(text, DatasetWarning, stacklevel=3)
-    if warns and not rewards and (asked == "raw") is not (mapped == RewardMap()):
+    chosen = asked is not None and (asked == "raw") is not (mapped == RewardMap())
+    if warns and not rewards and chosen:
         torchrl_logger.warning(
             f"config.reward is {asked!r} and the rewards of {dataset.name} have the map "
             f"{(mapped.scale, mapped.shift)} (1, 0 is raw). Training uses them as they are; if that "

@@ -90,6 +90,7 @@ def test_next_observations_of_terminations_may_be_nan():
     source["next_observation"][source["terminated"]] = np.nan
     data = load_dataset(source)
     assert torch.isfinite(data.transitions["next", "observation"]).all()
+    assert any("next_observation is NaN in 10 rows that terminate" in note for note in data.notes)
     source["next_observation"][7] = np.nan
     with pytest.raises(DatasetError, match=r"NaN or infinite .* first at row 7 of 60"):
         load_dataset(source)
@@ -201,6 +202,24 @@ def test_log_probabilities():
     with pytest.warns(DatasetWarning, match="NaN in 1 of 60 rows; the column is left out"):
         data = load_dataset(log(action=actions, action_log_prob=np.log(values)))
     assert "action_log_prob" not in set(data.transitions.keys())
+
+
+def test_leaves_and_lists_of_columns_have_guessed_spaces(tmp_path):
+    pandas = pytest.importorskip("pandas")
+    yes = np.arange(ROWS) % 2 == 0
+    dicts = log(observation={"a": log()["observation"], "b": np.arange(ROWS) % 5, "c": yes})
+    assert load_dataset(dicts).observation_space == gym.spaces.Dict(
+        a=gym.spaces.Box(-np.inf, np.inf, (3,), np.float32),
+        b=gym.spaces.Discrete(5), c=gym.spaces.Discrete(2),
+    )  # fmt: skip
+    steps = log(
+        observation=None, action=None, x=np.arange(ROWS) * 37 % 60 / 8, y=np.ones(ROWS), a=yes
+    )
+    columns = {"observation": ["x", "y"], "action": "a"}
+    pandas.DataFrame(steps).to_csv(tmp_path / "table.csv")
+    for source in (pandas.DataFrame(steps), tmp_path / "table.csv"):
+        found = load_dataset(source, columns=columns).transitions["observation"]
+        assert found.tolist() == [[row * 37 % 60 / 8, 1.0] for row in range(ROWS)]
 
 
 # -- the row of the file

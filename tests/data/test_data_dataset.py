@@ -11,7 +11,7 @@ from small_agents import log
 from small_logs import numbered, refused
 from tensordict.nn import TensorDictModule
 
-from iql_torchrl import evaluate
+from iql_torchrl import IQLConfig, evaluate
 from iql_torchrl.data import DatasetError, RewardMap, load_dataset, normalised_score
 
 LOG = numbered([10] * 20)
@@ -139,3 +139,10 @@ def test_categories_of_tables_count_from_0_whatever_their_space_starts_with(tmp_
     assert result.returns.tolist() == [16.0]  # actions 5, 6, 5
     below = {**TABLE, "observation": TABLE["observation"] - [[0, 0], [2, 0], [0, 0]]}
     refused("observation is out of range|row 1|start <= value", below, env=Counting)
+
+
+def test_no_reward_scaling_is_the_raw_one():
+    """What a config without a reward scaling asks for: ``load_dataset(..., reward=config.reward)``."""
+    table = log(20)
+    assert load_dataset(table, reward=None).reward_map == load_dataset(table).reward_map
+    assert load_dataset(table, reward=IQLConfig().reward).reward_map.scale == 1.0

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.vector import AutoresetMode
-from small_logs import counted, drift
+from small_logs import counted, drift, marked
 
 from iql_torchrl.data import DatasetError, DatasetWarning, load_dataset
 
@@ -84,6 +84,14 @@ def test_ids_numbered_anew_in_joined_files_are_separate_episodes():
 
 
 # -- done flags
+
+
+def test_columns_of_units_below_one_are_compared_in_their_unit():
+    """Positions in nanometres: another row's next observation is not equal to this one's."""
+    data = without(drift([20, 30])[0], "truncated")
+    found = load_dataset(data | {key: 1e-9 * data[key] for key in ("observation", NEXT)})
+    assert found.episode_lengths.tolist() == [20, 30]
+    assert marked(found) == ([], [19, 49])
 
 
 def test_missing_flags_give_a_hint():
@@ -310,6 +318,12 @@ def test_other_modes_of_autoreset_are_not_mistaken(name, envs, successors, mode)
     assert any(words.search(text) for text in texts)
 
 
+def test_steps_without_reward_after_the_start_of_an_episode_stay():
+    data, ends = drift([30] * 5)
+    data |= {"truncated": ends, "reward": np.where(np.roll(ends, 1), 0.0, 1.0)}
+    assert load_dataset(data).episode_lengths.tolist() == [30] * 5
+
+
 # -- gaps in time
 
 
@@ -348,6 +362,8 @@ def test_gaps_in_time_end_episodes(kind):
     assert found.episode_lengths.tolist() == lengths[lengths > 0].tolist()
     assert any("time ('time') has gaps" in note for note in found.notes)
     assert texts == []  # the rise after a meal is not a missing flag
+    whole = load_dataset(data, columns={"terminated": None, "time": None})
+    assert whole.episode_lengths.tolist() == [n - 1 for n in np.bincount(data["episode"])]
 
 
 def test_times_that_are_not_dates_are_refused():

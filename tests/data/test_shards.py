@@ -16,7 +16,6 @@ from iql_torchrl import IQLPopulation, load_dataset, make_agent
 from iql_torchrl.agent.hub import data_of
 from iql_torchrl.data import DatasetError, build_shards, load_shards
 from iql_torchrl.data.digests import fingerprint
-from iql_torchrl.sweep import Sweep
 
 
 @pytest.fixture(scope="module")
@@ -269,8 +268,6 @@ def test_what_needs_all_transitions_refuses_shards(three, tmp_path):
         _ = dataset.window
     with pytest.raises(TypeError, match=r"dataset is ShardedDataset.*shards are not possible"):
         IQLPopulation([config()], dataset)
-    with pytest.raises(ValueError, match=r"a folder of shards, and a sweep needs all rows"):
-        Sweep([config()], folder, tmp_path / "sweep")
     again = {"folder": tmp_path / "again", "shards": 2}
     refused("is a built dataset already; build shards from the", folder, build_shards, **again)
 

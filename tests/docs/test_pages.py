@@ -96,3 +96,20 @@ def test_the_site_builds_without_a_warning(tmp_path):
     text = (tmp_path / "html" / "index.html").read_text()
     for page in SITE:
         assert page.removeprefix("docs/").replace(".md", ".html") in text or "index" in page
+
+
+@pytest.mark.parametrize("page", SITE)
+def test_its_formulas_can_be_drawn(page):
+    """matplotlib's commands differ from LaTeX's in a few names."""
+    sys.path.append(str(DOCS))
+    from formulas import svg
+
+    text = without_code((ROOT / page).read_text())
+    found = re.findall(r"\$\$(.+?)\$\$", text, flags=re.DOTALL)
+    found += re.findall(r"(?<![\\$`])\$([^$\n]+)\$(?!\$)", text)
+    for formula in found:
+        drawn = svg(formula)
+        width, height = (float(x) for x in re.findall(r"(?:width|height):([\d.]+)em", drawn))
+        assert 0 < width < 45
+        assert 0 < height < 6
+        assert "nan" not in drawn

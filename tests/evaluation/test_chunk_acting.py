@@ -17,7 +17,7 @@ from iql_torchrl import evaluate
 from iql_torchrl.evaluation import Acting
 from iql_torchrl.evaluation.acting import act
 from iql_torchrl.networks import Chunk, with_chunk, with_history
-from iql_torchrl.selection.members import resolve_member
+from iql_torchrl.selection.candidates import resolve_candidate
 
 EXECUTED: dict[int, list[list[float]]] = {}
 
@@ -150,7 +150,7 @@ def test_torchrls_wrapper_executes_the_same_actions():
 
 def test_rankings_from_logs_refuse_chunks():
     with pytest.raises(ValueError, match=r"'mine' proposes 3 actions at once.* in an environment"):
-        resolve_member("mine", planner(3))
+        resolve_candidate("mine", planner(3))
 
 
 @pytest.mark.parametrize("arguments", [(0,), (3, 0), (3, 4), (2.0,), (3, True)])

@@ -15,7 +15,7 @@ from iql_torchrl.evaluation import Acting
 from iql_torchrl.evaluation.acting import act
 from iql_torchrl.evaluation.background import rebuilt
 from iql_torchrl.networks import History, LSTMEncoder, history_of, with_history
-from iql_torchrl.processes import packed
+from iql_torchrl.processes import serialize
 
 LENGTHS = (1, 3, 7, 2)  # steps of the episodes that start with seeds 0, 1, ...
 
@@ -257,5 +257,5 @@ def test_what_does_not_fit_a_history_is_refused():
 
 def test_the_history_goes_to_another_process_with_the_policy():
     policy = small_policy(3)
-    sent, _ = rebuilt(packed("policy", policy), packed("make_env", Counter), "cpu")
+    sent, _ = rebuilt(serialize("policy", policy), serialize("make_env", Counter), "cpu")
     assert history_of(sent) == History(3)

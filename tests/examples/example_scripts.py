@@ -37,13 +37,6 @@ def run(example, *arguments: object) -> int:
         return stop.code
 
 
-def perform_here(calls, watch, *, workers, threads):
-    """In place of a sweep's processes: its tasks, one by one."""
-    for call in calls.values():
-        call()
-    return {}
-
-
 def table(path: Path | str) -> list[dict[str, str]]:
     with Path(path).open() as file:
         return list(csv.DictReader(file))

@@ -7,12 +7,12 @@ import math
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-from example_scripts import load, perform_here, run, table
+from example_scripts import load, run, table
 from extras import needs
 
+from iql_torchrl import load_dataset
 from iql_torchrl.data.builtin import make_dataset
 
 PENDULUM = "pendulum/mixed-v0"
@@ -22,8 +22,6 @@ TINY += ["--batch", "2", "--folder", "results"]
 
 @pytest.fixture
 def search(empty_folder, monkeypatch):
-    monkeypatch.setattr("iql_torchrl.sweep.sweep.perform_locally", perform_here)
-    monkeypatch.setattr("iql_torchrl.sweep.result.draw", lambda *_, **__: None)  # takes seconds
     module = load("iql_search")
     monkeypatch.setattr(module, "FINALISTS", 1)
     return module
@@ -47,33 +45,31 @@ def test_a_search_is_continued_and_ends_with_reserved_episodes(search, capsys):
     assert {path: path.stat().st_mtime_ns for path in written} == written
     best = max(both, key=lambda row: float(row["value"]))["trial"]
     final = json.loads(Path("results/final.json").read_text())
-    assert {row["member"] for row in final["rows"]} == {best, "trial 0"}
+    assert {row["candidate"] for row in final["rows"]} == {best, "trial 0"}
     assert final["episodes"] == 6, "30 % of 20 episodes"
     assert all(row["seen"] == 0 for row in final["rows"])
     out = capsys.readouterr().out
     assert "round 1: the best of 4 is " in out
     assert "On 6 reserved episodes:" in out
     assert run(search, *TINY, "--rounds", "2", "--seed", "1") == 2
-    assert "another sweep: " in capsys.readouterr().err
+    assert "round-000 has another search; choose another --folder" in capsys.readouterr().err
 
 
-def rows_of(self, *args, **kwargs) -> SimpleNamespace:
-    """In place of a sweep: values with their maximum at temperature 1 and expectile 0.6."""
+def judged(options, configs, *parts):
+    """In place of training: values with their maximum at temperature 1 and expectile 0.6."""
     rows = {}
-    for name, config in self.configs.items():
+    for name, config in configs.items():
         value = -(math.log(config.temperature) ** 2) - 30 * (config.expectile - 0.6) ** 2
-        rows[name] = {"value": value, "doubts": ""}
-        if config.temperature > 20:
-            rows[name] = {"error": "it failed"}
-    return SimpleNamespace(rows=rows, notes=(), agent=lambda name: name)
+        if config.temperature <= 20:  # the others diverge
+            rows[name] = {"value": value, "caveats": []}
+    return {name: name for name in configs}, rows
 
 
 def test_proposals_follow_the_estimates(search, monkeypatch, tmp_path):
     needs("optuna")
-    monkeypatch.setattr(search.Sweep, "run", rows_of)
-    monkeypatch.setattr(search.Sweep, "parts", lambda self: ())
+    monkeypatch.setattr(search, "train_round", judged)
     options = search.Options(folder=tmp_path, rounds=6, batch=8)
-    agents, _ = search.search(options, search.PRESETS["quick"])
+    agents = search.search(options, search.PRESETS["quick"], None, None)
     rows = table(tmp_path / "trials.csv")
     assert len(rows) == 48
     known = {row["trial"]: float(row["value"]) for row in rows if row["value"]}
@@ -85,12 +81,23 @@ def test_proposals_follow_the_estimates(search, monkeypatch, tmp_path):
 
 def test_a_search_without_any_estimate_ends_with_the_reason(search, monkeypatch, tmp_path):
     needs("optuna")
-    monkeypatch.setattr(search.Sweep, "run", rows_of)
+    monkeypatch.setattr(search, "train_round", judged)
     options = search.Options(folder=tmp_path, rounds=1, batch=2)
     config = replace(search.PRESETS["quick"], temperature=29.9)
     monkeypatch.setitem(search.RANGES, "temperature", (25.0, 30.0, True))
-    with pytest.raises(RuntimeError, match="no trial has an estimate: it failed"):
-        search.search(options, config)
+    with pytest.raises(RuntimeError, match="no trial has an estimate: all diverged"):
+        search.search(options, config, None, None)
+
+
+def test_a_diverged_trial_is_not_ranked(search, tmp_path):
+    """A learning rate of 1e30 makes the weights of trial 1 infinite."""
+    make_dataset(PENDULUM, episodes=8, progress=False)
+    options = search.Options(fit_updates=4)
+    parts = load_dataset(PENDULUM, reward="return_range", progress=False).split(0.5, seed=0)
+    config = replace(search.PRESETS["quick"], updates=4, hidden=(8,))
+    configs = {"trial 0": config, "trial 1": replace(config, critic_lr=1e30)}
+    agents, ranked = search.train_round(options, configs, 0.99, *parts, tmp_path)
+    assert (list(agents), list(ranked)) == (["trial 0", "trial 1"], ["trial 0"])
 
 
 def test_without_optuna_there_is_one_sentence(search, monkeypatch, capsys):

@@ -27,7 +27,7 @@ from iql_torchrl import (
     load_dataset,
     make_agent,
     policies,
-    rank_members,
+    rank_policies,
 )
 from iql_torchrl import functional as F
 from iql_torchrl.agent import Agent
@@ -357,7 +357,7 @@ def test_values_of_w_are_ranked_without_retraining(monkeypatch):
     monkeypatch.setattr(
         ranking, "fitted_q_evaluation", lambda *args, **options: evaluate(*args, **options | quick)
     )
-    result = rank_members(members, train, held_out, discount=0.9, deterministic=True)
+    result = rank_policies(members, train, held_out, discount=0.9, deterministic=True)
     found = {row["member"]: row["value"] for row in result.rows}
     assert found == pytest.approx({"w = 0.0": -0.64, "w = 0.5": -0.16, "w = 1.0": 0}, abs=0.12)
     critics = LossCritics(agent.loss)

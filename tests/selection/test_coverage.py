@@ -15,8 +15,8 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 
 from iql_torchrl import load_dataset
+from iql_torchrl.selection.candidates import bc_distance, resolve_candidate
 from iql_torchrl.selection.coverage import Coverage, features_of
-from iql_torchrl.selection.members import clone_distance, resolve_member
 
 
 def limit_of(scores):
@@ -147,19 +147,19 @@ def test_categories_are_known_or_unknown():
 
 
 def named(policy):
-    return resolve_member("m", policy)
+    return resolve_candidate("m", policy)
 
 
 def test_distance_to_a_clone_of_discrete_actions():
     log = random_mdp().log(uniform(), episodes=50)
     probabilities = [0.5, 0.49, 0.01], [0.1, 0.2, 0.7], [0.5, 0.5, 0.0]
     clone, other, zero = (named(actor(np.tile(p, (STATES, 1)))) for p in probabilities)
-    assert clone_distance(other, zero, log) == math.inf
+    assert bc_distance(other, zero, log) == math.inf
     expected = 0.5 * math.log(0.5 / 0.1) + 0.49 * math.log(0.49 / 0.2) + 0.01 * math.log(0.01 / 0.7)
-    assert clone_distance(clone, other, log) == pytest.approx(expected, rel=1e-4)
+    assert bc_distance(clone, other, log) == pytest.approx(expected, rel=1e-4)
     expected = 0.5 * math.log(0.5 / 0.1) + 0.5 * math.log(0.5 / 0.2)
-    assert clone_distance(zero, other, log) == pytest.approx(expected, rel=1e-4)
-    assert clone_distance(clone, clone, log) == 0
+    assert bc_distance(zero, other, log) == pytest.approx(expected, rel=1e-4)
+    assert bc_distance(clone, clone, log) == 0
 
 
 class _Scaled(nn.Module):
@@ -175,5 +175,5 @@ def test_distance_to_a_clone_of_continuous_actions():
     log = box_parts()[1]
     pair = (TensorDictModule(_Scaled(gain), ["observation"], ["action"]) for gain in (0.3, -0.9))
     gaps = (1.2 * np.tanh(log.transitions["observation"].numpy())) ** 2
-    distance = clone_distance(*map(named, pair), log)
+    distance = bc_distance(*map(named, pair), log)
     assert distance == pytest.approx(gaps.sum(1).mean(), rel=1e-4)

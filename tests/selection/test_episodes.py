@@ -9,8 +9,8 @@ import pytest
 import torch
 from small_mdp import DISCOUNT, plain_returns, random_mdp, steps_log, uniform
 
-from iql_torchrl.selection.episodes import Episodes, read_logs, return_range
-from iql_torchrl.selection.members import states
+from iql_torchrl.selection.candidates import states
+from iql_torchrl.selection.episodes import Episodes, read_datasets, return_range
 
 
 def three_episodes(going_on=False, **options):
@@ -32,7 +32,7 @@ def test_rows_of_episodes():
     log = Episodes(three_episodes())
     assert (log.first.tolist(), log.last.tolist()) == ([0, 3, 5], [2, 4, 5])
     for each in (log, Episodes(three_episodes(going_on=True))):
-        assert each.open_ended.tolist() == [False, True, False]
+        assert each.never_terminated.tolist() == [False, True, False]
     assert log.horizon(0.5) == pytest.approx((1.75 + 1.5 + 1) / 3)
     assert (log.horizon(0.0), log.horizon(1.0)) == (1, 2)
     assert log.effective(np.array([1.0, 0, 0, 2, 0, 0])) == pytest.approx(9 / 5)
@@ -87,6 +87,6 @@ def test_what_cannot_be_is_refused():
     log = three_episodes()
     for bad in (-0.1, 1.01, True):
         with pytest.raises(ValueError, match=r"discount is .*must lie in \[0, 1\]"):
-            read_logs(log, log, bad)
+            read_datasets(log, log, bad)
     with pytest.raises(ValueError, match="observation_space of train is Discrete"):
-        read_logs(log, random_mdp().log(uniform(), episodes=20), 0.9)
+        read_datasets(log, random_mdp().log(uniform(), episodes=20), 0.9)

@@ -30,10 +30,10 @@ from torch import nn
 
 from iql_torchrl import load_dataset
 from iql_torchrl.selection import fitted_q, fitted_q_evaluation
+from iql_torchrl.selection.candidates import resolve_candidates
 from iql_torchrl.selection.coverage import Coverage
 from iql_torchrl.selection.episodes import Episodes
 from iql_torchrl.selection.fitted_q import Critics, Steps
-from iql_torchrl.selection.members import resolve_members
 
 FAST = {"hidden": (), "lr": 0.1, "updates": 600, "batch_size": 512, "polyak": 0.1}
 # of a mean: what the choice of batches still moves; 3,000 updates of 1,024 rows leave 0.007
@@ -46,7 +46,7 @@ EXACT = np.array([WORLD.start @ WORLD.values(policy) for policy in POLICIES])
 BOTH = pytest.mark.parametrize("model", ["table", "network"])
 
 
-def members(policies=POLICIES):
+def candidates(policies=POLICIES):
     return {f"p{number}": actor(policy) for number, policy in enumerate(policies)}
 
 
@@ -68,7 +68,7 @@ def few():
 
 @pytest.fixture(scope="module")
 def fitted(parts):
-    return {model: evaluated(members(), *parts, model) for model in OFF}
+    return {model: evaluated(candidates(), *parts, model) for model in OFF}
 
 
 @BOTH
@@ -82,13 +82,13 @@ def test_values_are_those_of_the_counted_mdp(parts, fitted, model):
     episodes = fitted[model].episodes
     np.testing.assert_allclose(episodes.unsupported, 0, atol=1e-12)
     np.testing.assert_allclose(episodes.scores_high, episodes.scores, atol=1e-9)
-    np.testing.assert_allclose(episodes.log_scores, plain_returns(parts[1]), atol=1e-5)
-    np.testing.assert_allclose(episodes.log_scores, episodes.log_scores_high, atol=1e-9)
-    assert episodes.unlogged_ends == 0
+    np.testing.assert_allclose(episodes.behaviour_scores, plain_returns(parts[1]), atol=1e-5)
+    np.testing.assert_allclose(episodes.behaviour_scores, episodes.behaviour_scores_high, atol=1e-9)
+    assert episodes.uncovered_ends == 0
 
 
 def test_networks_with_hidden_layers_give_the_same_values(parts):
-    estimate = evaluated(members(), *parts, hidden=(32,), lr=5e-3)
+    estimate = evaluated(candidates(), *parts, hidden=(32,), lr=5e-3)
     for number, policy in enumerate(POLICIES):
         value = counted_value(parts[0], policy)[first_states(parts[1])].mean()
         assert estimate.initial_values[number].mean() == pytest.approx(value, abs=2 * NEAR)
@@ -104,7 +104,7 @@ def test_corrected_values_are_those_of_the_table(parts, fitted):
     one, other = network.episodes, table.episodes
     for number in range(len(POLICIES)):
         assert np.corrcoef(one.scores[number], other.scores[number])[0, 1] > 0.97
-    np.testing.assert_allclose(one.surprise, other.surprise, rtol=0.2)
+    np.testing.assert_allclose(one.max_score_deviation, other.max_score_deviation, rtol=0.2)
     assert one.return_range == pytest.approx(other.return_range)
     width = np.diff(network.intervals())
     np.testing.assert_allclose(width, np.diff(table.intervals()), rtol=0.1)
@@ -112,7 +112,7 @@ def test_corrected_values_are_those_of_the_table(parts, fitted):
 
 @BOTH
 def test_values_approach_the_truth_and_rank_it_right(model):
-    estimate = evaluated(members(), *WORLD.log(uniform(), 2000, seed=3).split(0.5, 0), model)
+    estimate = evaluated(candidates(), *WORLD.log(uniform(), 2000, seed=3).split(0.5, 0), model)
     np.testing.assert_allclose(estimate.values, EXACT, atol=0.15)
     assert np.array_equal(np.argsort(estimate.values), np.argsort(EXACT))
     low, high = estimate.intervals().T
@@ -127,8 +127,8 @@ def test_truncated_returns_are_continued_with_the_value_of_the_log():
     train, held_out = WORLD.log(behaviour, episodes=3000, horizon=3, seed=9).split(0.5, 0)
     table, network = (evaluated({"p": actor(uniform())}, train, held_out, m) for m in OFF)
     scores, exact = table.episodes, WORLD.start @ WORLD.values(behaviour)
-    error = scores.log_scores.std() / len(held_out.episode_lengths) ** 0.5
-    assert abs(scores.log_scores.mean() - exact) < 3 * error < 0.3
+    error = scores.behaviour_scores.std() / len(held_out.episode_lengths) ** 0.5
+    assert abs(scores.behaviour_scores.mean() - exact) < 3 * error < 0.3
     assert abs(plain_returns(held_out).mean() - exact) > max(8 * error, 0.5)
     count = np.zeros((STATES, ACTIONS))
     pair = tuple(train.transitions[key].numpy() for key in ("observation", "action"))
@@ -138,11 +138,13 @@ def test_truncated_returns_are_continued_with_the_value_of_the_log():
     cut = ~rows["next", "terminated"].squeeze(-1).numpy()[ends]
     last = rows["next", "observation"].numpy()[ends]
     continued = plain_returns(held_out) + DISCOUNT**held_out.episode_lengths * cut * value[last]
-    assert scores.log_scores.mean() == pytest.approx(continued.mean(), abs=0.15)
-    assert np.abs(scores.log_scores - continued).max() > 0.1  # held-out steps correct the value
-    log_value = network.episodes.log_scores.mean()
-    assert log_value == pytest.approx(scores.log_scores.mean(), abs=NEAR)
-    assert log_value == pytest.approx(exact, abs=0.3)
+    assert scores.behaviour_scores.mean() == pytest.approx(continued.mean(), abs=0.15)
+    assert (
+        np.abs(scores.behaviour_scores - continued).max() > 0.1
+    )  # held-out steps correct the value
+    behaviour_value = network.episodes.behaviour_scores.mean()
+    assert behaviour_value == pytest.approx(scores.behaviour_scores.mean(), abs=NEAR)
+    assert behaviour_value == pytest.approx(exact, abs=0.3)
     assert network.values[0] == pytest.approx(table.values[0], abs=NEAR)
 
 
@@ -161,10 +163,13 @@ def test_held_out_steps_correct_what_the_fit_believes(model):
     wrong = with_rewards(train, lambda a: 2.0 * (a == 1) if model == "table" else 2.0 + 0 * a)
     estimate = evaluated({"p": actor(uniform())}, wrong, held_out, model)
     exact, off = WORLD.start @ WORLD.values(uniform()), 0.25 if model == "table" else 0.4
-    assert estimate.episodes.log_scores.mean() == pytest.approx(exact, abs=off)
+    assert estimate.episodes.behaviour_scores.mean() == pytest.approx(exact, abs=off)
     assert estimate.values[0] == pytest.approx(exact, abs=off)
     raised = counted_value(wrong, uniform()) - counted_value(train, uniform())
-    assert raised.min() * Episodes(held_out).left(DISCOUNT).mean() > (model == "network") * 2
+    assert (
+        raised.min() * Episodes(held_out).truncation_weight(DISCOUNT).mean()
+        > (model == "network") * 2
+    )
     assert raised.min() > 1  # what the wrong rewards would add to each open end
     assert estimate.initial_values.mean() > exact + 1
 
@@ -175,7 +180,7 @@ def test_a_truncated_episode_is_continued_and_a_terminated_one_is_not(model):
     shut = log.transitions.clone()
     shut["next", "terminated"] = log.transitions["next", "done"].clone()
     for data in (log, replace(log, transitions=shut)):
-        estimate = evaluated(members(), data, data, model)
+        estimate = evaluated(candidates(), data, data, model)
         for number, policy in enumerate(POLICIES):
             value = counted_value(data, policy)[first_states(log)].mean()
             assert estimate.initial_values[number].mean() == pytest.approx(value, abs=OFF[model])
@@ -217,23 +222,25 @@ def test_a_truncated_end_that_no_state_describes(model):
     scores, off = estimate.episodes, OFF[model]
     # A truncated episode of one step that paid 2 goes on like that: 2 / (1 - 0.9) = 20.
     assert scores.return_range == pytest.approx((1, 20), rel=1e-5)
-    assert scores.unlogged_ends == pytest.approx(0.5 * DISCOUNT)
+    assert scores.uncovered_ends == pytest.approx(0.5 * DISCOUNT)
     np.testing.assert_allclose(estimate.values, [1, 2 + DISCOUNT * 1], atol=off)
     np.testing.assert_allclose(scores.scores_high.mean(1), [1, 2 + DISCOUNT * 20], atol=10 * off)
-    assert scores.log_scores.mean() == pytest.approx((1 + 2 + DISCOUNT * 1) / 2, abs=1e-5)
-    assert scores.log_scores_high.mean() == pytest.approx((1 + 2 + DISCOUNT * 20) / 2, abs=1e-5)
+    assert scores.behaviour_scores.mean() == pytest.approx((1 + 2 + DISCOUNT * 1) / 2, abs=1e-5)
+    assert scores.behaviour_scores_high.mean() == pytest.approx(
+        (1 + 2 + DISCOUNT * 20) / 2, abs=1e-5
+    )
     assert model == "network" or scores.unsupported[1] == pytest.approx(DISCOUNT)
 
 
 @BOTH
 def test_values_do_not_depend_on_the_reward_map(few, model):
-    raw = evaluated(members(), *few, model, updates=100)
+    raw = evaluated(candidates(), *few, model, updates=100)
     log = WORLD.log(uniform(), episodes=200, reward=(-250.0, 3.0))
-    mapped = evaluated(members(), *log.split(0.6, 0), model, updates=100)
+    mapped = evaluated(candidates(), *log.split(0.6, 0), model, updates=100)
     small, large = (1e-4, 1e-4) if model == "table" else (1e-3, 1e-2)
     np.testing.assert_allclose(mapped.initial_values, raw.initial_values, atol=small)
     np.testing.assert_allclose(mapped.td_error, raw.td_error, rtol=1e-3)
-    for name in ("scores", "log_scores", "surprise", "return_range"):
+    for name in ("scores", "behaviour_scores", "max_score_deviation", "return_range"):
         one, other = (getattr(result.episodes, name) for result in (raw, mapped))
         np.testing.assert_allclose(other, one, atol=large)
 
@@ -243,9 +250,9 @@ def test_values_do_not_depend_on_the_reward_map(few, model):
 )
 def test_members_together_equal_members_alone(few, model, hidden):
     options = {"hidden": hidden, "updates": 40, "lr": 1e-2}
-    together = evaluated(members(POLICIES[:2]), *few, model, **options)
+    together = evaluated(candidates(POLICIES[:2]), *few, model, **options)
     off = 0 if model == "table" else 1e-5
-    for number, (name, policy) in enumerate(members(POLICIES[:2]).items()):
+    for number, (name, policy) in enumerate(candidates(POLICIES[:2]).items()):
         alone = evaluated({name: policy}, *few, model, **options)
         assert alone.names == (name,)
         np.testing.assert_allclose(
@@ -256,8 +263,8 @@ def test_members_together_equal_members_alone(few, model, hidden):
 
 
 def test_choices_computed_for_each_batch_give_the_same_result(few):
-    kept = evaluated(members(), *few, updates=30)
-    computed = evaluated(members(), *few, updates=30, table_bytes=0)
+    kept = evaluated(candidates(), *few, updates=30)
+    computed = evaluated(candidates(), *few, updates=30, table_bytes=0)
     np.testing.assert_array_equal(kept.initial_values, computed.initial_values)
     np.testing.assert_array_equal(kept.episodes.scores, computed.episodes.scores)
 
@@ -268,7 +275,7 @@ def test_masks_exclude_actions_also_for_policies_that_do_not_read_them(model):
     masks[np.arange(STATES), np.arange(STATES) % ACTIONS] = True
     behaviour = masks / masks.sum(1, keepdims=True)
     train, held_out = WORLD.log(behaviour, episodes=1000, masks=masks).split(0.6, 0)
-    estimate = evaluated(members(), train, held_out, model)
+    estimate = evaluated(candidates(), train, held_out, model)
     for number, policy in enumerate(POLICIES):
         allowed = policy * masks / (policy * masks).sum(1, keepdims=True)
         value = counted_value(train, allowed)[first_states(held_out)].mean()
@@ -283,12 +290,12 @@ def test_the_deterministic_policy_is_the_most_probable_action(few, model):
     modes = [np.eye(ACTIONS)[policy.argmax(1)] for policy in POLICIES]
     tables = [torch.as_tensor(policy.argmax(1)) for policy in POLICIES]
     plain = {f"p{i}": policy_of(lambda x, t=t: t[x]) for i, t in enumerate(tables)}
-    one = evaluated(members(), *few, model, updates=30, deterministic=True)
-    for who in (members(modes), plain):
+    one = evaluated(candidates(), *few, model, updates=30, deterministic=True)
+    for who in (candidates(modes), plain):
         other = evaluated(who, *few, model, updates=30)
         np.testing.assert_array_equal(one.initial_values, other.initial_values)
         np.testing.assert_array_equal(one.episodes.scores, other.episodes.scores)
-    sampled = evaluated(members(), *few, model, updates=30)
+    sampled = evaluated(candidates(), *few, model, updates=30)
     assert np.abs(one.initial_values - sampled.initial_values).mean(1).min() > 0.01
 
 
@@ -313,7 +320,7 @@ def test_td_errors_against_q_of_the_counted_mdp(parts, fitted):
 
 
 def test_critics_begin_as_the_mean_of_the_log(few):
-    begun = evaluated(members(), *few, hidden=(8,), updates=1, lr=1e-9)
+    begun = evaluated(candidates(), *few, hidden=(8,), updates=1, lr=1e-9)
     mean = Episodes(few[0]).returns_to_go(DISCOUNT).mean()
     np.testing.assert_allclose(begun.initial_values, mean, atol=1e-4)
 
@@ -354,7 +361,7 @@ def test_continuous_actions():
     # 0 itself was never logged, only returns as near as 1e-5
     assert ((low < values) & (values < high + 1e-4)).all()
     returns = plain_returns(held_out, 0.5)
-    np.testing.assert_allclose(estimate.episodes.log_scores, returns, atol=1e-5)
+    np.testing.assert_allclose(estimate.episodes.behaviour_scores, returns, atol=1e-5)
     assert (estimate.episodes.unsupported < 0.1).all()
 
 
@@ -365,7 +372,7 @@ def test_continuous_actions_far_from_the_log_are_unsupported():
     assert scores.unsupported[0] < 0.05
     assert scores.unsupported[1] > 0.6
     assert scores.worst_unsupported[1] == pytest.approx(1.0)
-    assert scores.log_unsupported == pytest.approx(0.01)
+    assert scores.behaviour_unsupported == pytest.approx(0.01)
 
 
 def test_with_many_actions_visits_are_linear_in_features_and_probabilities(
@@ -373,7 +380,7 @@ def test_with_many_actions_visits_are_linear_in_features_and_probabilities(
 ):
     """Instead of in their products, of which there would be too many; a short fit is corrected."""
     monkeypatch.setattr(fitted_q, "MAX_FEATURES", 1)
-    estimate, values = evaluated(members(), *parts, updates=60), fitted["table"].values
+    estimate, values = evaluated(candidates(), *parts, updates=60), fitted["table"].values
     gaps = [np.abs(v - values) for v in (estimate.values, estimate.initial_values.mean(1))]
     assert gaps[0].mean() < 0.5 * gaps[1].mean()
 
@@ -436,7 +443,7 @@ def test_training_on_a_device_waits_for_nothing(make, monkeypatch):
     log = load_dataset(small_log(**more))
     if more:
         log = replace(log, action_space=spaces.Discrete(4))
-    who, episodes = resolve_members({"one": make()}), Episodes(log)
+    who, episodes = resolve_candidates({"one": make()}), Episodes(log)
     critics = Critics(who, episodes, torch.device("meta"), DISCOUNT, (0.0, 1.0))
     steps, counts = Steps(critics, episodes, Coverage(log, log)), {}
     for updates in (1, 4, 5):
@@ -457,8 +464,8 @@ ELSEWHERE = TensorDictModule(nn.Identity(), in_keys=["elsewhere"], out_keys=["ac
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"members": {}}, "at least one"),
-        ({"members": {"x": 3}}, "member 'x': policy must be a TensorDict module"),
+        ({"candidates": {}}, "at least one"),
+        ({"candidates": {"x": 3}}, "candidate 'x': policy must be a TensorDict module"),
         ({"discount": 1.5}, r"discount is 1.5"),
         ({"updates": 0}, "updates is"),
         ({"batch_size": True}, "batch_size is"),
@@ -475,13 +482,16 @@ ELSEWHERE = TensorDictModule(nn.Identity(), in_keys=["elsewhere"], out_keys=["ac
         ),
         ({"train": CUT, "discount": 1}, "of train end without termination"),
         ({"model": "tree"}, "model is 'tree'; choose one of 'auto', 'table', 'network'"),
-        ({"members": {"x": ELSEWHERE}}, r"reads \['elsewhere'\], which the log lacks"),
-        ({"members": {"x": actor(np.full((STATES, 4), 0.25))}}, "each of the 3 actions"),
-        ({"members": {"x": actor(np.full((STATES, ACTIONS), np.nan))}}, "to every allowed action"),
+        ({"candidates": {"x": ELSEWHERE}}, r"reads \['elsewhere'\], which the log lacks"),
+        ({"candidates": {"x": actor(np.full((STATES, 4), 0.25))}}, "each of the 3 actions"),
+        (
+            {"candidates": {"x": actor(np.full((STATES, ACTIONS), np.nan))}},
+            "to every allowed action",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(parts, changed, message):
-    given = {"train": parts[0], "held_out": parts[1], "members": members(), **FAST}
+    given = {"train": parts[0], "held_out": parts[1], "candidates": candidates(), **FAST}
     kind = TypeError if "TensorDict module" in message else ValueError
     with pytest.raises(kind, match=message):
         fitted_q_evaluation(**given | {"model": "network", "discount": DISCOUNT} | changed)
@@ -490,7 +500,7 @@ def test_what_cannot_be_is_refused(parts, changed, message):
 def test_logs_that_do_not_fit_are_refused(parts):
     other = replace(parts[1], action_space=spaces.Discrete(4))
     with pytest.raises(ValueError, match="action_space of train"):
-        evaluated(members(), parts[0], other)
+        evaluated(candidates(), parts[0], other)
     with pytest.raises(ValueError, match=r"'a' acts with shape \(20, 1, 1\).* finite vectors"):
         evaluated({"a": line(float("nan"))}, line_log(20), line_log(20, 1))
     square = replace(line_log(20), action_space=spaces.Box(-1, 1, (1, 1)))
@@ -509,4 +519,4 @@ def test_printing_an_evaluation_shows_no_arrays(few):
     """One line, however many episodes there are."""
     text = repr(evaluated({"only": actor(uniform())}, *few, "table"))
     assert len(text) < 400
-    assert "EpisodeScores(1 members, " in text
+    assert "EpisodeScores(1 candidates, " in text

@@ -274,7 +274,7 @@ def test_what_cannot_be_is_refused():
             run(LOGGED, rows)
     with pytest.raises(ValueError, match="behaviour model gives log-probability -inf"):
         run(actor(np.array(NEVER)))
-    with pytest.raises(TypeError, match="member 'behaviour'"):
+    with pytest.raises(TypeError, match="candidate 'behaviour'"):
         run(3)
     broken, data = box_agent(), load_dataset(small_log())
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The ranking: its order, its doubts, its recommendation, and what it writes."""
+"""The ranking: its order, its caveats, its recommendation, and what it writes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from iql_torchrl.selection import (
     bounds,
     fitted_q_evaluation,
     importance_sampling,
-    rank_members,
+    rank_policies,
     ranking,
 )
 from iql_torchrl.selection.bounds import mean_bounds
@@ -60,43 +60,45 @@ def parts(_few_draws):
 
 
 @pytest.fixture(scope="module")
-def members():
+def candidates():
     return {name: actor(table) for name, table in TABLES.items()}
 
 
 @pytest.fixture(scope="module")
-def fitted(parts, members):
-    return fitted_q_evaluation(members, *parts, discount=DISCOUNT)
+def fitted(parts, candidates):
+    return fitted_q_evaluation(candidates, *parts, discount=DISCOUNT)
 
 
 @pytest.fixture(scope="module")
-def ranked(parts, members, fitted):
-    return rank_members(members, *parts, discount=DISCOUNT, fitted_q=fitted, clone="clone")
+def ranked(parts, candidates, fitted):
+    return rank_policies(
+        candidates, *parts, discount=DISCOUNT, fitted_q=fitted, bc_baseline="clone"
+    )
 
 
 @pytest.fixture
-def again(parts, members, fitted):
+def again(parts, candidates, fitted):
     """The ranking after some of its estimates were changed: of scores, or of everything else."""
 
     def run(scores=None, fit=None, **options):
         changed = replace(fitted, episodes=replace(fitted.episodes, **scores or {}), **fit or {})
-        given = {"discount": DISCOUNT, "fitted_q": changed, "clone": "clone"} | options
-        return rank_members(members, *parts, **given)
+        given = {"discount": DISCOUNT, "fitted_q": changed, "bc_baseline": "clone"} | options
+        return rank_policies(candidates, *parts, **given)
 
     return run
 
 
 def column(result, key):
-    """By member, in the order of the ranking."""
-    return {row["member"]: row[key] for row in result.rows}
+    """By candidate, in the order of the ranking."""
+    return {row["candidate"]: row[key] for row in result.rows}
 
 
-def doubted(result, doubt):
-    return {row["member"] for row in result.rows if doubt in row["doubts"]}
+def doubted(result, caveat):
+    return {row["candidate"] for row in result.rows if caveat in row["caveats"]}
 
 
 def row_of(result, name):
-    return next(row for row in result.rows if row["member"] == name)
+    return next(row for row in result.rows if row["candidate"] == name)
 
 
 def warnings_with(result, text):
@@ -104,7 +106,7 @@ def warnings_with(result, text):
 
 
 def shifted(fitted, by, *names):
-    """Both scores of the members ``names`` so much higher."""
+    """Both scores of the candidates ``names`` so much higher."""
     chosen = np.isin(fitted.names, names)[:, None]
     added = np.where(chosen, by, 0.0)
     return {key: getattr(fitted.episodes, key) + added for key in ("scores", "scores_high")}
@@ -115,15 +117,17 @@ def test_a_member_whose_critic_diverged_is_last_and_changes_no_other(again, fitt
     result = again(shifted(fitted, math.nan, "greedy", "p1"))
     assert result.recommended != "greedy"
     assert (
-        {row["member"] for row in result.rows[-2:]} == {"greedy", "p1"} == doubted(result, "range")
+        {row["candidate"] for row in result.rows[-2:]}
+        == {"greedy", "p1"}
+        == doubted(result, "range")
     )
     assert all(math.isnan(row["gain_low"]) for row in result.rows[-2:])
-    rest = [row["member"] for row in ranked.rows if row["member"] not in ("greedy", "p1")]
-    assert [row["member"] for row in result.rows[:-2]] == rest
+    rest = [row["candidate"] for row in ranked.rows if row["candidate"] not in ("greedy", "p1")]
+    assert [row["candidate"] for row in result.rows[:-2]] == rest
     for row in result.rows[:-2]:
-        before = row_of(ranked, row["member"])
+        before = row_of(ranked, row["candidate"])
         assert row["value_low"] == before["value_low"]
-        # of fewer members together
+        # of fewer candidates together
         assert before["gain_low"] <= row["gain_low"] < row["gain_high"] <= before["gain_high"]
 
 
@@ -137,18 +141,18 @@ def test_members_are_sorted_by_value_and_the_best_is_recommended(ranked, parts):
     assert ranked.recommended == order[0] == "greedy"
     best, clone = ranked.rows[0], row_of(ranked, "clone")
     assert ranked.recommendation.startswith(
-        f"Recommendation: greedy, with an estimated gain over the log of {best['gain']:.4g} (95% "
-        f"interval for all 6 members at once {best['gain_low']:.4g} to"
+        f"Recommendation: greedy, with an estimated gain over the behaviour policy of "
+        f"{best['gain']:.4g} (95% interval for all 6 candidates at once {best['gain_low']:.4g} to"
     )
     assert "doubted" not in ranked.recommendation
     for row in ranked.rows:
-        assert row["gain_low"] < EXACT[row["member"]] - EXACT["clone"] < row["gain_high"]
+        assert row["gain_low"] < EXACT[row["candidate"]] - EXACT["clone"] < row["gain_high"]
         assert row["value_low"] < row["value"] < row["value_high"]
-    assert ranked.log_value == pytest.approx(plain_returns(parts[1]).mean())
-    assert ranked.log_low < EXACT["clone"] < ranked.log_high
-    assert clone["clone_distance"] == 0
+    assert ranked.behaviour_value == pytest.approx(plain_returns(parts[1]).mean())
+    assert ranked.behaviour_low < EXACT["clone"] < ranked.behaviour_high
+    assert clone["bc_distance"] == 0
     assert clone["effective_episodes"] == pytest.approx(ranked.episodes, rel=1e-4)
-    assert clone["importance_value"] == pytest.approx(ranked.log_value, rel=1e-4)
+    assert clone["importance_value"] == pytest.approx(ranked.behaviour_value, rel=1e-4)
     sound = [row for row in ranked.rows if row["effective_episodes"] >= 100]
     assert 2 < len(sound) < 6
     pairs = [[row[key] for row in sound] for key in ("value", "importance_value")]
@@ -158,16 +162,16 @@ def test_members_are_sorted_by_value_and_the_best_is_recommended(ranked, parts):
 
 
 def test_gains_are_paired_and_intervals_hold_for_all_members_at_once(
-    parts, members, fitted, ranked
+    parts, candidates, fitted, ranked
 ):
     scores = fitted.episodes
     gains = scores.scores - plain_returns(parts[1])
-    assert scores.log_surprise == 0  # no episode was truncated
-    limits = gains.mean(1) - scores.surprise, gains.mean(1) + scores.surprise
+    assert scores.behaviour_max_deviation == 0  # no episode was truncated
+    limits = gains.mean(1) - scores.max_score_deviation, gains.mean(1) + scores.max_score_deviation
     low, high = mean_bounds(gains, *limits)
     alone = np.subtract(*mean_bounds(gains, *limits, together=False)[::-1])
     importance = importance_sampling(
-        members, parts[1], behaviour="action_log_prob", discount=DISCOUNT,
+        candidates, parts[1], behaviour="action_log_prob", discount=DISCOUNT,
         confidence=1 - 0.05 / 6, return_limits=scores.return_range,
     )  # fmt: skip
     for number, name in enumerate(fitted.names):
@@ -187,14 +191,14 @@ def test_gains_are_paired_and_intervals_hold_for_all_members_at_once(
 
 def test_no_better_member_no_recommendation(parts):
     worst = {"worst": actor(np.roll(GREEDY, 1, axis=1)), "log": actor(uniform())}
-    result = rank_members(worst, *parts, discount=DISCOUNT, clone="log")
+    result = rank_policies(worst, *parts, discount=DISCOUNT, bc_baseline="log")
     assert result.recommended is None
     assert (
-        "no member is reliably better than the log (the highest estimate, log"
+        "no candidate is reliably better than the behaviour policy (the highest estimate, log"
         in result.recommendation
     )
     assert "doubted" not in result.recommendation
-    assert result.rows[0]["member"] == "log"
+    assert result.rows[0]["candidate"] == "log"
 
 
 @pytest.mark.parametrize("kind", ["table", "network"])
@@ -211,7 +215,7 @@ def test_a_value_that_the_log_cannot_give_is_doubted(again, fitted, parts, kind)
     ):  # fmt: skip
         result = again(shifted(fitted, target - own, "p0"), fit)
         assert ("p0" in doubted(result, "range")) == outside
-        text = f"p0: values are outside the range that the log allows, {low:.4g} to {high:.4g};"
+        text = f"p0: values are outside the range that the dataset allows, {low:.4g} to {high:.4g};"
         assert bool(warnings_with(result, text)) == outside
         assert not outside or result.recommended != "p0"
 
@@ -221,16 +225,16 @@ ONES = np.ones(6)
 
 
 @pytest.mark.parametrize(
-    ("changes", "doubt", "recommended", "text"),
+    ("changes", "caveat", "recommended", "text"),
     [
         ({"effective_episodes": 20.0}, None, True, ""),
         ({"effective_episodes": 19.9}, "few", False, "19.9 effective episodes of 800, at least 20"),
         ({"unsupported": 0.049}, None, True, ""),
         ({"unsupported": 0.051}, "extrapolation", False, "greedy: up to 5% of their actions are"),
-        ({"unsupported": 0.08, "log_unsupported": 0.02}, "extrapolation", False, "actions: 2%"),
-        ({"unsupported": 0.08, "log_unsupported": 0.04}, None, True, ""),
+        ({"unsupported": 0.08, "behaviour_unsupported": 0.02}, "extrapolation", False, "actions: 2%"),
+        ({"unsupported": 0.08, "behaviour_unsupported": 0.04}, None, True, ""),
         ({"worst_unsupported": 0.499}, None, True, ""),
-        ({"worst_unsupported": 0.501}, "extrapolation", False, "own actions: 0%), in the worst"),
+        ({"worst_unsupported": 0.501}, "extrapolation", False, "policy's actions: 0%), in the worst"),
         ({"td_error": 2.1, "td_error_training": ONES}, "td_error", True, "up to 2.1 times as"),
         ({"td_error": 1.9, "td_error_training": ONES}, None, True, ""),
         ({"history": {STEP: 4.6, "the step before": 1.0}}, None, False, f"on {STEP} (t statistic 4.6)"),
@@ -239,11 +243,11 @@ ONES = np.ones(6)
         ({"backups": 3.0, "passes": 9.0}, None, False, "renewed its targets 3 times, in 9 passes"),
         ({"backups": 1e3, "passes": 0.5}, None, False, "times, in 0.5 passes of the data, where"),
         ({"backups": 1e3, "passes": 9.0}, None, True, ""),
-        ({"unlogged_ends": 0.009}, None, True, ""),
-        ({"unlogged_ends": 0.2}, None, True, "leave 20% of the discounted future in states that"),
+        ({"uncovered_ends": 0.009}, None, True, ""),
+        ({"uncovered_ends": 0.2}, None, True, "leave 20% of the discounted future in states that"),
     ],
 )  # fmt: skip
-def test_each_doubt_and_sentence(again, fitted, ranked, changes, doubt, recommended, text):
+def test_each_doubt_and_sentence(again, fitted, ranked, changes, caveat, recommended, text):
     scores, fit = {}, {}
     for key, value in changes.items():
         owner, changed = (fitted, fit) if hasattr(fitted, key) else (fitted.episodes, scores)
@@ -251,7 +255,7 @@ def test_each_doubt_and_sentence(again, fitted, ranked, changes, doubt, recommen
         changed[key] = np.where(greedy, value, getattr(owner, key)) if key in OF_GREEDY else value
     result = again(scores, fit)
     row = row_of(result, "greedy")
-    assert set(row["doubts"]) - {"importance"} == ({doubt} - {None})
+    assert set(row["caveats"]) - {"importance"} == ({caveat} - {None})
     assert (result.recommended == "greedy") == recommended
     more = [warning for warning in result.warnings if warning not in ranked.warnings]
     assert len(more) == bool(text)
@@ -259,7 +263,7 @@ def test_each_doubt_and_sentence(again, fitted, ranked, changes, doubt, recommen
     names = "correcting_episodes", "extrapolation", "worst_extrapolation", "td_error"
     for key, name in zip(OF_GREEDY, names, strict=True):
         assert key not in changes or row[name] == changes[key]
-    assert result.log_extrapolation == pytest.approx(changes.get("log_unsupported", 0))
+    assert result.behaviour_extrapolation == pytest.approx(changes.get("behaviour_unsupported", 0))
 
 
 def test_more_extrapolation_may_be_allowed(again):
@@ -273,34 +277,39 @@ def test_estimators_of_other_orders_and_a_clone_unlike_the_log_are_named(again, 
     assert result.spearman < 0
     assert warnings_with(result, f"differently (Spearman {result.spearman:.2f})")
     result = again(shifted(fitted, -2.0, *TABLES))
-    (warning,) = warnings_with(result, "clone, which imitates the log, is estimated at ")
+    (warning,) = warnings_with(result, "clone, trained by behaviour cloning, is estimated at ")
     assert f"is estimated at {row_of(result, 'clone')['value']:.4g}" in warning
-    assert f"the log at {result.log_value:.4g} ({result.log_low:.4g} to" in warning
-    assert not warnings_with(ranked, "differently") + warnings_with(ranked, "which imitates")
+    assert (
+        f"the behaviour policy at {result.behaviour_value:.4g} ({result.behaviour_low:.4g} to"
+        in warning
+    )
+    assert not warnings_with(ranked, "differently") + warnings_with(ranked, "behaviour cloning")
 
 
 @pytest.mark.parametrize("by", [3.0, -40.0])
 def test_no_recommendation_where_the_estimators_contradict_each_other(again, fitted, ranked, by):
-    """About any member: the clone's scores far above, or below, what importance sampling says."""
+    """About any candidate: the clone's scores far above, or below, what importance sampling says."""
     assert not warnings_with(ranked, "contradict")
     result = again(shifted(fitted, by, "clone"))
     row = row_of(result, "clone")
-    assert "contradiction" in row["doubts"]
+    assert "contradiction" in row["caveats"]
     assert result.recommended is None
     (warning,) = warnings_with(result, "contradict each other")
     assert f"(clone: {row['value_low']:.4g} to {row['value_high']:.4g} against" in warning
     if by > 0:
         assert row["gain_low"] > 0
         assert row["importance_high"] < row["value_low"]
-        assert row["doubts"] == ("contradiction",)
-        assert "estimates above the log's are doubted, see the warnings" in result.recommendation
+        assert row["caveats"] == ("contradiction",)
+        assert "higher estimates have caveats, see the warnings" in result.recommendation
 
 
-def test_no_recommendation_where_logged_probabilities_are_too_low(parts, members, fitted):
+def test_no_recommendation_where_logged_probabilities_are_too_low(parts, candidates, fitted):
     rows = parts[1].transitions.clone()
     rows["action_log_prob"] = rows["action_log_prob"] - 0.5
     wrong = parts[0], replace(parts[1], transitions=rows)
-    result = rank_members(members, *wrong, discount=DISCOUNT, fitted_q=fitted, clone="clone")
+    result = rank_policies(
+        candidates, *wrong, discount=DISCOUNT, fitted_q=fitted, bc_baseline="clone"
+    )
     assert "greedy" in doubted(result, "contradiction")
     assert warnings_with(result, "check action_log_prob")
     assert result.recommended is None
@@ -311,7 +320,7 @@ def test_the_best_that_is_not_doubted_is_recommended_and_three_are_named(again, 
     result = again(shifted(fitted, 0.3, "p0") | {"unsupported": shares})
     assert list(column(result, "rank"))[:2] == ["greedy", "p0"]
     assert result.recommended == "p0"
-    more = "; 1 with higher estimates are doubted or uncertain)."
+    more = "; 1 with higher estimates have caveats or are uncertain)."
     assert result.recommendation.endswith(more)
     result = again({"unsupported": np.full(6, 0.5)})
     (warning,) = warnings_with(result, "rare or missing")
@@ -328,7 +337,7 @@ def test_a_tenth_of_the_episodes_must_bear_the_weight(again):
     assert f"have only {min(sizes.values()):.1f} effective episodes of 800" in warning
     result = again(min_effective_episodes=sorted(sizes.values())[-2])
     assert math.isnan(result.spearman)  # two are left, and always in some order
-    assert not warnings_with(result, "order the members differently")
+    assert not warnings_with(result, "order the candidates differently")
 
 
 def test_the_clone_is_the_first_of_temperature_zero():
@@ -337,53 +346,58 @@ def test_the_clone_is_the_first_of_temperature_zero():
     how = {"hidden": (8,), "updates": 20, "batch_size": 16, "deterministic": False}
     fitted = fitted_q_evaluation(agents, *parts, discount=0.9, **how)
     options = {"discount": 0.9, "fitted_q": fitted, "behaviour": agents["clone"]}
-    result = rank_members(agents, *parts, **options)
+    result = rank_policies(agents, *parts, **options)
     clone, iql = row_of(result, "clone"), row_of(result, "iql")
-    assert clone["clone_distance"] == 0 < iql["clone_distance"]
+    assert clone["bc_distance"] == 0 < iql["bc_distance"]
     assert clone["effective_episodes"] == pytest.approx(6)
     assert clone["temperature"] == 0
-    assert str(result) == str(rank_members(agents, *parts, **options))
+    assert str(result) == str(rank_policies(agents, *parts, **options))
 
 
 def test_without_behaviour_and_clone(parts):
     log = [replace(part, transitions=part.transitions.exclude("action_log_prob")) for part in parts]
     policies = {"p0": actor(MIXED[0]), "greedy": actor(GREEDY)}
-    result = rank_members(policies, *log, discount=DISCOUNT)
+    result = rank_policies(policies, *log, discount=DISCOUNT)
     first = result.rows[0]
-    assert np.isnan([first["importance_value"], first["clone_distance"], result.spearman]).all()
+    assert np.isnan([first["importance_value"], first["bc_distance"], result.spearman]).all()
     assert warnings_with(result, "no behaviour model was given")
     assert " - " in str(result)
     assert result.recommended == "greedy"
-    assert not any(row["doubts"] for row in result.rows)
+    assert not any(row["caveats"] for row in result.rows)
 
 
 def test_truncated_returns_are_continued_without_a_clone():
     parts = WORLD.log(uniform(), episodes=1600, horizon=2).split(0.5, 0)
     policies = {"greedy": actor(GREEDY), "p0": actor(MIXED[0])}
-    result = rank_members(policies, *parts, discount=DISCOUNT)
-    assert result.log_value == pytest.approx(EXACT["clone"], abs=0.3)
+    result = rank_policies(policies, *parts, discount=DISCOUNT)
+    assert result.behaviour_value == pytest.approx(EXACT["clone"], abs=0.3)
     assert abs(plain_returns(parts[1]).mean() - EXACT["clone"]) > 0.3
-    assert result.log_low < EXACT["clone"] < result.log_high
+    assert result.behaviour_low < EXACT["clone"] < result.behaviour_high
     assert result.recommended == "greedy"
-    clone = rank_members(policies | {"c": actor(uniform())}, *parts, discount=DISCOUNT, clone="c")
-    assert clone.log_value == result.log_value
+    clone = rank_policies(
+        policies | {"c": actor(uniform())}, *parts, discount=DISCOUNT, bc_baseline="c"
+    )
+    assert clone.behaviour_value == result.behaviour_value
 
 
 def test_what_is_unknown_counts_against_members_and_for_the_log(again, fitted):
     """The least return in the lower bound of a gain, for the log the greatest, and vice versa."""
     scores, plain = fitted.episodes, again()
-    higher = {"scores_high": scores.scores + 1.0, "log_scores_high": scores.log_scores + 2.0}
+    higher = {
+        "scores_high": scores.scores + 1.0,
+        "behaviour_scores_high": scores.behaviour_scores + 2.0,
+    }
     wide = again(higher)
     for row in plain.rows:
-        other = row_of(wide, row["member"])
+        other = row_of(wide, row["candidate"])
         assert other["gain"] == row["gain"]
         assert row["gain_low"] - other["gain_low"] == pytest.approx(2.0, abs=0.1)
         assert other["gain_high"] - row["gain_high"] == pytest.approx(1.0, abs=0.1)
-    assert wide.log_high - plain.log_high == pytest.approx(2.0, abs=0.1)
+    assert wide.behaviour_high - plain.behaviour_high == pytest.approx(2.0, abs=0.1)
 
 
 class Shipped:
-    """What ``rank_members`` reads of an agent: its policy, and its task's episodes."""
+    """What ``rank_policies`` reads of an agent: its policy, and its task's episodes."""
 
     def __init__(self, policy, trained_on):
         self.policy, self.task = actor(policy), make_agent(config(), trained_on).task
@@ -394,7 +408,7 @@ def test_members_trained_on_held_out_episodes_are_not_recommended(parts):
     logs = {"held": parts[1], "fit": parts[0], "own": own}
     agents = {name: make_agent(config(), log) for name, log in logs.items()}
     agents |= {"greedy": actor(GREEDY), "shipped": Shipped(GREEDY, parts[1])}
-    result = rank_members(agents, *parts, discount=DISCOUNT)
+    result = rank_policies(agents, *parts, discount=DISCOUNT)
     seen = column(result, "seen")
     assert min(seen["held"], seen["shipped"]) > 0.9
     assert [seen[name] for name in ("fit", "own", "greedy")] == [0, 0, 0]
@@ -402,49 +416,49 @@ def test_members_trained_on_held_out_episodes_are_not_recommended(parts):
     (warning,) = warnings_with(result, "cannot test them")
     text = f": trained on up to {max(seen.values()):.0%} of the held-out episodes"
     assert warning.startswith((f"held, shipped{text}", f"shipped, held{text}"))
-    assert warnings_with(result, "members were trained on up to 1")  # 100% of the fit
-    clean = rank_members({"own": agents["own"]}, *parts, discount=DISCOUNT)
+    assert warnings_with(result, "candidates were trained on up to 1")  # 100% of the fit
+    clean = rank_policies({"own": agents["own"]}, *parts, discount=DISCOUNT)
     assert not warnings_with(clean, "trained on")
     alone = {"shipped": agents["shipped"], "clone": actor(uniform())}
-    alone = rank_members(alone, *parts, discount=DISCOUNT)
+    alone = rank_policies(alone, *parts, discount=DISCOUNT)
     assert row_of(alone, "shipped")["gain_low"] > 0
-    assert row_of(alone, "shipped")["doubts"] == ("importance", "seen")
+    assert row_of(alone, "shipped")["caveats"] == ("importance", "seen")
     assert alone.recommended is None
 
 
-def test_no_recommendation_where_fit_and_held_out_share_episodes(parts, members):
+def test_no_recommendation_where_fit_and_held_out_share_episodes(parts, candidates):
     one, other = parts[0].split(0.5, 0)
-    result = rank_members(members, parts[0], other, discount=DISCOUNT)
+    result = rank_policies(candidates, parts[0], other, discount=DISCOUNT)
     assert result.recommended is None
     (warning,) = warnings_with(result, "cannot show the error of the fit")
     assert "of the held-out episodes are also among those fitted on" in warning
     assert "dataset.split(fraction, seed)" in warning
-    assert rank_members(members, one, other, discount=DISCOUNT).recommended == "greedy"
+    assert rank_policies(candidates, one, other, discount=DISCOUNT).recommended == "greedy"
 
 
 @pytest.mark.parametrize("confidence", [0.5, 0.99])
 def test_the_confidence_is_that_of_every_interval(again, ranked, confidence):
     result = again(confidence=confidence)
     for row in ranked.rows:
-        other = row_of(result, row["member"])
+        other = row_of(result, row["candidate"])
         for key in ("value", "gain", "importance"):
             width, new = (r[f"{key}_high"] - r[f"{key}_low"] for r in (row, other))
             assert (new < width) == (confidence < 0.95)
-    width, new = (r.log_high - r.log_low for r in (ranked, result))
+    width, new = (r.behaviour_high - r.behaviour_low for r in (ranked, result))
     assert (new < width) == (confidence < 0.95)
 
 
 def test_table_and_files(ranked, tmp_path):
     lines, order = str(ranked).splitlines(), list(column(ranked, "rank"))
-    assert lines[0].split()[:2] == ["member", "value"]
+    assert lines[0].split()[:2] == ["candidate", "value"]
     assert [line.split()[0] for line in lines[1:7]] == order
-    assert lines[7].startswith("the log")
+    assert lines[7].startswith("behaviour policy")
     assert lines[-1] == ranked.recommendation
     assert all(f"Warning: {warning}" in lines for warning in ranked.warnings)
     ranked.to_json(tmp_path / "ranking.json")
     read = json.loads((tmp_path / "ranking.json").read_text())
     first = read["rows"][0]
-    assert (read["recommended"], first["member"]) == ("greedy", "greedy")
+    assert (read["recommended"], first["candidate"]) == ("greedy", "greedy")
     assert (first["temperature"], first["td_error"]) == (None, None)
     assert first["gain_low"] == ranked.rows[0]["gain_low"]
     copy = Ranking.from_json(tmp_path / "ranking.json")
@@ -452,9 +466,9 @@ def test_table_and_files(ranked, tmp_path):
     ranked.to_csv(tmp_path / "ranking.csv")
     with (tmp_path / "ranking.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["member"] for row in rows] == order
+    assert [row["candidate"] for row in rows] == order
     assert float(rows[0]["value"]) == ranked.rows[0]["value"]
-    assert (rows[0]["temperature"], rows[0]["doubts"]) == ("", "importance")
+    assert (rows[0]["temperature"], rows[0]["caveats"]) == ("", "importance")
     assert float(rows[0]["seen"]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ranking.csv", "ranking.json"]
 
@@ -462,22 +476,27 @@ def test_table_and_files(ranked, tmp_path):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"clone": "x"}, r"clone is 'x', which is none of the members \['p0'"),
+        ({"bc_baseline": "x"}, r"bc_baseline is 'x'; expected one of the candidates \['p0'"),
         ({"discount": 0.5}, "fitted_q has"),
         ({"discount": -1}, "discount is -1"),
-        ({"members": {"p0": actor(MIXED[0])}}, "fitted_q has"),
+        ({"candidates": {"p0": actor(MIXED[0])}}, "fitted_q has"),
         ({"held_out": None}, "fitted_q has"),
         ({"confidence": 1.0}, "confidence is 1.0"),
         ({"confidence": 0}, "confidence is 0"),
         ({"max_extrapolation": -0.1}, "max_extrapolation is -0.1"),
     ],
 )
-def test_what_cannot_be_is_refused(parts, members, fitted, changed, message):
-    given = {"members": members, "train": parts[0], "held_out": parts[1], "discount": DISCOUNT}
+def test_what_cannot_be_is_refused(parts, candidates, fitted, changed, message):
+    given = {
+        "candidates": candidates,
+        "train": parts[0],
+        "held_out": parts[1],
+        "discount": DISCOUNT,
+    }
     given |= {"fitted_q": fitted} | changed
     given["held_out"] = given["held_out"] or parts[1].split(0.5, 0)[0]
     with pytest.raises(ValueError, match=message):
-        rank_members(**given)
+        rank_policies(**given)
 
 
 @pytest.mark.parametrize(
@@ -552,9 +571,9 @@ def test_the_best_of_several_actions_of_a_clone_is_no_clone(
 ):
     options = {"policy": "flow", "temperature": 0.0, "num_samples": num_samples, "flow_steps": 2}
     config = IQLConfig(hidden=(8,), reward="raw", **options)
-    members = {"flow": make_agent(config, one_step_logs[0])}
-    result = rank_members(members, *one_step_logs, discount=0.9, deterministic=True)
-    assert math.isnan(result.rows[0]["clone_distance"]) is not clone
+    candidates = {"flow": make_agent(config, one_step_logs[0])}
+    result = rank_policies(candidates, *one_step_logs, discount=0.9, deterministic=True)
+    assert math.isnan(result.rows[0]["bc_distance"]) is not clone
 
 
 @pytest.mark.parametrize("kind", ["sampled", "deterministic", "without a density"])
@@ -562,9 +581,9 @@ def test_the_best_of_several_actions_of_a_clone_is_no_clone(
 def test_both_estimators_evaluate_the_same_continuous_policies(one_step_logs, quick, kind):
     """E[-a**2] of N(m, s) is -(m**2 + s**2); of the deterministic action -m**2."""
     kinds = {"distribution": Delta} if kind == "without a density" else {}
-    members = {"wide": normal_actor(0.0, 0.8), "right": normal_actor(0.5, 0.5, **kinds)}
+    candidates = {"wide": normal_actor(0.0, 0.8), "right": normal_actor(0.5, 0.5, **kinds)}
     deterministic = True if kind == "deterministic" else None
-    result = rank_members(members, *one_step_logs, discount=0.9, deterministic=deterministic)
+    result = rank_policies(candidates, *one_step_logs, discount=0.9, deterministic=deterministic)
     assert quick == [kind != "sampled"]
     exact = {"wide": -0.64, "right": -0.5} if kind == "sampled" else {"wide": 0, "right": -0.25}
     assert column(result, "value") == pytest.approx(exact, abs=0.12)
@@ -574,7 +593,7 @@ def test_both_estimators_evaluate_the_same_continuous_policies(one_step_logs, qu
     else:
         assert math.isnan(result.rows[0]["importance_value"])
     text = {
-        "sampled": "as the members draw them",
+        "sampled": "as the candidates draw them",
         "deterministic": "deterministic continuous actions, which have no density",
         "without a density": "because right has no density of actions",
     }[kind]

@@ -32,7 +32,7 @@ POLICIES = random_policies(4)
 SPACE = {"observation_space": spaces.Discrete(STATES), "action_space": spaces.Discrete(ACTIONS)}
 
 
-def members(policies=POLICIES):
+def candidates(policies=POLICIES):
     return {f"p{number}": actor(policy) for number, policy in enumerate(policies)}
 
 
@@ -107,7 +107,7 @@ def by_loop(policy, train, held_out, min_count, limit):
 
 @pytest.mark.parametrize("min_count", [1, 2, 6])
 def test_scores_against_a_loop(small_parts, min_count):
-    estimate = evaluated(members(), *small_parts, min_count=min_count)
+    estimate = evaluated(candidates(), *small_parts, min_count=min_count)
     scores = estimate.episodes
     low, high = scores.return_range
     assert low < high
@@ -116,8 +116,8 @@ def test_scores_against_a_loop(small_parts, min_count):
         np.testing.assert_allclose(scores.initial_values[number], initial, atol=1e-6)
         np.testing.assert_allclose(scores.scores[number], expected, atol=1e-5)
         assert estimate.values[number] == pytest.approx(expected.mean(), abs=1e-5)
-        surprise = max(weight.values()) * (high - low)
-        assert scores.surprise[number] == pytest.approx(surprise, rel=1e-5)
+        max_score_deviation = max(weight.values()) * (high - low)
+        assert scores.max_score_deviation[number] == pytest.approx(max_score_deviation, rel=1e-5)
         _, expected, weight, _, _ = by_loop(policy, *small_parts, min_count, high)
         np.testing.assert_allclose(scores.scores_high[number], expected, atol=1e-5)
         left = [1 - sum(policy[s, a] for a in range(ACTIONS) if (s, a) in weight) for s in visits]
@@ -133,7 +133,7 @@ def test_scores_against_a_loop(small_parts, min_count):
 
 
 def test_intervals_contain_the_truth_as_often_as_their_confidence():
-    """Forty logs of forty episodes each, with a member that is unlike the log."""
+    """Forty logs of forty episodes each, with a candidate that is unlike the log."""
     policy = 0.5 * greedy_policy(WORLD) + 0.5 * uniform()
     exact, missed = WORLD.start @ WORLD.values(policy), 0
     for seed in range(40):
@@ -147,7 +147,7 @@ def test_a_right_model_is_kept_where_visits_are_wrong():
     """The held-out episodes come from another policy: no weight fits, but no step errs."""
     train = WORLD.log(uniform(), episodes=2500, seed=6)
     held_out = WORLD.log(0.9 * POLICIES[1] + 0.1 / 3, episodes=1000, seed=7)
-    estimate = evaluated(members(), train, held_out)
+    estimate = evaluated(candidates(), train, held_out)
     exact = np.array([WORLD.values(policy)[first_states(held_out)].mean() for policy in POLICIES])
     np.testing.assert_allclose(estimate.values, exact, atol=0.2)
 
@@ -169,7 +169,7 @@ def test_actions_that_the_log_lacks_lead_to_the_least_return():
     np.testing.assert_allclose(scores.scores_high[0, lone], high)
     assert scores.worst_unsupported[0] == pytest.approx(1.0)
     assert 0.2 < scores.unsupported[0] < 1
-    assert scores.log_unsupported == 0
+    assert scores.behaviour_unsupported == 0
     low, high = estimate.intervals()[0]
     assert high - low > 1
 
@@ -197,7 +197,7 @@ def test_a_state_visited_once_in_a_hundred_episodes_counts_as_worst():
         assert (most >= 4) == (times >= 1)
         assert scores.worst_unsupported[0] == pytest.approx(0.8 if times >= 1 else 0.0)
         assert scores.unsupported[0] == pytest.approx(DISCOUNT * times / 400 * 0.8)
-        assert scores.log_unsupported == 0
+        assert scores.behaviour_unsupported == 0
 
 
 def test_what_the_log_itself_rarely_does_counts_less():
@@ -208,7 +208,7 @@ def test_what_the_log_itself_rarely_does_counts_less():
     scores = evaluated({"half": half, "clone": actor(np.array([[0.75, 0.2, 0.05]]))}, log, log)
     scores = scores.episodes
     np.testing.assert_allclose(scores.unsupported, [0.3, 0.05], atol=1e-6)
-    assert scores.log_unsupported == pytest.approx(0.05)
+    assert scores.behaviour_unsupported == pytest.approx(0.05)
     np.testing.assert_allclose(scores.worst_unsupported, [0.25, 0.0], atol=1e-6)
     np.testing.assert_allclose(scores.initial_values[:, 0], [0.2 + 0.3 * 0, 0.2], atol=1e-6)
     np.testing.assert_allclose(scores.scores_high.mean(1), [0.2 + 0.3 * 2, 0.3], atol=1e-6)
@@ -216,13 +216,13 @@ def test_what_the_log_itself_rarely_does_counts_less():
 
 def test_undiscounted_values():
     train, held_out = WORLD.log(uniform(), episodes=600).split(0.5, 0)
-    estimate = fitted_q_evaluation(members(), train, held_out, discount=1.0, model="table")
+    estimate = fitted_q_evaluation(candidates(), train, held_out, discount=1.0, model="table")
     for number, policy in enumerate(POLICIES):
         going = (policy * (1 - WORLD.ending))[:, :, None] * WORLD.transition
         value = np.linalg.solve(np.eye(STATES) - going.sum(1), (policy * WORLD.reward).sum(1))
         assert estimate.values[number] == pytest.approx(WORLD.start @ value, abs=1.0)
     returns = plain_returns(held_out, 1.0)
-    np.testing.assert_allclose(estimate.episodes.log_scores, returns, atol=1e-5)
+    np.testing.assert_allclose(estimate.episodes.behaviour_scores, returns, atol=1e-5)
 
 
 def test_a_mask_is_part_of_the_state():
@@ -251,14 +251,20 @@ def test_few_distinct_vectors_are_a_table_too(parts):
         )
         for row in rows
     ]  # fmt: skip
-    who = members()
+    who = candidates()
     for policy in who.values():
         lookup = policy.module[0].module
         lookup.register_forward_pre_hook(lambda _, inputs: (inputs[0].argmax(-1),))
     one = fitted_q_evaluation(who, *vectors, discount=DISCOUNT)
-    other = fitted_q_evaluation(members(), *parts, discount=DISCOUNT)
+    other = fitted_q_evaluation(candidates(), *parts, discount=DISCOUNT)
     assert one.backups == np.inf  # chosen without asking
-    for name in ("scores", "initial_values", "log_scores", "surprise", "unsupported"):
+    for name in (
+        "scores",
+        "initial_values",
+        "behaviour_scores",
+        "max_score_deviation",
+        "unsupported",
+    ):
         result, expected = (getattr(each.episodes, name) for each in (one, other))
         np.testing.assert_allclose(result, expected, atol=1e-6)
 
@@ -275,7 +281,7 @@ def test_an_action_that_is_not_held_out_is_unsupported():
     first = first_states(held_out) == 1
     np.testing.assert_allclose(scores.initial_values[0, first], scores.return_range[0])
     assert scores.unsupported[0] > 0.2
-    assert 0 < scores.log_unsupported < 0.4
+    assert 0 < scores.behaviour_unsupported < 0.4
 
 
 def test_correcting_episodes_are_those_that_look_like_the_member(parts):
@@ -329,7 +335,7 @@ def test_outcomes_of_a_markov_chain_depend_on_nothing_else():
     statistics = []
     for seed in range(10):
         parts = WORLD.log(uniform(), episodes=300, seed=50 + seed).split(0.5, 0)
-        statistics.append([*evaluated(members(), *parts).episodes.history.values()])
+        statistics.append([*evaluated(candidates(), *parts).episodes.history.values()])
     assert np.abs(statistics).max() < 4
     assert np.abs(np.mean(statistics, 0)).max() < 1
     assert np.std(statistics) == pytest.approx(1, abs=0.4)

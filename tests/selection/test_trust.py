@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import bench_trust
 from trust_families import FAMILIES
 
-from iql_torchrl.selection import rank_members
+from iql_torchrl.selection import rank_policies
 
 TABLES = argparse.Namespace(networks=False)
 EASY = ("plain arms", "plain chain", "random MDP")
@@ -23,7 +23,7 @@ def trial(family, seed):
 
 
 def value(problem, name):
-    return problem.value(problem.behaviour if name is None else problem.members[name])
+    return problem.value(problem.behaviour if name is None else problem.candidates[name])
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def value(problem, name):
 )  # fmt: skip
 def test_no_member_worse_than_the_log_is_recommended(family, seed):
     problem = FAMILIES[family](seed)
-    truth = {name: problem.value(policy) for name, policy in problem.members.items()}
+    truth = {name: problem.value(policy) for name, policy in problem.candidates.items()}
     log = problem.value(problem.behaviour)
     assert min(truth.values()) < log - 0.05  # there is somebody to be wrong about
     outcome = trial(family, seed)
@@ -48,7 +48,7 @@ def test_no_recommendation_where_episodes_are_used_twice(family):
     """The held-out steps then have the same random errors as the fit and cannot show them."""
     problem = FAMILIES[family](0)
     log = problem.log(0)
-    ranking = rank_members(problem.actors(), log, log, discount=problem.discount)
+    ranking = rank_policies(problem.actors(), log, log, discount=problem.discount)
     assert ranking.recommended is None
     assert any("100% of the held-out episodes" in warning for warning in ranking.warnings)
 
@@ -68,7 +68,7 @@ def test_a_policy_fitted_to_its_own_log_is_not_flattered():
     assert max(own) > 2  # its true mean is -1
     actors = {f"arm {lucky}": problem.actors()[f"arm {lucky}"]}
     fresh = problem.log(101), problem.log(102)
-    ranking = rank_members(actors, *fresh, discount=problem.discount)
+    ranking = rank_policies(actors, *fresh, discount=problem.discount)
     assert ranking.recommended is None
     row = ranking.rows[0]
     assert (

@@ -309,7 +309,14 @@ def test_a_fingerprint_notices_any_value(row, key):
 
 @pytest.mark.parametrize(
     ("asked", "loaded", "lines"),
-    [("return_range", "raw", 1), ("raw", (2.0, 0.0), 1), ("raw", "raw", 0), ("minus_one", -1, 0)],
+    [
+        ("return_range", "raw", 1),
+        ("raw", (2.0, 0.0), 1),
+        ("raw", "raw", 0),
+        ("minus_one", -1, 0),
+        (IQLConfig().reward, "raw", 0),  # the defaults of both
+        (IQLConfig().reward, "return_range", 0),
+    ],
 )
 def test_a_config_of_another_reward_is_reported(asked, loaded, lines, caplog):
     reward = (1.0, -1.0) if loaded == -1 else loaded

@@ -6,7 +6,7 @@ import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -114,24 +114,6 @@ class Columns:
         """The row of the source that is row ``row`` here."""
         return int(row if self.order is None else self.order[row])
 
-    def sorted_by(self, order: NDArray[np.int64]) -> Columns:
-        """The rows in another order; a column is read completely at its first use."""
-
-        def ordered(column: Column) -> Column:
-            if isinstance(column, UnreadableColumn):
-                return column
-            kept: list[NDArray[Any]] = []
-
-            def read(rows: slice) -> NDArray[Any]:
-                if not kept:
-                    kept.append(np.asarray(column[:])[order])
-                return kept[0][rows]
-
-            return ComputedColumn(column.shape, column.dtype, read)
-
-        changed = {name: ordered(column) for name, column in self.columns.items()}
-        return replace(self, columns=changed, order=order)
-
 
 def group_of(columns: Mapping[str, Column], path: str) -> dict[Key, Column]:
     """The column ``path`` by the key ``()``, or those of the group ``path`` by their further names."""
@@ -158,16 +140,16 @@ class UnreadableColumn:
         raise DatasetError(self._reason)
 
 
+@dataclass
 class ComputedColumn:
     """A column whose rows ``read`` gives; nothing is copied before it is asked for."""
 
-    def __init__(
-        self, shape: tuple[int, ...], dtype: Any, read: Callable[[slice], NDArray[Any]]
-    ) -> None:
-        self.shape, self.dtype, self._read = shape, np.dtype(dtype), read
+    shape: tuple[int, ...]
+    dtype: Any
+    read: Callable[[slice], NDArray[Any]]
 
     def __getitem__(self, rows: slice, /) -> NDArray[Any]:
-        return self._read(rows)
+        return self.read(rows)
 
 
 class Parts:
@@ -189,7 +171,8 @@ class Parts:
         self._lengths, self._read, self._name = np.asarray(lengths, np.int64), read, name
         self._ends = np.cumsum(self._lengths)
         self._kept: dict[int, Mapping[str, NDArray[Any]]] = {}
-        self._kept_bytes, self._bytes = KEPT_BYTES if kept_bytes is None else kept_bytes, 0
+        self._bytes = dict[int, int]()
+        self._kept_bytes = KEPT_BYTES if kept_bytes is None else kept_bytes
         self.rows = int(self._lengths.sum())
 
     def columns(self) -> dict[str, Column]:
@@ -220,44 +203,30 @@ class Parts:
             begin = int(self._ends[number] - self._lengths[number])
             low, high = max(start, begin), min(stop, int(self._ends[number]))
             if low < high:
-                part = self._checked(self._part(number).get(key), number, key, row_shape, dtype)
+                part = self._part(number).get(key)
+                expected = (int(self._lengths[number]), *row_shape)
+                if part is None:
+                    raise DatasetError(
+                        f"{self._name}: episode {number} has no {key}, which other episodes have; "
+                        "repair the source, or leave the column out."
+                    )
+                if part.shape != expected or not np.can_cast(part.dtype, dtype):
+                    raise DatasetError(
+                        f"{self._name}: {key} of episode {number} has shape {part.shape} and dtype "
+                        f"{part.dtype}; expected {expected} and {dtype}: one row per step, as in the "
+                        "other episodes."
+                    )
                 values[low - start : high - start] = part[low - begin : high - begin]
         return values
 
     def _part(self, number: int) -> Mapping[str, NDArray[Any]]:
         if number not in self._kept:
-            while self._kept and self._bytes > self._kept_bytes:
-                self._bytes -= _bytes(self._kept.pop(next(iter(self._kept))))
-            self._kept[number] = self._read(number)
-            self._bytes += _bytes(self._kept[number])
+            while self._kept and sum(self._bytes.values()) > self._kept_bytes:
+                oldest = next(iter(self._kept))
+                del self._kept[oldest], self._bytes[oldest]
+            self._kept[number] = part = self._read(number)
+            self._bytes[number] = sum(values.nbytes for values in part.values())
         return self._kept[number]
-
-    def _checked(
-        self,
-        part: NDArray[Any] | None,
-        number: int,
-        key: str,
-        row_shape: tuple[int, ...],
-        dtype: np.dtype[Any],
-    ) -> NDArray[Any]:
-        """The column of a part. ``DatasetError`` for another shape or dtype than the first part's."""
-        expected = (int(self._lengths[number]), *row_shape)
-        if part is None:
-            raise DatasetError(
-                f"{self._name}: episode {number} has no {key}, which other episodes have; repair the "
-                "source, or leave the column out."
-            )
-        if part.shape != expected or not np.can_cast(part.dtype, dtype, "safe"):
-            raise DatasetError(
-                f"{self._name}: {key} of episode {number} has shape {part.shape} and dtype "
-                f"{part.dtype}; expected {expected} and {dtype}: one row per step, as in the other "
-                "episodes."
-            )
-        return part
-
-
-def _bytes(part: Mapping[str, NDArray[Any]]) -> int:
-    return sum(values.nbytes for values in part.values())
 
 
 class PartsColumn(ComputedColumn):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from iql_torchrl.data.readers.arrays import Column, Columns, group_numbered, group_of, side_by_side
 from iql_torchrl.data.readers.options import ReadOptions
-from iql_torchrl.data.schema import DatasetError, dotted
+from iql_torchrl.data.schema import DatasetError
 
 #: Names of columns that are done flags of trajectories in some files, terminations in others. In a
 #: file that has ``not_terminated`` or ``valid`` they end trajectories.
@@ -62,41 +62,56 @@ def name_columns(source: Columns, options: ReadOptions) -> Columns:
     Booleans become 0 and 1; text stays (:func:`number_texts`). ``reward`` is 0 where ``options``
     leave it out.
     """
-    name, columns = source.name, group_numbered(source.columns, source.name)
+    name, columns, notes = source.name, dict(source.columns), [*source.notes]
+    if any("." in path for path in columns):
+        columns = group_numbered(columns, name)
     if source.named:
         options = replace(options, columns={})
-    joined = _joined(name, columns, options)
+    joined = {
+        str(options.named[key]): _joined(name, columns, key, listed)
+        for key, listed in options.columns.items()
+        if isinstance(listed, list | tuple)
+    }
     paths = _paths(name, columns, options.named, joined)
     columns |= joined
     entries: dict[str, Column] = {}
     rows: int | None = None
     for key, path in paths.items():
-        leaves = group_of(columns, path)
-        if key not in GROUPS:
-            leaves = {(): _single(name, columns, key, path)}
         place = "next/" + key.removeprefix("next_") if key in OF_NEXT else key
+        leaves = (
+            group_of(columns, path) if key in GROUPS else {(): _single(name, columns, key, path)}
+        )
         for rest, column in leaves.items():
-            if not rest or column.shape:
-                rows = _checked_rows(f"{name}: {'/'.join((key, *rest))}", column, rows, key)
-                entries["/".join((place, *rest))] = column
+            if rest and not column.shape:
+                continue
+            rows = _checked_rows(f"{name}: {'/'.join((key, *rest))}", column, rows, key)
+            if np.dtype(column.dtype) == np.bool_ and key in (*GROUPS, "action", "reward"):
+                column = np.asarray(column[:], np.float32 if key == "reward" else np.int64)
+                if key != "reward":
+                    what = ".".join((*place.split("/"), *rest))
+                    notes.append(f"{what}: False and True are 0 and 1.")
+            entries["/".join((place, *rest))] = column
     if not rows:
         raise DatasetError(f"{name}: observation has 0 rows; expected at least one transition.")
     if "action_mask" not in entries:
         entries.pop("next/action_mask", None)
     entries.setdefault("next/reward", np.zeros(rows, np.float32))  # left out: data without a task
-    notes = _booleans_as_numbers(entries)
     unused = {path: column for path, column in columns.items() if path not in paths.values()}
-    named = replace(
-        source, columns=entries, paths=paths, unused=unused, notes=(*source.notes, *notes)
+    named = replace(source, columns=entries, paths=paths, unused=unused, notes=tuple(notes))
+    if {"action_prob", "action_log_prob"} & entries.keys():
+        named = _log_probabilities(named)
+    following = named.leaves("next/observation")
+    here, after = (
+        {key: tuple(each.shape[1:]) for key, each in side.items()}
+        for side in (named.leaves("observation"), following)
     )
-    named = _log_probabilities(named)
-    observed, following = (
-        ", ".join(sorted(f"{dotted(key)} {tuple(each.shape[1:])}" for key, each in side.items()))
-        for side in (named.leaves("observation"), named.leaves("next/observation"))
-    )
-    if following not in ("", observed):
+    if following and here != after:
+        observed, found = (
+            ", ".join(sorted(f"{'.'.join(key)} {shape}" for key, shape in side.items()))
+            for side in (here, after)
+        )
         raise DatasetError(
-            f"{name}: next_observation has the leaves {following}, observation has {observed}; "
+            f"{name}: next_observation has the leaves {found}, observation has {observed}; "
             "expected the same."
         )
     return named
@@ -107,27 +122,20 @@ def name_columns(source: Columns, options: ReadOptions) -> Columns:
 
 def _single(name: str, columns: Mapping[str, Column], key: str, path: str) -> Column:
     """The column ``path``; raises for a group."""
-    leaves = group_of(columns, path)
-    if () in leaves:
-        return leaves[()]
-    inner = ", ".join(map("/".join, leaves))
+    if path in columns:
+        return columns[path]
+    inner = ", ".join(map("/".join, group_of(columns, path)))
     raise DatasetError(f"{name}: {key} ({path!r}) is a group of {inner}; expected one array.")
 
 
-def _joined(name: str, columns: Mapping[str, Column], options: ReadOptions) -> dict[str, Column]:
-    """A column of floats for each list of columns of one number in ``options.columns``."""
-    joined: dict[str, Column] = {}
-    for key, listed in options.columns.items():
-        if listed is None or isinstance(listed, str):
-            continue
-        parts: list[Column] = []
-        rows: int | None = None
-        for each in listed:
-            parts.append(_single(name, columns, key, _named(name, columns, key, each)))
-            subject = f"{name}: {each!r}, one of the columns of {key},"
-            rows = _checked_rows(subject, parts[-1], rows, "reward")
-        joined[str(options.named[key])] = side_by_side(parts, np.float64)
-    return joined
+def _joined(name: str, columns: Mapping[str, Column], key: str, listed: Sequence[str]) -> Column:
+    """The columns of one number that ``listed`` names as one column of floats."""
+    parts = [_single(name, columns, key, _named(name, columns, key, each)) for each in listed]
+    rows: int | None = None
+    for each, part in zip(listed, parts, strict=True):
+        subject = f"{name}: {each!r}, one of the columns of {key},"
+        rows = _checked_rows(subject, part, rows, "reward")
+    return side_by_side(parts, np.float64)
 
 
 def _paths(
@@ -255,7 +263,14 @@ def _checked_rows(subject: str, column: Column, rows: int | None, key: str) -> i
             remedy = "If RLlib compressed the column, write it with output_compress_columns=[]."
     elif kind.kind not in kinds and (text := _first_text(column)):
         problem = f"has {kind} values of shape {shape}, such as {text}"
-        remedy = _remedy_for_text(key)
+        remedy = (
+            "Correct text that should be numbers. Categories are read as the whole observation or "
+            "action; in a list of columns replace them by one column of 0 and 1 a category."
+        )
+        if key in FLAGS:
+            remedy = "Replace the text by true and false, or 1 and 0."
+        elif key == "time":
+            remedy = "Times are numbers, or ISO 8601 such as 2024-01-31T08:00."
     elif kind.kind == "O" and ("O" not in kinds or not _is_text(column)):
         problem = "has Python objects (dtype object): rows of different lengths, or no numbers"
     elif kind.kind not in kinds:
@@ -275,18 +290,6 @@ def _checked_rows(subject: str, column: Column, rows: int | None, key: str) -> i
     else:
         return shape[0]
     raise DatasetError(f"{subject} {problem}; expected {expected}. {remedy}")
-
-
-def _remedy_for_text(key: str) -> str:
-    """What to do with a column of text where none is read."""
-    if key in FLAGS:
-        return "Replace the text by true and false, or 1 and 0."
-    if key == "time":
-        return "Times are numbers, or ISO 8601 such as 2024-01-31T08:00."
-    return (
-        "Correct text that should be numbers. Categories are read as the whole observation or action; "
-        "in a list of columns replace them by one column of 0 and 1 a category."
-    )
 
 
 def _is_text(column: Column) -> bool:
@@ -356,17 +359,6 @@ def number_texts(parts: Sequence[Columns]) -> list[Columns]:
     numbered = [replace(p, columns=each) for p, each in zip(parts, columns, strict=True)]
     numbered[0] = replace(numbered[0], notes=(*numbered[0].notes, *notes))
     return numbered
-
-
-def _booleans_as_numbers(entries: dict[str, Column]) -> Iterable[str]:
-    for place, column in list(entries.items()):
-        if np.dtype(column.dtype) != np.bool_:
-            continue
-        if place == "next/reward":
-            entries[place] = np.asarray(column[:], np.float32)
-        elif place == "action" or "observation" in place.split("/"):
-            entries[place] = np.asarray(column[:], np.int64)
-            yield f"{place.replace('/', '.')}: False and True are 0 and 1."
 
 
 def _log_probabilities(named: Columns) -> Columns:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from iql_torchrl.data.readers.arrays import Columns
-from iql_torchrl.data.readers.columns import TRAJECTORY_ENDS
+from iql_torchrl.data.readers.columns import IDS
 from iql_torchrl.data.readers.following import SAMPLE, differs, found_among
 
-Flags: TypeAlias = NDArray[np.bool_]
+Flags = NDArray[np.bool_]
 #: In sources of up to so many rows, or episodes, nothing is said about what most of them are.
 MANY = 20
 #: Share of rows above which a statement about them is made.
@@ -20,7 +19,7 @@ MOST = 0.9
 #: Rows that are compared to find out what wrong next observations are.
 LOOKED_AT = 32_768
 #: Keys of columns that show where episodes end.
-ENDS = ("truncated", "trajectory_end", "valid", "episode", "env_index", "time")
+ENDS = ("truncated", "trajectory_end", "valid", "time", *IDS)
 
 
 def contradictions(
@@ -32,30 +31,44 @@ def contradictions(
     ``broken``: rows whose next observation is not the following row's observation, if known; ``last``:
     last rows of episodes; ``lengths``: of the episodes' transitions.
     """
-    texts = [
-        _no_terminations(columns) or _opposite(columns, flags, last, broken),
-        "" if broken is None else _breaks_inside(columns, flags, last, broken),
-    ]
-    texts.append(_little_kept(columns, flags, last, lengths, any(texts)))
-    return [text for text in texts if text]
-
-
-def _no_terminations(columns: Columns) -> str:
-    """Ends are flagged, but no column says which of them terminate."""
-    paths = columns.paths
-    path = paths.get("trajectory_end")
-    if path is None or {"terminated", "not_terminated"} & set(paths):
-        return ""
-    return (
-        f"no column says which rows terminate: together with {paths['valid']!r}, {path!r} "
-        "ends trajectories, and all of them were read as truncated. Add 'masks' (0 where a "
-        f"row terminates), or pass columns={{'terminated': None, 'truncated': {path!r}}} if none does."
+    paths, texts = columns.paths, list[str]()
+    if "trajectory_end" in paths and not {"terminated", "not_terminated"} & paths.keys():
+        path = paths["trajectory_end"]
+        texts.append(
+            f"no column says which rows terminate: together with {paths['valid']!r}, {path!r} "
+            "ends trajectories, and all of them were read as truncated. Add 'masks' (0 where a "
+            f"row terminates), or pass columns={{'terminated': None, 'truncated': {path!r}}} if none "
+            "does."
+        )
+    elif 3 * int(flags["terminated"].sum()) > columns.rows:
+        texts += _opposite(columns, flags, last, broken)
+    if broken is not None:
+        known = any(key in paths for key in ENDS)
+        inside = flags["valid"][:-1] & ~(last if known else flags["terminated"])[:-1]
+        if (breaks := broken & inside).any():
+            texts += _breaks_inside(columns, inside, breaks, last[:-1] & ~broken, known)
+    remedy = (
+        "check which column has the done flags and whether it is 1 where an episode ends "
+        "(columns={...} names it)."
     )
+    rows, remaining = int(flags["valid"].sum()), int(lengths.sum())
+    single = int((lengths == 1).sum())
+    flagged = (last & (flags["terminated"] | flags["truncated"])).sum()
+    if rows > MANY and 2 * remaining < rows:
+        texts.append(f"only {remaining} of {rows} rows make transitions, see the notes: {remedy}")
+    elif (
+        not texts
+        and len(lengths) > MANY
+        and 2 * single > len(lengths)
+        and 2 * flagged <= last.sum()
+    ):
+        texts.append(f"{single} of {len(lengths)} episodes have one row: {remedy}")
+    return texts
 
 
 def _opposite(
     columns: Columns, flags: Mapping[str, Flags], last: Flags, broken: Flags | None
-) -> str:
+) -> list[str]:
     """Nearly all rows terminate, although the following rows continue their trajectories."""
     key, other = "terminated", "not_terminated"
     if other in columns.paths:
@@ -64,65 +77,55 @@ def _opposite(
     elif broken is not None and not flags["terminated"].all():  # as those of a bandit
         going_on = np.append(~broken, False)
     else:
-        return ""
+        return []
     ends = flags["terminated"][going_on]
     if len(ends) <= MANY or 2 * len(ends) < columns.rows or ends.mean() <= MOST:
-        return ""
+        return []
     sides = columns.leaves("observation"), columns.leaves("next/observation")
     if broken is not None and differs(*sides, LOOKED_AT, 7).mean() < 0.8:
-        return ""  # few states: rows equal each other by chance
+        return []  # few states: rows equal each other by chance
     path = columns.paths[key]
-    return (
+    return [
         f"{path!r} says that {ends.mean():.0%} of the rows terminate that the following row continues: "
         f"it may mean the opposite. columns={{{other!r}: {path!r}}} reads it in this way."
+    ]
+
+
+def _breaks_inside(
+    columns: Columns, inside: Flags, breaks: Flags, flagged: Flags, known: bool
+) -> list[str]:
+    """Rows ``inside`` episodes whose ``next_observation`` is not the following row's: ``breaks``.
+
+    ``flagged``: ends of episodes that do not break. ``known``: a column says where episodes end.
+    """
+    count, total = int(breaks.sum()), int(inside.sum())
+    text = (
+        f"next_observation ({columns.paths['next_observation']!r}) is not the following row's "
+        f"observation in {count} "
     )
-
-
-def _breaks_inside(columns: Columns, flags: Mapping[str, Flags], last: Flags, broken: Flags) -> str:
-    """Rows inside episodes whose ``next_observation`` is not the following row's observation."""
-    known = any(key in columns.paths for key in ENDS)
-    inside = flags["valid"][:-1] & ~(last[:-1] if known else flags["terminated"][:-1])
-    breaks = broken & inside
-    if not (count := int(breaks.sum())):
-        return ""
-    path, total = columns.paths["next_observation"], int(inside.sum())
-    text = f"next_observation ({path!r}) is not the following row's observation in {count} "
     if 2 * count > total:
-        return f"{text}of {total} rows inside episodes: {_unrelated(columns, inside)}"
-    first = columns.source_row(int(breaks.argmax()))
-    text += f"rows inside episodes, first at row {first}: "
-    if {"episode", "env_index"} & columns.paths.keys():
-        return (
+        return [f"{text}of {total} rows inside episodes: {_unrelated(columns, inside)}"]
+    if not known:  # episodes were cut where rows break
+        return []
+    text += f"rows inside episodes, first at row {columns.source_row(int(breaks.argmax()))}: "
+    if {*IDS} & columns.paths.keys():
+        return [
             f"{text}rows may be missing there, or be in another order. Each transition is used as it "
             "stands; windows of observations and chunks of actions need rows that follow each other."
+        ]
+    why = "done flags are missing there"
+    if count == 1:
+        why = (
+            "a done flag is missing there, or it is where a ring buffer overwrote its oldest rows "
+            "(begin the table with the row after it)"
         )
-    if not known:  # episodes were cut where rows break
-        if (last[:-1] | flags["terminated"][:-1]).any():
-            return ""
-        return (
-            f"{text}no row is terminated or truncated, and all rows were read as one episode. Pass "
-            "max_episode_steps=, or name the column of episode ids or done flags (such as "
-            f"{', '.join(map(repr, TRAJECTORY_ENDS))}) with columns={{'episode': ...}} or "
-            "columns={'truncated': ...}."
-        )
-    return (
-        f"{text}{_missing_or_shifted(last[:-1] & ~broken, breaks)}. Flag those rows as truncated or "
-        "terminated; where no termination is missing, columns={'truncated': None} ends episodes at "
-        "such rows."
-    )
-
-
-def _missing_or_shifted(flagged: Flags, breaks: Flags) -> str:
-    """Why rows inside episodes break; ``flagged``: ends of episodes that do not break."""
-    for shift, place in ((1, "before"), (-1, "after")):
-        if int((np.roll(flagged, shift) & breaks).sum()) >= MOST * int(breaks.sum()):
-            return f"the done flags are shifted: each lies one row {place} such a row"
-    if breaks.sum() > 1:
-        return "done flags are missing there"
-    return (
-        "a done flag is missing there, or it is where a ring buffer overwrote its oldest rows "
-        "(begin the table with the row after it)"
-    )
+    for shift, place in ((-1, "after"), (1, "before")):
+        if (np.roll(flagged, shift) & breaks).sum() >= MOST * count:
+            why = f"the done flags are shifted: each lies one row {place} such a row"
+    return [
+        f"{text}{why}. Flag those rows as truncated or terminated; where no termination is missing, "
+        "columns={'truncated': None} ends episodes at such rows."
+    ]
 
 
 def _unrelated(columns: Columns, inside: Flags) -> str:
@@ -149,37 +152,3 @@ def _unrelated(columns: Columns, inside: Flags) -> str:
         f"{reason}. Repair the column, or pass columns={{'next_observation': None}} to use the "
         "following rows."
     )
-
-
-def one_episode(columns: Columns, flags: Mapping[str, Flags], last: Flags) -> list[str]:
-    """A sentence if all rows are one episode, and nothing in the source says so."""
-    if columns.rows <= MANY or last[:-1].any() or {"episode", "env_index"} & columns.paths.keys():
-        return []
-    if any(flags[key].any() for key in ("terminated", "truncated", "trajectory_end")):
-        return []
-    return [
-        f"all {columns.rows:,} rows were read as one episode, because no row is terminated or "
-        "truncated and there are no episode ids. If there are several, pass max_episode_steps=, or "
-        "name the column of episode ids or done flags with columns={'episode': ...} or "
-        "columns={'truncated': ...}."
-    ]
-
-
-def _little_kept(
-    columns: Columns, flags: Mapping[str, Flags], last: Flags, lengths: NDArray[np.int64],
-    explained: bool,
-) -> str:  # fmt: skip
-    """Most rows dropped, or most episodes of one row that no flag ends, if this is not explained."""
-    remedy = (
-        "check which column has the done flags and whether it is 1 where an episode ends "
-        "(columns={...} names it)"
-    )
-    rows, remaining = int(flags["valid"].sum()), int(lengths.sum())
-    if rows > MANY and 2 * remaining < rows:
-        return f"only {remaining} of {rows} rows make transitions, see the notes: {remedy}."
-    single = int((lengths == 1).sum())
-    ended = flags["terminated"] | flags["truncated"]
-    mostly_ended = 2 * int((last & ended).sum()) > int(last.sum())
-    if explained or mostly_ended or len(lengths) <= MANY or 2 * single <= len(lengths):
-        return ""
-    return f"{single} of {len(lengths)} episodes have one row: {remedy}."

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from iql_torchrl.data.readers.arrays import Columns
-from iql_torchrl.data.readers.columns import FLAGS
-from iql_torchrl.data.readers.contradictions import contradictions, one_episode
+from iql_torchrl.data.readers.columns import FLAGS, IDS
+from iql_torchrl.data.readers.contradictions import MANY, contradictions
 from iql_torchrl.data.readers.following import SAMPLE, differs
 from iql_torchrl.data.readers.hints import boundary_hints, interleaved_by
 from iql_torchrl.data.readers.options import ReadOptions
-from iql_torchrl.data.readers.order import episode_ends, sorted_rows, time_gaps
+from iql_torchrl.data.readers.order import sorted_rows, time_gaps
 from iql_torchrl.data.schema import DatasetError
 
-Flags: TypeAlias = NDArray[np.bool_]
+Flags = NDArray[np.bool_]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +29,6 @@ class Episodes:
             observation where the source has none (the row itself where nothing is known).
         terminated, truncated: bool ``(n,)``; a transition is never both.
         lengths: int64 ``(E,)``, transitions of each episode; they add up to n.
-        terminates_inside: transitions may terminate inside an episode, which continues.
     """
 
     rows: NDArray[np.int64]
@@ -72,7 +70,7 @@ def find_episodes(source: Columns, options: ReadOptions) -> tuple[Columns, Episo
     an id, is ``done`` and is not bootstrapped, but the episode continues; without ``terminals``, or
     where these equal the terminations, only if ``next_observation`` is the next row's observation. A
     row where ``valid`` is 0, or that a vector environment wrote after an episode's end
-    (:func:`_autoreset`), is not a transition.
+    (:func:`_resets`), is not a transition.
 
     Without ``next_observation`` the following row has the next observation. At the end of an episode
     there is none: a truncated row is dropped and the row before it becomes the last, truncated (as in
@@ -81,83 +79,116 @@ def find_episodes(source: Columns, options: ReadOptions) -> tuple[Columns, Episo
     t+1, and the last row of each episode is dropped. ``notes`` count what was dropped; ``warnings``
     name what contradicts the flags.
     """
-    columns, notes = sorted_rows(source)
+    columns, has, notes, ids = source, source.paths.keys(), list[str](), dict[str, Flags]()
+    if has & {*IDS}:
+        columns, ids, notes = sorted_rows(source)
     flags = read_flags(columns)
-    gaps, gap_notes = time_gaps(columns, flags)
-    following = columns.leaves("next/observation")
-    broken = differs(columns.leaves("observation"), following, columns.rows) if following else None
-    _check_interleaved(columns, broken, options)
-    autoreset, doubt = _autoreset(columns, flags, broken, options)
-    if autoreset.any():
-        flags["valid"] = flags["valid"] & ~autoreset
-        gap_notes.append(
-            f"dropped {int(autoreset.sum())} rows that a vector environment wrote when it reset itself "
-            "(autoreset in the step after an episode's end): their actions were ignored. "
-            "autoreset=False keeps them."
-        )
-    last = _last_rows(columns, flags, broken, gaps, options)
+    ended = flags["terminated"] | flags["truncated"] | flags["trajectory_end"]
+    id_ends = np.any([*ids.values()], axis=0) if ids else None
+    gaps = None
+    if "time" in has:
+        gaps, texts = time_gaps(columns, ~ended if id_ends is None else ~(ended | id_ends))
+        notes += texts
+    observed, following = columns.leaves("observation"), columns.leaves("next/observation")
+    broken = differs(observed, following, columns.rows) if following else None
+    follows = broken is not None and 2 * int(broken.sum()) < len(broken)
+    if not (ids or follows) and options.columns.get("env_index", "") is not None:
+        _refuse_interleaved(columns)
+    warnings = list[str]()
+    unflagged = not ended.any()
+    ended &= ~ids.get("env_index", np.zeros_like(ended))
+    ended[-1:] = False
+    if options.autoreset is not False and ended.any() and "valid" not in has:
+        resets, texts = _resets(columns, ended, broken, options)
+        warnings += texts
+        if resets.any():
+            flags["valid"] = flags["valid"] & ~resets
+            notes.append(
+                f"dropped {int(resets.sum())} rows that a vector environment wrote when it reset "
+                "itself (autoreset in the step after an episode's end): their actions were ignored. "
+                "autoreset=False keeps them."
+            )
+    last = _last_rows(columns, flags, broken, gaps, id_ends, options)
     truncated = flags["truncated"]
-    if "truncated" not in columns.paths or {"trajectory_end", "valid"} & columns.paths.keys():
+    if "truncated" not in has or {"trajectory_end", "valid"} & has:
         truncated = last & ~flags["terminated"]
-    elif "not_terminated" in columns.paths:
+    elif "not_terminated" in has:
         truncated = truncated & ~flags["terminated"]
     elif gaps is not None:
         truncated = truncated | (gaps & ~flags["terminated"])
     episodes = _transitions(columns, flags | {"truncated": truncated}, last, options.reward_offset)
-    if not len(episodes.rows):
-        raise DatasetError(
-            f"{columns.name}: no transition is left of {columns.rows} rows; {' '.join(episodes.notes)}"
-        )
-    warnings = contradictions(columns, flags, last, broken, episodes.lengths)
-    warnings += [doubt] if doubt else []
-    if options.autoreset:
-        warnings += _not_resets(columns, autoreset)
+    warnings = contradictions(columns, flags, last, broken, episodes.lengths) + warnings
     if not warnings:
         hints = boundary_hints(
-            columns.leaves("observation"), broken, columns.columns["next/reward"],
-            flags["terminated"], last, names=columns.paths, unused=columns.unused,
-            ids_given=bool({"episode", "env_index"} & columns.paths.keys()),
+            observed, broken, columns.columns["next/reward"], flags["terminated"], last,
+            names=columns.paths, unused=columns.unused, ids_given=bool(ids),
         )  # fmt: skip
         if options.autoreset is False:  # the user knows that these rows are steps
             hints = [text for text in hints if "autoreset" not in text]
-        warnings = hints or one_episode(columns, flags, last)
-    notes = [*notes, *gap_notes, *episodes.notes, *_flag_notes(columns, flags, episodes)]
-    return columns, replace(episodes, notes=tuple(notes), warnings=(*episodes.warnings, *warnings))
+        warnings = hints
+        if unflagged and not (hints or ids or last[:-1].any()) and columns.rows > MANY:
+            warnings = [
+                f"all {columns.rows:,} rows were read as one episode, because no row is terminated or "
+                "truncated and there are no episode ids. If there are several, pass "
+                "max_episode_steps=, or name the column of episode ids or done flags with "
+                "columns={'episode': ...} or columns={'truncated': ...}."
+            ]
+    return columns, replace(
+        episodes, notes=(*notes, *episodes.notes), warnings=(*episodes.warnings, *warnings)
+    )
 
 
 def read_flags(columns: Columns) -> dict[str, Flags]:
     """Each of ``FLAGS`` as bool ``(rows,)``; rows are valid, and nothing else, where it is missing."""
-    flags, name, rows = {}, columns.name, columns.rows
+    flags, name, rows, paths = dict[str, Flags](), columns.name, columns.rows, columns.paths
     for key in FLAGS:
-        values = np.full(rows, key == "valid")
-        if key in columns.columns:
-            values = np.ravel(columns.columns[key][:])
+        if key not in columns.columns:
+            flags[key] = np.full(rows, key == "valid")
+            continue
+        values = np.ravel(columns.columns[key][:])
         if len(wrong := np.flatnonzero((values != 0) & (values != 1))):
             raise DatasetError(
-                f"{name}: {key} ({columns.paths[key]!r}) has {values[wrong[0]]} in {len(wrong)} of "
+                f"{name}: {key} ({paths[key]!r}) has {values[wrong[0]]} in {len(wrong)} of "
                 f"{rows} rows with other values than 0 and 1, first at row "
                 f"{columns.source_row(wrong[0])}; expected 0 or 1."
             )
         flags[key] = values.astype(np.bool_)
-    if "not_terminated" not in columns.paths:
-        return flags
-    opposite = ~flags["not_terminated"]
-    if "terminated" in columns.paths and len(
-        differ := np.flatnonzero(flags["terminated"] != opposite)
-    ):
-        first, second = columns.paths["not_terminated"], columns.paths["terminated"]
-        raise DatasetError(
-            f"{name}: {first!r} (0 where a row terminates) and {second!r} (1 there) disagree in "
-            f"{len(differ)} of {rows} rows, first at row {columns.source_row(differ[0])}; choose one "
-            f"with columns={{'terminated': {second!r}}} or columns={{'not_terminated': {first!r}, "
-            "'terminated': None}."
-        )
-    return flags | {"terminated": opposite}
+    if "not_terminated" in paths:
+        opposite = ~flags["not_terminated"]
+        differ = np.flatnonzero(flags["terminated"] != opposite)
+        if "terminated" in paths and len(differ):
+            first, second = paths["not_terminated"], paths["terminated"]
+            raise DatasetError(
+                f"{name}: {first!r} (0 where a row terminates) and {second!r} (1 there) disagree in "
+                f"{len(differ)} of {rows} rows, first at row {columns.source_row(differ[0])}; choose "
+                f"one with columns={{'terminated': {second!r}}} or columns={{'not_terminated': "
+                f"{first!r}, 'terminated': None}}."
+            )
+        flags["terminated"] = opposite
+    return flags
 
 
-def _autoreset(
-    columns: Columns, flags: Mapping[str, Flags], broken: Flags | None, options: ReadOptions
-) -> tuple[Flags, str]:
+def _refuse_interleaved(columns: Columns) -> None:
+    """Raise where the rows of several environments take turns, and no ids say so.
+
+    The observations say how many environments may take turns; next observations, if known, must agree.
+    """
+    observed, following = columns.leaves("observation"), columns.leaves("next/observation")
+    envs = interleaved_by(observed)
+    if envs is None or (following and differs(observed, following, SAMPLE, envs).mean() > 0.5):
+        return
+    raise DatasetError(
+        f"{columns.name}: the rows of {envs} environments are interleaved (row = t * {envs} + env): "
+        f"the observation {envs} rows ahead is much nearer than the next one. Add a column that "
+        f"numbers the environments, numpy.arange(rows) % {envs}, and pass columns={{'env_index': "
+        "...}: rows are then sorted by it. If all rows are of one environment, pass "
+        "columns={'env_index': None}."
+    )
+
+
+def _resets(
+    columns: Columns, ended: Flags, broken: Flags | None, options: ReadOptions
+) -> tuple[Flags, list[str]]:
     """Rows that a vector environment wrote in the step after an episode's end, ``(rows,)``.
 
     Gymnasium's vector environments (1.0 and later, by default) reset in that step: its row leads from
@@ -165,54 +196,40 @@ def _autoreset(
     Recognised if every ended row's next observation is the following row's observation, whose row
     has no reward and does not end, while most other rows have rewards. Without next observations there
     is a warning if 99 % of the other rows have rewards. ``autoreset=True`` takes every row after an
-    end, False none. With ``reward_offset`` the reward of that row is not for its action.
+    end. With ``reward_offset`` the reward of that row is not for its action.
     """
-    none = np.zeros(columns.rows, np.bool_)
-    ended = flags["terminated"] | flags["truncated"] | flags["trajectory_end"]
-    ended[-1:] = False
-    if (ids := episode_ends(columns, ("env_index",))) is not None:
-        ended &= ~ids
-    if options.autoreset is False or not ended.any() or "valid" in columns.paths:
-        return none, ""
-    after = np.append(False, ended[:-1])
+    after, none = np.append(False, ended[:-1]), np.zeros_like(ended)
+    rewarded = np.asarray(columns.columns["next/reward"][:]).reshape(-1) != 0
+    wrong, usual = rewarded & after, float(rewarded[~after].mean())
+    if options.autoreset and wrong.any():
+        return after, [
+            f"autoreset=True dropped {int(after.sum())} rows, of which {int(wrong.sum())} have "
+            f"rewards, first at row {columns.source_row(int(wrong.argmax()))}; the step that resets a "
+            "vector environment has the reward 0. If these rows are transitions, pass autoreset=False."
+        ]
     if options.autoreset:
-        return after, ""
-    if options.reward_offset:
-        return none, ""
-    rewards = np.asarray(columns.columns["next/reward"][:]).reshape(-1)
-    rewarded = float((rewards[~after] != 0).mean())
-    if (rewards[after] != 0).any() or (after & ended).any() or rewarded < 0.5 or ended.sum() < 2:
-        return none, ""
+        return after, []
+    if options.reward_offset or wrong.any() or (after & ended).any() or usual < 0.5:
+        return none, []
     if broken is not None:
-        return none if (broken & ended[:-1]).any() else after, ""
+        recognised = ended.sum() > 1 and not (broken & ended[:-1]).any()
+        return after if recognised else none, []
     # a warning of the reader explains such rewards: d3rlpy before 1.1 moved them by one row
-    if rewarded < 0.99 or ended.sum() < 3 or columns.warnings:
-        return none, ""
-    return none, (
+    if usual < 0.99 or ended.sum() < 3 or columns.warnings:
+        return none, []
+    return none, [
         f"the rows after all {int(ended.sum())} ends of episodes have reward 0, and hardly any other "
         "row: they look like rows that a vector environment wrote when it reset itself, whose actions "
         "were ignored. Pass autoreset=True to drop them, or autoreset=False if they are steps."
-    )
-
-
-def _not_resets(columns: Columns, dropped: Flags) -> list[str]:
-    """A warning where rows that ``autoreset=True`` drops have rewards, which resets do not have."""
-    rewarded = dropped & (np.asarray(columns.columns["next/reward"][:]).reshape(-1) != 0)
-    if not (count := int(rewarded.sum())):
-        return []
-    return [
-        f"autoreset=True dropped {int(dropped.sum())} rows, of which {count} have rewards, first at "
-        f"row {columns.source_row(int(rewarded.argmax()))}; the step that resets a vector "
-        "environment has the reward 0. If these rows are transitions, pass autoreset=False."
     ]
 
 
 def _last_rows(
     columns: Columns, flags: Mapping[str, Flags], broken: Flags | None, gaps: Flags | None,
-    options: ReadOptions,
+    ids: Flags | None, options: ReadOptions,
 ) -> Flags:  # fmt: skip
     """The last row of each episode, ``(rows,)``; see :func:`find_episodes` for the rules."""
-    has, rows = columns.paths.keys(), columns.rows
+    has, limit = columns.paths.keys(), options.max_episode_steps
     terminated, truncated, end, valid = (
         flags[key] for key in ("terminated", "truncated", "trajectory_end", "valid")
     )
@@ -226,9 +243,23 @@ def _last_rows(
     last = (last & valid & np.append(valid[1:], True)) | ~valid
     last[-1] = True
     unknown = not others and "truncated" not in has
-    ids, limit = episode_ends(columns), options.max_episode_steps
-    if ids is not None:
-        last = _ends_of_ids(columns, flags, last, broken, ids)
+    if "episode" in has and ids is not None:
+        inside = last & ~ids & valid
+        inside[:-1] &= valid[1:]  # the following row only has the last observation
+        wrong = inside & ~terminated
+        if broken is not None:
+            wrong[:-1] |= inside[:-1] & broken
+        if wrong.any():
+            path = columns.paths["episode"]
+            raise DatasetError(
+                f"{columns.name}: {int(wrong.sum())} rows are terminated or truncated although the "
+                f"episode id ({path!r}) continues, first at row "
+                f"{columns.source_row(int(wrong.argmax()))}; expected done flags and ids to agree. If "
+                f"the ids number environments, pass columns={{'env_index': {path!r}, 'episode': None}}."
+            )
+        last = (last & ~inside) | ids
+    elif ids is not None:  # an environment has many episodes
+        last |= ids
     elif unknown and broken is not None:
         last[:-1] |= broken
     elif (
@@ -247,43 +278,21 @@ def _last_rows(
     if gaps is not None:
         last |= gaps & valid
     if unknown and limit:
-        row = np.arange(rows)
+        row = np.arange(len(last))
         first = np.maximum.accumulate(np.where(np.append(True, last[:-1]), row, 0))
         last |= (row - first + 1) % limit == 0
     return last
-
-
-def _ends_of_ids(
-    columns: Columns, flags: Mapping[str, Flags], last: Flags, broken: Flags | None, ids: Flags
-) -> Flags:
-    """``last`` with the ends of ids; raises where an episode with an id is truncated inside."""
-    if "episode" not in columns.paths:  # an environment has many episodes
-        return last | ids
-    inside = last & ~ids & flags["valid"]
-    inside[:-1] &= flags["valid"][1:]  # the following row only has the last observation
-    wrong = inside & ~flags["terminated"]
-    if broken is not None:
-        wrong[:-1] |= inside[:-1] & broken
-    if wrong.any():
-        raise DatasetError(
-            f"{columns.name}: {int(wrong.sum())} rows are terminated or truncated although the episode "
-            f"id ({columns.paths['episode']!r}) continues, first at row "
-            f"{columns.source_row(int(wrong.argmax()))}; expected done flags and ids to agree. If the "
-            "ids number environments, pass columns={'env_index': "
-            f"{columns.paths['episode']!r}, 'episode': None}}."
-        )
-    return (last & ~inside) | ids
 
 
 def _transitions(
     columns: Columns, flags: Mapping[str, Flags], last: Flags, reward_offset: int
 ) -> Episodes:
     """The transitions, with what was dropped or repaired."""
-    terminated, truncated, drop = flags["terminated"], flags["truncated"], ~flags["valid"]
-    notes, warnings = [], []
-    if "valid" in columns.paths and drop.any():
+    terminated, truncated = flags["terminated"].copy(), flags["truncated"].copy()
+    drop, paths, notes, warnings = ~flags["valid"], columns.paths, list[str](), list[str]()
+    if "valid" in paths and drop.any():
         notes.append(
-            f"dropped {int(drop.sum())} rows of {columns.rows} where {columns.paths['valid']!r} is 0: "
+            f"dropped {int(drop.sum())} rows of {columns.rows} where {paths['valid']!r} is 0: "
             "they only contain the observation after a trajectory's last step."
         )
     if reward_offset:
@@ -293,7 +302,6 @@ def _transitions(
         )
         # The flags of a row belong to the transition into it.
         inside = np.flatnonzero(~last)
-        terminated, truncated = terminated.copy(), truncated.copy()
         terminated[inside], truncated[inside] = terminated[inside + 1], truncated[inside + 1]
     else:
         if not columns.leaves("next/observation"):
@@ -312,43 +320,21 @@ def _transitions(
                 )
         # A row before a dropped row is truncated, unless it terminates.
         before = np.flatnonzero(drop[1:] & ~last[:-1])
-        truncated = truncated.copy()
         truncated[before] = ~terminated[before]
     end_rows = np.flatnonzero(last)
     lengths = np.diff(end_rows, prepend=-1) - drop[end_rows]
     if empty := int((lengths == 0).sum()):
         notes.append(f"{empty} episodes of one row were dropped with that row.")
     rows, lengths = np.flatnonzero(~drop), lengths[lengths > 0].astype(np.int64)
-    terminated, truncated = terminated[rows], truncated[rows]
-    repaired, doubted = _repair_flags(columns, terminated, truncated, lengths)
-    return Episodes(
-        rows=rows, after=rows + ~last[rows], terminated=terminated, truncated=truncated,
-        lengths=lengths, notes=(*notes, *repaired), warnings=(*warnings, *doubted),
+    if not len(rows):
+        raise DatasetError(
+            f"{columns.name}: no transition is left of {columns.rows} rows; {' '.join(notes)}"
+        )
+    found = Episodes(
+        rows=rows, after=rows + ~last[rows], terminated=terminated[rows],
+        truncated=truncated[rows], lengths=lengths, notes=tuple(notes), warnings=tuple(warnings),
     )  # fmt: skip
-
-
-def _repair_flags(
-    columns: Columns, terminated: Flags, truncated: Flags, lengths: NDArray[np.int64]
-) -> tuple[list[str], list[str]]:
-    """In place: no transition has both flags, each episode's last one has one. Notes, and warnings."""
-    notes, warnings = list[str](), list[str]()
-    if both := int((terminated & truncated).sum()):
-        truncated &= ~terminated
-        warnings.append(
-            f"{both} steps are both terminated and truncated; kept as terminated (never "
-            "bootstrapped)."
-        )
-    ends = np.cumsum(lengths) - 1
-    open_ends = ends[~(terminated | truncated)[ends]]
-    truncated[open_ends] = True
-    if len(open_ends) and "truncated" in columns.paths:
-        # a recording of several environments stops inside their episodes
-        texts = notes if "env_index" in columns.paths else warnings
-        texts.append(
-            f"{len(open_ends)} episodes end without a done flag; their last step was read as truncated "
-            "(bootstrapped)."
-        )
-    return notes, warnings
+    return _with_repaired_flags(columns, flags, found)
 
 
 def _lost_rewards(columns: Columns, cut: Flags, drop: Flags) -> list[str]:
@@ -356,10 +342,9 @@ def _lost_rewards(columns: Columns, cut: Flags, drop: Flags) -> list[str]:
     rewards = np.abs(np.asarray(columns.columns["next/reward"][:], np.float64).reshape(-1))
     with np.errstate(invalid="ignore"):
         lost, kept = float(rewards[cut].sum()), float(rewards[~drop].sum())
-        usual = rewards[~drop].mean() if (~drop).any() else 0.0
-        matters = lost > 0.1 * kept and rewards[cut].mean() > 10 * usual
-    if not matters:
-        return []
+        usual = kept / max(int((~drop).sum()), 1)
+        if not (lost > 0.1 * kept and rewards[cut].mean() > 10 * usual):
+            return []
     return [
         f"the {int(cut.sum())} dropped last rows have {lost / (lost + kept):.0%} of all rewards (by "
         "magnitude), which are lost: keep the rows by terminating them (columns={'terminated': ...}) "
@@ -368,49 +353,34 @@ def _lost_rewards(columns: Columns, cut: Flags, drop: Flags) -> list[str]:
     ]
 
 
-def _check_interleaved(columns: Columns, broken: Flags | None, options: ReadOptions) -> None:
-    """Raise where the rows of several environments take turns, and no ids say so.
-
-    The observations say how many environments may take turns; next observations, if known, must agree.
-    """
-    ids = {"episode", "env_index"} & columns.paths.keys()
-    if ids or options.columns.get("env_index", "") is None:
-        return
-    if broken is not None and 2 * int(broken.sum()) < len(broken):
-        return
-    observed, following = columns.leaves("observation"), columns.leaves("next/observation")
-    if (envs := interleaved_by(observed)) is None:
-        return
-    if following and differs(observed, following, SAMPLE, envs).mean() > 0.5:
-        return
-    raise DatasetError(
-        f"{columns.name}: the rows of {envs} environments are interleaved (row = t * {envs} + env): "
-        f"the observation {envs} rows ahead is much nearer than the next one. Add a column that "
-        f"numbers the environments, numpy.arange(rows) % {envs}, and pass columns={{'env_index': "
-        "...}: rows are then sorted by it. If all rows are of one environment, pass "
-        "columns={'env_index': None}."
-    )
-
-
-def _flag_notes(columns: Columns, flags: Mapping[str, Flags], episodes: Episodes) -> list[str]:
-    """How flags with ambiguous names were read, and terminations inside trajectories."""
-    notes, paths = [], columns.paths
-    if (path := paths.get("not_terminated")) is not None:
-        notes.append(
-            f"{path!r} was read as 0 where a row terminates and 1 elsewhere "
-            f"({int((flags['terminated'] & flags['valid']).sum())} terminations)."
+def _with_repaired_flags(columns: Columns, flags: Mapping[str, Flags], found: Episodes) -> Episodes:
+    """No transition has both flags, each episode's last one has one; notes on how flags were read."""
+    terminated, paths = found.terminated, columns.paths
+    notes, warnings = [*found.notes], [*found.warnings]
+    if both := int((terminated & found.truncated).sum()):
+        warnings.append(
+            f"{both} steps are both terminated and truncated; kept as terminated (never "
+            "bootstrapped)."
         )
-    if (path := paths.get("trajectory_end")) is not None:
+    truncated, ends = found.truncated & ~terminated, np.cumsum(found.lengths) - 1
+    open_ends = ends[~(terminated | truncated)[ends]]
+    truncated[open_ends] = True
+    if len(open_ends) and "truncated" in paths:
+        # a recording of several environments stops inside their episodes
+        (notes if "env_index" in paths else warnings).append(
+            f"{len(open_ends)} episodes end without a done flag; their last step was read as truncated "
+            "(bootstrapped)."
+        )
+    if path := paths.get("not_terminated"):
+        count = int((flags["terminated"] & flags["valid"]).sum())
+        notes.append(
+            f"{path!r} was read as 0 where a row terminates and 1 elsewhere ({count} terminations)."
+        )
+    if path := paths.get("trajectory_end"):
         notes.append(f"{path!r} was read as ends of trajectories, not as terminations.")
-    if inside := terminated_inside(episodes):
+    if inside := int(terminated.sum() - terminated[ends].sum()):
         notes.append(
             f"{inside} rows terminate inside a trajectory that continues: bootstrapping stops there, "
             "the episode does not end."
         )
-    return notes
-
-
-def terminated_inside(episodes: Episodes) -> int:
-    """How many transitions terminate before the last one of their episode."""
-    ends = np.cumsum(episodes.lengths) - 1
-    return int(episodes.terminated.sum() - episodes.terminated[ends].sum())
+    return replace(found, truncated=truncated, notes=tuple(notes), warnings=tuple(warnings))

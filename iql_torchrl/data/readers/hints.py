@@ -67,10 +67,10 @@ def boundary_hints(
     steps = steps_of(values, last[: max(0, len(values) - 1)])
     if steps is None or steps.usual > 0.35:
         return []
-    shift, ends = _shift(steps), int(steps.ended.sum())
+    (shift, one_later), ends = _shift(steps), int(steps.ended.sum())
     zero = np.ravel(np.asarray(reward[: len(values)])) == 0
     unrewarded = int(zero[1:][steps.ended].sum())  # the last row of an environment has no reset
-    resets = (shift == 1 or _jumps_one_later(steps)) and unrewarded >= 0.9 * ends
+    resets = one_later and unrewarded >= 0.9 * ends
     if resets and zero.mean() < 0.5:
         return [
             f"the rows after {unrewarded} of the {ends} ends of episodes have reward 0 and continue "
@@ -182,26 +182,23 @@ def rank(lengths: Floats, others: Floats) -> float:
     return float(below.mean()) / (2 * len(ordered))
 
 
-def _shift(steps: Steps) -> int:
-    """1 or -1 where the observation jumps after the rows after or before the ends; else 0."""
+def _shift(steps: Steps) -> tuple[int, bool]:
+    """1 or -1 where the observation jumps after the rows after or before the ends; else 0.
+
+    And True if it jumps after the rows after the ends: the shift is 1, or nine tenths of those steps
+    are longer than that at the end, and than most steps.
+    """
     ends, inside = np.flatnonzero(steps.ended), steps.length[steps.inside]
-    if len(ends) < FEWEST or rank(steps.length[ends], inside) > 0.8:
-        return 0
-    for shift in (1, -1):
+    if len(ends) < FEWEST:
+        return 0, False
+    before = ends[ends + 1 < len(steps.length)]
+    usual = np.maximum(steps.length[before], np.median(inside))
+    one_later = len(before) >= FEWEST and (steps.length[before + 1] > usual).mean() >= 0.9
+    for shift in (1, -1) if rank(steps.length[ends], inside) <= 0.8 else ():
         rows = (ends + shift)[(ends + shift >= 0) & (ends + shift < len(steps.length))]
         if rank(steps.length[rows], inside) >= max(0.85, 0.5 + np.sqrt(0.75 / len(rows))):
-            return shift
-    return 0
-
-
-def _jumps_one_later(steps: Steps) -> bool:
-    """The step after nine tenths of the ends is longer than that at the end, and than most steps."""
-    ends = np.flatnonzero(steps.ended[:-1])
-    if len(ends) < FEWEST:
-        return False
-    later = steps.length[ends + 1]
-    longer = later > np.maximum(steps.length[ends], np.median(steps.length[steps.inside]))
-    return bool(longer.mean() >= 0.9)
+            return shift, bool(one_later or shift == 1)
+    return 0, bool(one_later)
 
 
 def _continued(

@@ -60,9 +60,19 @@ def open_columns(source: Any, options: ReadOptions) -> Columns:
     """The columns of one source, by their names in it. Raises ``DatasetError`` saying what is read."""
     if isinstance(source, minari.MinariDataset):
         return open_minari(source, options)
-    if isinstance(source, str | Path) and is_table_path(source):
-        return _open_path(Path(source), options)
-    if isinstance(source, str | Path) and os.path.lexists(source) and not is_minari_id(source):
+    if not isinstance(source, str | Path):
+        return _open_object(source, options)
+    if is_table_path(source):
+        path, kind = Path(source), Path(source).suffix.lower()
+        if not path.exists():
+            raise DatasetError(f"{path}: no such file.")
+        if path.is_dir() or kind == ".parquet":
+            return _open_arrow(path, options)
+        if kind not in FILES:
+            return open_d3rlpy_file(path, options)
+        columns = FILES[kind](path, options.named)
+        return columns if isinstance(columns, Columns) else Columns(path.name, columns)
+    if os.path.lexists(source) and not is_minari_id(source):
         raise DatasetError(
             f"{source}: exists, but is not of a kind that is read; expected {EXPECTED}."
         )
@@ -70,9 +80,7 @@ def open_columns(source: Any, options: ReadOptions) -> Columns:
         raise DatasetError(f"{source}: no such file; expected {EXPECTED} as text.")
     if is_ogbench(source):
         return open_ogbench(source, options)
-    if isinstance(source, str):
-        return open_minari(find_minari(source, download=options.download), options)
-    return _open_object(source, options)
+    return open_minari(find_minari(source, download=options.download), options)
 
 
 def source_files(source: Any, options: ReadOptions) -> tuple[Path, ...]:
@@ -108,24 +116,17 @@ def is_table_path(source: str | Path) -> bool:
     )
 
 
-def _open_path(path: Path, options: ReadOptions) -> Columns:
-    """The columns of a file, or of a folder of LeRobot, of ``save_to_disk`` or of Parquet files."""
-    kind = path.suffix.lower()
-    if not path.exists():
-        raise DatasetError(f"{path}: no such file.")
-    if not path.is_dir() and kind != ".parquet":
-        if kind in FILES:
-            columns = FILES[kind](path, options.named)
-            return columns if isinstance(columns, Columns) else Columns(path.name, columns)
-        return open_d3rlpy_file(path, options)
+def _open_arrow(path: Path, options: ReadOptions) -> Columns:
+    """The columns of a Parquet file, or of a folder of LeRobot, ``save_to_disk`` or Parquet files."""
     from iql_torchrl.data.readers.arrow import arrow_columns
-    from iql_torchrl.data.readers.lerobot import open_lerobot
     from iql_torchrl.data.readers.parquet import ParquetRows, parquet_files
 
     if is_saved_dataset(path):
         rows = HuggingFaceRows(load_saved_dataset(path), path)
         return Columns(path.name, arrow_columns(rows, options.named))
     if (path / "meta" / "info.json").is_file():
+        from iql_torchrl.data.readers.lerobot import open_lerobot
+
         return open_lerobot(path, options)
     files, folder = ([path], path.parent) if path.is_file() else (parquet_files(path), path)
     table = ParquetRows(path.name, files, folder)

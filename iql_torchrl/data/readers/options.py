@@ -23,7 +23,8 @@ JOINED = ("observation", "next_observation", "action")
 class ReadOptions:
     """How a source is read and built: the options of ``load_dataset``, which describes each.
 
-    What begins with ``env_`` is the environment's: see :meth:`described`.
+    What begins with ``env_`` is the environment's: see :meth:`described`. ``named``: ``columns``, with
+    one name for each list of names: the names with commas.
 
     Raises ``DatasetError`` naming an option of another kind or out of its range.
     """
@@ -45,6 +46,7 @@ class ReadOptions:
     env_observation_space: gym.Space[Any] | None = None
     env_action_space: gym.Space[Any] | None = None
     env_max_episode_steps: int | None = None
+    named: dict[str, str | None] = field(init=False)
 
     def __post_init__(self) -> None:
         if self.columns is None:
@@ -82,18 +84,14 @@ class ReadOptions:
         reward_map(self.reward, np.arange(2.0))
         if self.env is not None:
             env_maker(self.env)
-
-    @property
-    def named(self) -> dict[str, str | None]:
-        """``columns``, with one name for each list of names: the names with commas."""
-        return {
-            key: name if isinstance(name, str | None) else ", ".join(name)
-            for key, name in self.columns.items()
+        names = {
+            k: n if isinstance(n, str | None) else ", ".join(n) for k, n in self.columns.items()
         }
+        object.__setattr__(self, "named", names)
 
     def described(self) -> ReadOptions:
         """With the environment's spaces, which are used where a source has none, and its step limit."""
-        if self.env is None or self.env_observation_space is not None:
+        if self.env is None:
             return self
         env = env_maker(self.env)()
         env.close()

@@ -22,7 +22,7 @@ from iql_torchrl.data.codec import (
 from iql_torchrl.data.readers.arrays import Column, Columns, ComputedColumn
 from iql_torchrl.data.readers.columns import name_columns, number_texts
 from iql_torchrl.data.readers.episodes import Episodes, find_episodes
-from iql_torchrl.data.readers.guess import Guess, guess_action_space, guess_observation_space
+from iql_torchrl.data.readers.guess import guess_action_space, guess_observation_space
 from iql_torchrl.data.readers.opening import open_columns
 from iql_torchrl.data.readers.options import ReadOptions
 from iql_torchrl.data.schema import DatasetError, Layout
@@ -32,12 +32,15 @@ from iql_torchrl.data.schema import DatasetError, Layout
 class Source:
     """Everything about a source that is known before its transitions are read.
 
-    ``parts``: the named columns and the episodes of each joined dataset, in their order. ``guessed``:
-    ``"observation"`` and ``"action"`` where the space was made from the data.
+    ``parts``: the named columns and the episodes of each joined dataset, in their order. ``layout``:
+    the entries of transitions. ``guessed``: ``"observation"`` and ``"action"`` where the space was made
+    from the data.
     """
 
     name: str
-    parts: tuple[tuple[Columns, Episodes], ...]
+    parts: Sequence[tuple[Columns, Episodes]]
+    episode_lengths: NDArray[np.int64]
+    layout: Layout
     observation_space: gym.Space[Any]
     action_space: gym.Space[Any]
     guessed: frozenset[str] = frozenset()
@@ -47,23 +50,6 @@ class Source:
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
-    @property
-    def episode_lengths(self) -> NDArray[np.int64]:
-        return np.concatenate([episodes.lengths for _, episodes in self.parts])
-
-    @property
-    def rows(self) -> int:
-        """The number of transitions."""
-        return sum(len(episodes.rows) for _, episodes in self.parts)
-
-    def layout(self, dtype: Any) -> Layout:
-        """The entries of the transitions, with their shapes and dtypes."""
-        columns = self.parts[0][0].columns
-        return transition_layout(
-            self.observation_space, self.action_space, dtype=dtype,
-            masked="action_mask" in columns, log_prob="action_log_prob" in columns,
-        )  # fmt: skip
-
 
 def open_source(source: Any, options: ReadOptions) -> Source:
     """What ``load_dataset`` reads, with joined leaves and at most ``limit`` transitions.
@@ -71,13 +57,13 @@ def open_source(source: Any, options: ReadOptions) -> Source:
     A list or tuple is joined: spaces that a source or ``options`` declare must be equal, spaces that
     are made from the data hold all of them.
     """
-    items = list(_items(source))
+    items = list(_items(source)) if isinstance(source, list | tuple) else [source]
     if not items:
         raise DatasetError("source: an empty list; name at least one dataset.")
-    options = options.described()
-    opened = [open_columns(item, options) for item in items]
-    named = number_texts([name_columns(columns, options) for columns in opened])
-    parts, left = [], options.limit
+    named = [name_columns(open_columns(item, options), options) for item in items]
+    if any(np.dtype(c.dtype).kind in "UO" for each in named for c in each.columns.values()):
+        named = number_texts(named)
+    parts, left = list[tuple[Columns, Episodes]](), options.limit
     for columns in named:
         ordered, episodes = find_episodes(columns, options)
         if left is not None:
@@ -91,15 +77,17 @@ def open_source(source: Any, options: ReadOptions) -> Source:
 
 def _items(source: Any) -> Iterator[Any]:
     """The sources in a list, also of lists."""
-    if isinstance(source, list | tuple):
-        for item in source:
-            yield from _items(item)
-    else:
-        yield source
+    for item in source:
+        yield from _items(item) if isinstance(item, list | tuple) else [item]
 
 
 def _joined(parts: list[tuple[Columns, Episodes]], options: ReadOptions) -> Source:
     columns, first = [each for each, _ in parts], parts[0][0]
+    notes, warnings = list[str](), list[str]()
+    for each, episodes in parts:
+        prefix = f"{each.name}: " if len(parts) > 1 else ""
+        notes += [prefix + note for note in (*each.notes, *episodes.notes)]
+        warnings += [*each.warnings, *(f"{each.name}: {text}" for text in episodes.warnings)]
     for optional in ("action_mask", "action_log_prob"):
         have = [each.name for each in columns if optional in each.columns]
         if have and len(have) < len(columns):
@@ -108,102 +96,96 @@ def _joined(parts: list[tuple[Columns, Episodes]], options: ReadOptions) -> Sour
                 f"{lacks}: has no {optional}, but {have[0]} has; leave it out with "
                 f"columns={{{optional!r}: None}}, or join only datasets that have it."
             )
-    observation = _declared(columns, "observation_space", options) or guess_observation_space(
-        columns
-    )
-    action = _declared(columns, "action_space", options) or guess_action_space(columns)
-    guesses = {
-        key: each
-        for key, each in (("observation", observation), ("action", action))
-        if isinstance(each, Guess)
-    }
-    spaces = [each.space if isinstance(each, Guess) else each for each in (observation, action)]
-    several = len(parts) > 1
-    notes, warnings = [], []
-    for each, episodes in parts:
-        prefix = f"{each.name}: " if several else ""
-        notes += [prefix + note for note in (*each.notes, *episodes.notes)]
-        warnings += [*each.warnings, *(f"{each.name}: {text}" for text in episodes.warnings)]
-    notes += [note for guess in guesses.values() for note in guess.notes]
-    warnings += [f"{first.name}: {guess.warning}" for guess in guesses.values() if guess.warning]
+    observation, action, guessed = _spaces(columns, options, notes, warnings)
     same_env = all(each.env_spec == first.env_spec for each in columns)
+    same_scores = all(each.reference_scores == first.reference_scores for each in columns)
     if not same_env:
         notes.append("the joined datasets name different environments; none is used.")
-    same_scores = all(each.reference_scores == first.reference_scores for each in columns)
-    joined = Source(
+    adaptation = first.adaptation
+    if options.concatenate:
+        parts, observation = _concatenated(parts, observation, options)
+        adaptation = replace(adaptation, concatenate=tuple(options.concatenate))
+    return Source(
         name=" + ".join(each.name for each in columns),
-        parts=tuple(parts),
-        observation_space=spaces[0],
-        action_space=spaces[1],
-        guessed=frozenset(guesses),
-        adaptation=first.adaptation,
+        parts=parts,
+        episode_lengths=np.concatenate([episodes.lengths for _, episodes in parts]),
+        layout=transition_layout(
+            observation, action, dtype=options.dtype,
+            masked="action_mask" in first.columns, log_prob="action_log_prob" in first.columns,
+        ),
+        observation_space=observation,
+        action_space=action,
+        guessed=guessed,
+        adaptation=adaptation,
         env_spec=first.env_spec if same_env else None,
         reference_scores=first.reference_scores if same_scores else None,
         notes=tuple(notes),
         warnings=tuple(warnings),
-    )
-    joined = replace(joined, warnings=(*joined.warnings, *_time_limit(joined, options)))
-    return concatenated(joined, options.concatenate) if options.concatenate else joined
+    )  # fmt: skip
 
 
-def _declared(columns: Sequence[Columns], part: str, options: ReadOptions) -> Any:
-    """The space that the options or the sources declare; None if neither does."""
-    if (space := getattr(options, part)) is not None:
-        return space
-    given = [(each.name, getattr(each, part)) for each in columns]
-    known = [(name, space) for name, space in given if space is not None]
-    for name, space in known[1:]:
-        if space != known[0][1]:
+def _spaces(
+    columns: list[Columns], options: ReadOptions, notes: list[str], warnings: list[str]
+) -> tuple[gym.Space[Any], gym.Space[Any], frozenset[str]]:
+    """The spaces of observations and actions, and which of the two are made from the data.
+
+    A space is that of the options, of the sources, or of the environment, in this order. Raises unless
+    sources agree, and observations have the leaves of their space.
+    """
+    found, guessed = dict[str, Any](), set[str]()
+    for key, guess in (("observation", guess_observation_space), ("action", guess_action_space)):
+        name = f"{key}_space"
+        given = [(each.name, getattr(each, name)) for each in columns]
+        known = [(source, space) for source, space in given if space is not None]
+        found[key] = getattr(options, name) or getattr(options, f"env_{name}")
+        if known and getattr(options, name) is None:
+            found[key] = known[0][1]
+            if other := next(((s, space) for s, space in known if space != known[0][1]), None):
+                raise DatasetError(
+                    f"{other[0]}: {name} is {other[1]}, but {known[0][0]} has {known[0][1]}; only "
+                    "datasets of the same spaces can be joined."
+                )
+        if found[key] is None:
+            guessed.add(key)
+            found[key], texts, warning = guess(columns)
+            notes += texts
+            warnings += [f"{columns[0].name}: {warning}"] if warning else []
+    expected = leaf_spaces(found["observation"]).keys()
+    for part in columns:
+        if (leaves := part.leaves("observation").keys()) != expected:
             raise DatasetError(
-                f"{name}: {part} is {space}, but {known[0][0]} has {known[0][1]}; only datasets of the "
-                "same spaces can be joined."
+                f"{part.name}: the data has the leaves {', '.join(map('.'.join, leaves))}; its spaces "
+                f"have {', '.join(map('.'.join, expected))}; expected the same: pass the env the data "
+                "came from."
             )
-    return known[0][1] if known else getattr(options, f"env_{part}")
+    return found["observation"], found["action"], frozenset(guessed)
 
 
-def _time_limit(source: Source, options: ReadOptions) -> list[str]:
-    """A warning where episodes are longer than the environment lets them be."""
-    limit = options.env_max_episode_steps
-    if limit is None and source.env_spec is not None:
-        limit = source.env_spec.max_episode_steps
-    longest = int(source.episode_lengths.max())
-    if limit is None or longest <= limit:
-        return []
-    return [
-        f"{source.name}: episodes have up to {longest} steps, but the environment ends them after "
-        f"{limit}: returns of evaluations are of shorter episodes. Pass env= with the limit that the "
-        f"data were recorded with: env=lambda: gymnasium.make(..., max_episode_steps={longest})."
-    ]
-
-
-def concatenated(source: Source, names: Sequence[str]) -> Source:
+def _concatenated(
+    parts: list[tuple[Columns, Episodes]], space: gym.Space[Any], options: ReadOptions
+) -> tuple[list[tuple[Columns, Episodes]], gym.Space[Any]]:
     """The named leaves of a Dict observation joined, in that order, into one flat observation.
 
     ``DatasetError`` for a plain observation, an unknown name, or leaves that are not Boxes of floats.
     """
-    parts = joined_leaves(leaf_spaces(source.observation_space, ()), names, source.name)
-    paths = ["/".join(("observation", *key)) for key in parts]
-
-    def joined(columns: Columns) -> Columns:
+    name = " + ".join(columns.name for columns, _ in parts)
+    leaves = joined_leaves(leaf_spaces(space, ()), options.concatenate or (), name)
+    joined = []
+    for columns, episodes in parts:
         kept = {k: v for k, v in columns.columns.items() if "observation" not in k.split("/")}
-        for side in ("", "next/"):
-            found = [columns.columns.get(f"{side}{path}") for path in paths]
-            if all(each is not None for each in found):
-                kept[f"{side}observation"] = _flat([each for each in found if each is not None])
-        return replace(columns, columns=kept)
-
-    return replace(
-        source,
-        observation_space=gym.spaces.flatten_space(gym.spaces.Tuple(parts.values())),
-        parts=tuple((joined(columns), episodes) for columns, episodes in source.parts),
-        adaptation=replace(source.adaptation, concatenate=tuple(names)),
-    )
+        for side in ("observation", "next/observation"):
+            paths = ["/".join((side, *key)) for key in leaves]
+            if all(path in columns.columns for path in paths):
+                kept[side] = _flat([columns.columns[path] for path in paths])
+        joined.append((replace(columns, columns=kept), episodes))
+    return joined, gym.spaces.flatten_space(gym.spaces.Tuple(leaves.values()))
 
 
 def _flat(columns: list[Column]) -> Column:
-    def read(rows: slice) -> NDArray[Any]:
-        return join([np.asarray(column[rows]) for column in columns], rows=True)
-
     width = sum(int(np.prod(column.shape[1:])) for column in columns)
     kind = np.result_type(*(np.dtype(column.dtype) for column in columns))
-    return ComputedColumn((columns[0].shape[0], width), kind, read)
+    return ComputedColumn(
+        (columns[0].shape[0], width),
+        kind,
+        lambda rows: join([np.asarray(column[rows]) for column in columns], rows=True),
+    )

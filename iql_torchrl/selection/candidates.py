@@ -1,6 +1,6 @@
-"""Members of a ranking: policies with a name, and what they do in logged states.
+"""Candidates of a ranking: policies with a name, and what they do in logged states.
 
-A member is an ``Agent`` or any TensorDict module that writes ``action``.
+A candidate is an ``Agent`` or any TensorDict module that writes ``action``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ROWS_AT_ONCE = 16_384
 
 
 @dataclass(frozen=True)
-class Member:
+class Candidate:
     """A policy that is compared with others.
 
     ``temperature`` is from its config, NaN where the objective does not read it, and ``episodes``
@@ -45,26 +45,26 @@ class Member:
     episodes: NDArray[np.int64] | None = None
 
 
-def resolve_members(members: Mapping[str, Any]) -> tuple[Member, ...]:
-    """The members of ``{name: Agent or actor}``, in its order.
+def resolve_candidates(candidates: Mapping[str, Any]) -> tuple[Candidate, ...]:
+    """The candidates of ``{name: Agent or actor}``, in its order.
 
     Raises ``ValueError`` for an empty mapping, ``TypeError`` for an object that is not a TensorDict
     module and has none as its ``policy``. ``ValueError`` for a policy with a history or with chunks.
     """
-    if not isinstance(members, Mapping) or not members:
+    if not isinstance(candidates, Mapping) or not candidates:
         raise ValueError(
-            f"members is {members!r}; expected at least one in a dict of name to Agent or actor."
+            f"candidates is {candidates!r}; expected at least one in a dict of name to Agent or actor."
         )
-    return tuple(resolve_member(name, policy) for name, policy in members.items())
+    return tuple(resolve_candidate(name, policy) for name, policy in candidates.items())
 
 
-def resolve_member(name: str, policy: Any) -> Member:
-    """``policy`` itself or, for an ``Agent``, its ``policy``; raises as :func:`resolve_members`."""
+def resolve_candidate(name: str, policy: Any) -> Candidate:
+    """``policy`` itself or, for an ``Agent``, its ``policy``; raises as :func:`resolve_candidates`."""
     actor = policy if isinstance(policy, torch.nn.Module) else getattr(policy, "policy", policy)
     try:
         check_policy(actor)
     except (TypeError, ValueError) as error:
-        raise type(error)(f"member {name!r}: {error}") from error
+        raise type(error)(f"candidate {name!r}: {error}") from error
     history, chunk = history_of(actor), chunk_of(actor)
     for does, several in (
         ("reads the last {} observations", history),
@@ -72,14 +72,14 @@ def resolve_member(name: str, policy: Any) -> Member:
     ):
         if several is not None:
             raise ValueError(
-                f"member {name!r} {does.format(several.length)}, and estimates from logs here are for "
+                f"candidate {name!r} {does.format(several.length)}, and offline estimates are for "
                 "policies that choose each action by one observation. Rank such policies in an "
                 "environment."
             )
     config = getattr(policy, "config", None)
     unused = getattr(config, "actor_objective", None) in UNWEIGHTED
     temperature = math.nan if unused else float(getattr(config, "temperature", math.nan))
-    return Member(
+    return Candidate(
         str(name), actor, temperature, getattr(getattr(policy, "task", None), "episodes", None)
     )
 
@@ -99,7 +99,7 @@ def states(rows: TensorDictBase, *, following: bool = False) -> TensorDictBase:
 
 
 def log_probabilities(
-    member: Member, table: TensorDictBase, num_actions: int, *, deterministic: bool = False
+    candidate: Candidate, table: TensorDictBase, num_actions: int, *, deterministic: bool = False
 ) -> Tensor:
     """log pi(a|s) of every action at ``table``'s states ``(N,)``: float64 ``(N, num_actions)``.
 
@@ -112,15 +112,15 @@ def log_probabilities(
     """
 
     def compute(chunk: TensorDictBase) -> Tensor:
-        logits = getattr(_distribution(member, chunk), "logits", None)
+        logits = getattr(_distribution(candidate, chunk), "logits", None)
         if logits is None:
-            action = member.policy(chunk)["action"]
+            action = candidate.policy(chunk)["action"]
             if action.ndim == 1 or action.shape[-1] == 1:
                 action = one_hot(action.reshape(len(chunk)).long(), num_actions)
             logits = one_hot(action.long().argmax(-1), action.shape[-1]).float().log()
         if logits.shape != (len(chunk), num_actions):
             raise ValueError(
-                f"member {member.name!r} gives logits of shape {tuple(logits.shape)} for "
+                f"candidate {candidate.name!r} gives logits of shape {tuple(logits.shape)} for "
                 f"{len(chunk)} states; expected one for each of the {num_actions} actions."
             )
         logits = logits.double()
@@ -130,16 +130,18 @@ def log_probabilities(
             logits = one_hot(logits.argmax(-1), num_actions).double().log()
         return logits.log_softmax(-1)
 
-    result = _in_chunks(member, table, compute)
+    result = _in_chunks(candidate, table, compute)
     if bool((undefined := result.isnan().any(-1)).any()):
         raise ValueError(
-            f"member {member.name!r} gives probability 0 to every allowed action, or NaN, in "
+            f"candidate {candidate.name!r} gives probability 0 to every allowed action, or NaN, in "
             f"{int(undefined.sum())} states; look at its parameters and at action_mask."
         )
     return result
 
 
-def actions(member: Member, table: TensorDictBase, *, samples: int = 0, seed: int = 0) -> Tensor:
+def actions(
+    candidate: Candidate, table: TensorDictBase, *, samples: int = 0, seed: int = 0
+) -> Tensor:
     """Continuous actions at ``table``'s states ``(N,)``: float32 ``(N, max(samples, 1), A)``.
 
     ``samples=0``: the deterministic action; else that many draws from ``seed``. Raises
@@ -147,29 +149,31 @@ def actions(member: Member, table: TensorDictBase, *, samples: int = 0, seed: in
     """
 
     def compute(chunk: TensorDictBase) -> Tensor:
-        drawn = [member.policy(chunk.copy())["action"] for _ in range(max(samples, 1))]
+        drawn = [candidate.policy(chunk.copy())["action"] for _ in range(max(samples, 1))]
         return torch.stack(drawn, 1).float()
 
-    result = _in_chunks(member, table, compute, deterministic=samples == 0, seed=seed)
+    result = _in_chunks(candidate, table, compute, deterministic=samples == 0, seed=seed)
     if result.ndim != 3 or not bool(result.isfinite().all()):
         raise ValueError(
-            f"member {member.name!r} acts with shape {tuple(result.shape)} (states, draws, ...) "
+            f"candidate {candidate.name!r} acts with shape {tuple(result.shape)} (states, draws, ...) "
             "or not with finite numbers; expected finite vectors: look at its parameters."
         )
     return result
 
 
-def has_density(member: Member, log: OfflineDataset) -> bool:
-    """Whether the member's continuous actions have a density, as :func:`logged_log_prob` needs."""
+def has_density(candidate: Candidate, log: OfflineDataset) -> bool:
+    """Whether the candidate's continuous actions have a density, as :func:`logged_log_prob` needs."""
 
     def compute(chunk: TensorDictBase) -> Tensor:
-        distribution = _distribution(member, chunk)
+        distribution = _distribution(candidate, chunk)
         return torch.tensor([distribution is not None and not isinstance(distribution, Delta)])
 
-    return bool(_in_chunks(member, states(log.transitions[:1]), compute))
+    return bool(_in_chunks(candidate, states(log.transitions[:1]), compute))
 
 
-def logged_log_prob(member: Member, log: OfflineDataset, *, deterministic: bool = False) -> Tensor:
+def logged_log_prob(
+    candidate: Candidate, log: OfflineDataset, *, deterministic: bool = False
+) -> Tensor:
     """log pi(a|s) of the logged actions, float64 ``(N,)``; continuous policies always sample.
 
     Raises ``ValueError`` as :func:`log_probabilities`, for continuous actions of a policy without a
@@ -178,51 +182,53 @@ def logged_log_prob(member: Member, log: OfflineDataset, *, deterministic: bool 
     table, action = states(log.transitions), log.transitions["action"]
     if isinstance(log.action_space, spaces.Discrete):
         count = int(log.action_space.n)
-        every = log_probabilities(member, table, count, deterministic=deterministic)
+        every = log_probabilities(candidate, table, count, deterministic=deterministic)
         return F.pick_action(every, action, leading=0)
-    if not has_density(member, log):
+    if not has_density(candidate, log):
         raise ValueError(
-            f"member {member.name!r}, a {type(member.policy).__name__}, has no density: importance "
-            "sampling needs the log-probability of logged actions, which policies.gaussian, "
+            f"candidate {candidate.name!r}, a {type(candidate.policy).__name__}, has no density: "
+            "importance sampling needs the log-probability of logged actions, which policies.gaussian, "
             "tanh_normal and mixture have. Fitted Q evaluation needs none."
         )
     table["action"] = action
     result = _in_chunks(
-        member, table, lambda rows: _distribution(member, rows).log_prob(rows["action"]).double()
+        candidate,
+        table,
+        lambda rows: _distribution(candidate, rows).log_prob(rows["action"]).double(),
     )
     if result.ndim != 1 or bool((result.isnan() | (result == torch.inf)).any()):
         raise ValueError(
-            f"member {member.name!r} gives logged actions log-densities of shape "
+            f"candidate {candidate.name!r} gives logged actions log-densities of shape "
             f"{tuple(result.shape)} that are NaN or infinite; expected one finite number a step."
         )
     return result
 
 
-def clone_distance(member: Member, clone: Member, log: OfflineDataset) -> float:
-    """How far ``member`` is from ``clone`` at the log's states; 0 for the clone itself.
+def bc_distance(candidate: Candidate, baseline: Candidate, log: OfflineDataset) -> float:
+    """Distance of ``candidate`` from the BC ``baseline`` at the dataset's states; 0 for the baseline.
 
-    Discrete actions: mean ``KL(pi || clone)`` in nats, infinite where the clone gives probability 0
-    to an action of the policy. Continuous: mean squared Euclidean distance of the deterministic
-    actions.
+    Discrete actions: mean ``KL(pi || baseline)`` in nats, infinite where the baseline gives
+    probability 0 to an action of the policy. Continuous: mean squared Euclidean distance of the
+    deterministic actions.
     """
     table = states(log.transitions)
     if not isinstance(log.action_space, spaces.Discrete):
-        gap = actions(member, table) - actions(clone, table)
+        gap = actions(candidate, table) - actions(baseline, table)
         return float(gap.double().square().sum(-1).mean())
     count = int(log.action_space.n)
-    own, other = (log_probabilities(each, table, count) for each in (member, clone))
+    own, other = (log_probabilities(each, table, count) for each in (candidate, baseline))
     possible = own > -torch.inf
     terms = torch.where(possible, own.exp() * (own - other), torch.zeros_like(own))
     return float(terms.sum(-1).mean().clamp(min=0.0))
 
 
-def _distribution(member: Member, chunk: TensorDictBase) -> Any:
-    get_dist = getattr(member.policy, "get_dist", None)
+def _distribution(candidate: Candidate, chunk: TensorDictBase) -> Any:
+    get_dist = getattr(candidate.policy, "get_dist", None)
     return None if get_dist is None else get_dist(chunk.copy())
 
 
 def _in_chunks(
-    member: Member,
+    candidate: Candidate,
     table: TensorDictBase,
     compute: Callable[[TensorDictBase], Tensor],
     *,
@@ -230,13 +236,13 @@ def _in_chunks(
     seed: int = 0,
 ) -> Tensor:
     keys = {unravel_key(key) for key in table.keys(include_nested=True)}
-    missing = [key for key in member.policy.in_keys if unravel_key(key) not in keys]
+    missing = [key for key in candidate.policy.in_keys if unravel_key(key) not in keys]
     if missing:
         raise ValueError(
-            f"member {member.name!r} reads {missing}, which the log lacks; it has "
-            f"{sorted(map(str, keys))}. Load the data in the form that the member was trained on."
+            f"candidate {candidate.name!r} reads {missing}, which the log lacks; it has "
+            f"{sorted(map(str, keys))}. Load the data in the form that the candidate was trained on."
         )
-    device = policy_device(member.policy, None)
-    with as_in_evaluation(member.policy, device, deterministic=deterministic, seed=seed):
+    device = policy_device(candidate.policy, None)
+    with as_in_evaluation(candidate.policy, device, deterministic=deterministic, seed=seed):
         chunks = [compute(chunk.to(device)).cpu() for chunk in table.split(ROWS_AT_ONCE)]
     return torch.cat(chunks)
