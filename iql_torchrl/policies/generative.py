@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any, TypeVar
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import (
+    ProbabilisticTensorDictModule,
     ProbabilisticTensorDictSequential,
     TensorDictModuleBase,
     TensorDictSequential,
@@ -23,8 +24,8 @@ from torchrl.modules import Delta
 from iql_torchrl.config import IQLConfig, check_choice, check_whole, knobs
 from iql_torchrl.networks import join_observations
 from iql_torchrl.networks.perceptrons import Part
-from iql_torchrl.policies.actors import bounds_of, listed
-from iql_torchrl.policies.distributions import Bounds, Head
+from iql_torchrl.policies.actors import OBSERVATION, Bounds, Head, Keys, bounds_of, listed
+from iql_torchrl.policies.distributions import BoundedDistribution
 
 ROWS_AT_ONCE = 65_536  # candidates that are evaluated together
 
@@ -44,8 +45,8 @@ class FlowHead(Head):
         super().__init__(in_features + size + 1 + 2 * conditioned, size, bounds, **network)
 
     def around(self, first: Part, mlp: Part, *inputs: Tensor) -> Tensor:
-        observation, action, time, *condition = inputs
-        return self.step(mlp, first(observation), action, time, *condition)
+        observation, *others = inputs
+        return self.step(mlp, first(observation), *others)
 
     @staticmethod
     def step(
@@ -100,7 +101,7 @@ class FlowPolicy(TensorDictModuleBase):
         conditioned: bool = False,
         guidance: float = 1.0,
         deterministic_samples: int = 8,
-        in_keys: Sequence[NestedKey] = ("observation",),
+        in_keys: Keys = OBSERVATION,
         noise_key: NestedKey = "noise",
         **network: Any,
     ) -> None:
@@ -283,14 +284,14 @@ class BestOf(TensorDictModuleBase):
             noise = noise.movedim(dims, 0)
         elif self.fixed_noise is not None:
             noise = _noise(self.fixed_noise, tensordict.batch_size)
-        actions: Tensor
         if hasattr(self.actor, "from_noise"):
             actions = self.actor.from_noise(tensordict, noise)
         else:
             dist = self.actor.get_dist(tensordict.select(*self.actor.in_keys, strict=False))
             foreign = self.fixed_noise is None
             actions = self._sampled(dist) if foreign else dist.from_noise(noise)
-        return actions.movedim(0, dims)
+        found: Tensor = actions.movedim(0, dims)
+        return found
 
     def _sampled(self, dist: Any) -> Any:
         """Samples ``(N, *B, A)`` of a distribution that is not one of this package's."""
@@ -399,7 +400,7 @@ def _checked_critics(critics: Any) -> nn.ModuleList:
 def _checked_actor(actor: Any) -> Any:
     if not isinstance(actor, nn.Module) or not hasattr(actor, "in_keys"):
         raise TypeError(f"actor is {type(actor).__name__}; expected a TensorDict module.")
-    draws = hasattr(actor, "get_dist") and not issubclass(_distribution_class(actor), Delta)
+    draws = hasattr(actor, "get_dist") and not issubclass(_distribution(actor)[0], Delta)
     if not draws and not hasattr(actor, "from_noise"):
         raise TypeError(
             f"actor is a {type(actor).__name__} without randomness, so all of its candidates would "
@@ -408,19 +409,21 @@ def _checked_actor(actor: Any) -> Any:
     return actor
 
 
-def _distribution_class(actor: nn.Module) -> type:
-    """The class of its last distribution; ``object`` where it has none, or another callable."""
-    kinds = [m.distribution_class for m in actor.modules() if hasattr(m, "distribution_class")]
-    return kinds[-1] if kinds and isinstance(kinds[-1], type) else object
+def _distribution(actor: nn.Module) -> tuple[Any, Mapping[str, Any]]:
+    """Class and keyword arguments of its last distribution; ``object`` where the class is unknown."""
+    found = [m for m in actor.modules() if isinstance(m, ProbabilisticTensorDictModule)]
+    if not found or not isinstance(found[-1].distribution_class, type):
+        return object, {}
+    return found[-1].distribution_class, found[-1].distribution_kwargs
 
 
 def _noise_features(actor: Any) -> int | None:
     """Standard normal numbers that one action of ``actor`` is made from; None where unknown."""
     if hasattr(actor, "from_noise"):
         return int(actor.noise_features)
-    extra: int | None = getattr(_distribution_class(actor), "extra_noise", None)
-    limits = [m.limits for m in actor.modules() if getattr(m, "limits", None)]
-    return None if extra is None or not limits else limits[0]["low"].numel() + extra
+    kind, options = _distribution(actor)
+    known = issubclass(kind, BoundedDistribution)
+    return options["low"].numel() + kind.extra_noise if known else None
 
 
 def _best(
@@ -437,8 +440,8 @@ def _best(
     if not torch.compiler.is_compiling() and tensordict.ndim == 1 and rows > at_once:
         return torch.cat([_best(scored, part, samples) for part in tensordict.split(at_once)])
     actions, scores = scored(tensordict)
-    index = scores.argmax(-1)[..., None, None].expand(*scores.shape[:-1], 1, actions.shape[-1])
-    return actions.gather(-2, index).squeeze(-2)
+    index = scores.argmax(-1)[..., None, None]
+    return torch.take_along_dim(actions, index, -2).squeeze(-2)
 
 
 def _fixed_noise(*shape: int) -> Tensor:
@@ -449,12 +452,12 @@ def _fixed_noise(*shape: int) -> Tensor:
 
 def _noise(still: Tensor, batch: Sequence[int]) -> Tensor:
     """``(*N, *batch, F)``: where actions are deterministic, ``still`` ``(*N, F)`` in every state."""
-    shape = (*still.shape[:-1], *batch, still.shape[-1])
+    *number, features = still.shape
+    shape = (*number, *batch, features)
     if _is_deterministic():
-        return still.view(*still.shape[:-1], *(1,) * len(batch), still.shape[-1]).expand(shape)
+        return still.view(*number, *(1,) * len(batch), features).expand(shape)
     return torch.randn(shape, dtype=still.dtype, device=still.device)
 
 
 def _is_deterministic() -> bool:
-    kinds = (ExplorationType.DETERMINISTIC, ExplorationType.MODE, ExplorationType.MEAN)
-    return exploration_type() in kinds
+    return exploration_type() not in (None, ExplorationType.RANDOM)

@@ -149,8 +149,59 @@ def test_squashed_gaussian_is_torchrls_tanh_normal(dtype):
         gradients = torch.autograd.grad(density.sum(), (loc, scale))
         results.append([density, *gradients, dist.deterministic_sample, dist.sample((7,))])
     torch.testing.assert_close(*results)
-    ours = SquashedGaussian(loc, scale, low=low, high=high)
-    assert ours.expand((2, 50)).log_prob(action).shape == (2, 50)
+
+
+@pytest.mark.parametrize("name", [*CONTINUOUS, "flow", "best of 4"])
+@pytest.mark.parametrize("kind", ExplorationType)
+def test_actions_of_every_exploration_type_stay_inside_the_spec(name, kind):
+    """Observations are so large that means before the squashing are far outside of the bounds."""
+    makers = CONTINUOUS | SAMPLED
+    if name == "best of 4":
+        actor = policies.best_of(SAMPLED["gaussian"](), critic(), 4)
+    else:
+        actor = makers[name]()
+    data = observations(50, scale=100.0)
+    with set_exploration_type(kind), torch.no_grad():
+        if name == "tanh_normal" and kind == ExplorationType.MODE:
+            with pytest.raises(NotImplementedError, match="closed form of its mean, mode"):
+                actor(data)
+            return
+        if kind == ExplorationType.MEDIAN and name in CONTINUOUS:  # as TorchRL's distributions
+            with pytest.raises(NotImplementedError, match="median is not implemented"):
+                actor(data)
+            return
+        actions, again = (actor(data.clone())["action"] for _ in range(2))
+    assert SPEC.is_in(actions)
+    estimated = name == "tanh_normal" and kind == ExplorationType.MEAN
+    repeats = name == "deterministic" or (kind != ExplorationType.RANDOM and not estimated)
+    assert torch.equal(actions, again) is repeats
+
+
+def test_the_mean_under_exploration_type_mean_is_that_of_the_samples():
+    data = observations(1, scale=1.0)
+    for name in ("gaussian", "tanh_normal", "mixture"):
+        actor = CONTINUOUS[name]()
+        with torch.no_grad(), set_exploration_type(ExplorationType.MEAN):
+            mean = actor(data.clone())["action"][0]
+        drawn = actor.get_dist(data.clone()).sample((100_000,))
+        unit = (HIGH - LOW) / 2
+        torch.testing.assert_close(mean / unit, drawn.mean((0, 1)) / unit, atol=0.08, rtol=0)
+
+
+@pytest.mark.parametrize("spec", CHOICES, ids=["index", "one_hot"])
+def test_exploration_types_of_choices(spec):
+    actor, data = policies.categorical(5, spec, hidden=(8,)), observations(9)
+    with torch.no_grad(), set_exploration_type(ExplorationType.MODE):
+        mode = actor(data.clone())["action"]
+    with torch.no_grad(), set_exploration_type(DETERMINISTIC):
+        assert torch.equal(actor(data.clone())["action"], mode)
+    with torch.no_grad(), set_exploration_type(ExplorationType.MEAN):
+        if isinstance(spec, OneHot):
+            mean = actor(data.clone())["action"]
+            torch.testing.assert_close(mean, actor.get_dist(data.clone()).probs)
+        else:
+            with pytest.raises(RuntimeError, match=r"no mean.*Use ExplorationType.MODE"):
+                actor(data.clone())
 
 
 @pytest.mark.parametrize("name", [*CONTINUOUS, *CHOOSING])
@@ -166,6 +217,9 @@ def test_bounds_move_with_the_policy_and_nothing_waits_for_a_device(name):
         assert dist.deterministic_sample.is_meta
         if name != "deterministic":  # whose distribution, TorchRL's Delta, draws nothing
             assert dist.sample().is_meta
+            assert dist.expand((2, 8)).sample().is_meta
+        for moment in ("mean", "variance") if name in ("gaussian", "mixture") else ():
+            assert getattr(dist, moment).is_meta
     if name in CONTINUOUS:
         for module in actor.modules():
             for bound in getattr(module, "distribution_kwargs", {}).values():
