@@ -215,7 +215,7 @@ def test_shapes_and_expand(kind, batch, before, samples, varying):
     assert larger.support.check(action).all()
     assert larger.log_prob(action).shape == (*samples, *before, *batch)
     torch.testing.assert_close(larger.log_prob(action), dist.log_prob(action))
-    assert larger.deterministic_sample.dtype == action.dtype
+    assert larger.deterministic_sample.dtype == action.dtype == dist.sample().dtype
     still = dist.deterministic_sample.expand((*before, *batch, *event))
     assert torch.equal(larger.deterministic_sample, still)
     for name in ("mean", "variance", "entropy"):
