@@ -222,7 +222,7 @@ class ClippedMixture(BoundedDistribution):
     @property
     def mode(self) -> Tensor:
         density = self.logits - self._sum(self.scale.log())
-        return self.action(_component(self.loc, density.argmax(-1)))
+        return self.action(select(self.loc, density.argmax(-1)))
 
     deterministic_sample = mode
 
@@ -247,7 +247,7 @@ class ClippedMixture(BoundedDistribution):
         """
         ends = self.logits.exp().cumsum(-1)[..., :-1]
         index = (torch.special.ndtr(noise[..., -1:]) >= ends).sum(-1)
-        return _component(super().from_noise(noise[..., None, :-1]), index)
+        return select(super().from_noise(noise[..., None, :-1]), index)
 
     def masked_log_prob(self, value: Tensor, mask: Tensor | None = None) -> Tensor:
         mask = None if mask is None else mask.unsqueeze(-2)
@@ -337,9 +337,10 @@ def unit_of(half_range: Tensor, varying: Tensor | None) -> Tensor:
     return half_range if varying is None else half_range.where(varying, 1.0)
 
 
-def _component(values: Tensor, index: Tensor) -> Tensor:
-    """Values ``(*N, A)`` of the components ``index`` ``(*N,)`` from those of all, ``(*N, M, A)``."""
-    return torch.take_along_dim(values, index[..., None, None], -2).squeeze(-2)
+def select(values: Tensor, index: Tensor) -> Tensor:
+    """Entries ``(*N, A)`` of ``values`` ``(*N, M, A)`` at the places ``index`` ``(*N,)``."""
+    # not take_along_dim, with which torch.export 2.14 fixes the batch size
+    return values.gather(-2, index[..., None, None].expand_as(values[..., :1, :])).squeeze(-2)
 
 
 def _allowed(logits: Tensor, mask: Tensor | None) -> Tensor:

@@ -25,7 +25,7 @@ from iql_torchrl.config import IQLConfig, check_choice, check_whole, knobs
 from iql_torchrl.networks import join_observations
 from iql_torchrl.networks.perceptrons import Part
 from iql_torchrl.policies.actors import OBSERVATION, Bounds, Head, Keys, bounds_of, listed
-from iql_torchrl.policies.distributions import BoundedDistribution
+from iql_torchrl.policies.distributions import BoundedDistribution, select
 
 ROWS_AT_ONCE = 65_536  # candidates that are evaluated together
 
@@ -465,8 +465,7 @@ def _best(
     if eager and tensordict.ndim == 1 and len(tensordict) > at_once:
         return torch.cat([_best(scored, part, samples) for part in tensordict.split(at_once)])
     actions, scores = scored(tensordict)
-    index = scores.argmax(-1)[..., None, None]
-    return torch.take_along_dim(actions, index, -2).squeeze(-2)
+    return select(actions, scores.argmax(-1))
 
 
 def _fixed_noise(*shape: int) -> Tensor:
