@@ -441,15 +441,17 @@ def test_critics_of_a_loss_follow_it_and_copies_do_not(count):
 def test_fitted_q_accepts_it_and_importance_sampling_refuses_it_in_one_sentence():
     agent, dataset = box_agent(), load_dataset(log())
     policy = policies.best_of(agent.actor, LossCritics(agent.loss), 4)
-    members = {"best of 4": policy, "flow": box_agent(policy="flow").policy}
+    candidates = {"best of 4": policy, "flow": box_agent(policy="flow").policy}
     options = {"discount": 0.9, "updates": 20, "hidden": (8,)}
-    first, second = (fitted_q_evaluation(members, dataset, dataset, **options) for _ in range(2))
+    first, second = (fitted_q_evaluation(candidates, dataset, dataset, **options) for _ in range(2))
     assert np.isfinite(first.values).all()
     np.testing.assert_array_equal(first.values, second.values)
-    for (name, member), kind in zip(members.items(), ("BestOf", "FlowPolicy"), strict=True):
-        words = f"member '{name}', a {kind}, has no density: importance sampling needs the log-prob"
+    for (name, candidate), kind in zip(candidates.items(), ("BestOf", "FlowPolicy"), strict=True):
+        words = (
+            f"candidate '{name}', a {kind}, has no density: importance sampling needs the log-prob"
+        )
         with pytest.raises(ValueError, match=words):
-            importance_sampling({name: member}, dataset, behaviour=agent, discount=0.9)
+            importance_sampling({name: candidate}, dataset, behaviour=agent, discount=0.9)
 
 
 # -- a dimension of the action that is constant
