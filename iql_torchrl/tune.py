@@ -16,7 +16,7 @@ from iql_torchrl.agent.build import Agent, make_agent
 from iql_torchrl.config import IQLConfig, check_whole
 from iql_torchrl.data import OfflineDataset
 from iql_torchrl.files import SUFFIX, components, read_components, write_components
-from iql_torchrl.population.runs import IQLPopulation
+from iql_torchrl.population import IQLPopulation
 from iql_torchrl.trainers.trainer import OfflineTrainer
 
 Score = Callable[[Agent, OfflineDataset], Mapping[str, float]]

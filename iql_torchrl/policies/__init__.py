@@ -1,8 +1,7 @@
-"""Policies pi(a|s) as TorchRL modules that stay inside the action spec.
+"""Policies pi(a|s) as TorchRL modules whose actions stay inside the action spec.
 
-Every policy is made from the number of features its network reads and the action spec; it is an
-actor that reads ``in_keys`` (one name, or a sequence of keys) and writes ``"action"``.
-Deterministic and random interaction types both work.
+A policy is made from the number of features that its network reads and the action spec. It reads
+``in_keys`` (one name, or a sequence of keys) and writes ``"action"``.
 """
 
 from iql_torchrl.policies.actors import (

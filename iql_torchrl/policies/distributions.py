@@ -1,4 +1,4 @@
-"""Distributions of actions inside the spec, and the networks that give their parameters.
+"""Distributions of actions that stay inside the action spec.
 
 No distribution checks its arguments: such a check reads a tensor, which on a GPU waits for the device.
 """
@@ -6,202 +6,271 @@ No distribution checks its arguments: such a check reads a tensor, which on a GP
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch import distributions as D
+from torch.distributions import constraints
 
-from iql_torchrl.networks import AroundPerceptron
-from iql_torchrl.tolerance import rounding
-
-LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
-Bounds = tuple[Tensor, Tensor]
 
 
-class _BoundedGaussian(D.Independent):  # type: ignore[type-arg]
-    """Base of distributions of the action that :meth:`action` makes of a diagonal Gaussian x."""
+class BoundedDistribution(D.Distribution):
+    """Base of distributions of actions ``(*B, A)`` in ``[low, high]``, made from Gaussian noise.
 
-    extra_noise = 0  # numbers that from_noise takes for a sample besides one for each dimension
+    What a distribution here does not define (``cdf``, ``entropy``, ...) raises
+    ``NotImplementedError``, as every :class:`torch.distributions.Distribution` does.
+
+    Args:
+        loc (Tensor): location of the Gaussian, ``(*B, A)``; of a mixture ``(*B, M, A)``.
+        scale (Tensor): its standard deviation, of a shape that broadcasts with ``loc``.
+
+    Keyword Args:
+        low (Tensor): lower bound of the actions, ``(A,)``.
+        high (Tensor): upper bound of the actions, ``(A,)``.
+        varying (Tensor, optional): bool ``(A,)``; a dimension where it is ``False`` is constant and
+            does not count in log-probabilities. Default: all dimensions vary.
+    """
+
+    #: Names of the parameters, in the order of the constructor.
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {
+        "loc": constraints.real,
+        "scale": constraints.positive,
+    }
+    has_rsample = True
+    extra_noise = 0  # noise values of a sample besides one for each dimension
+    component_dims = 0  # dimensions of ``loc`` between the batch and the action
 
     def __init__(
-        self,
-        loc: Tensor,
-        scale: Tensor,
-        *,
-        low: Tensor,
-        high: Tensor,
-        varying: Tensor | None = None,
-    ) -> None:
-        self.low, self.high = low.to(loc.device), high.to(loc.device)
-        self.varying = None if varying is None else varying.to(loc.device)
-        super().__init__(D.Normal(loc, scale, validate_args=False), 1, validate_args=False)
+        self, loc: Tensor, scale: Tensor, *,
+        low: Tensor, high: Tensor, varying: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        self.base_dist = D.Normal(loc, scale, validate_args=False)
+        self.loc, self.scale = self.base_dist.loc, self.base_dist.scale
+        self.low, self.high = low.to(self.loc.device), high.to(self.loc.device)
+        self.varying = None if varying is None else varying.to(self.loc.device)
+        batch_shape = self.loc.shape[: -1 - self.component_dims]
+        super().__init__(batch_shape, self.loc.shape[-1:], validate_args=False)
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """The box ``[low, high]``, which contains every sample."""
+        box: constraints.Constraint = constraints.interval(self.low, self.high)
+        return constraints.independent(box, 1)
+
+    def expand(self, batch_shape: Sequence[int], _instance: object = None) -> BoundedDistribution:
+        dims = len(self.batch_shape)
+        parameters = [getattr(self, name) for name in self.arg_constraints]
+        expanded = [each.expand(*batch_shape, *each.shape[dims:]) for each in parameters]
+        return type(self)(*expanded, low=self.low, high=self.high, varying=self.varying)
 
     def action(self, x: Tensor) -> Tensor:
-        """The action, inside of ``[low, high]``, of a value of the Gaussian."""
-        raise NotImplementedError
-
-    def gaussian_log_prob(self, x: Tensor) -> Tensor:
-        """Logarithm of the Gaussian's density, of each dimension."""
-        normal = self.base_dist
-        error = (x - normal.loc) / normal.scale
-        return -(0.5 * error.square() + normal.scale.log() + HALF_LOG_2PI)
-
-    def log_probs(self, value: Tensor) -> Tensor:
-        """The logarithm of the density of each dimension of an action, ``(*B, A)``."""
-        raise NotImplementedError
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        if self.varying is not None:
-            return self.masked_log_prob(value, self.varying)
-        return self.log_probs(value).sum(-1)
-
-    def masked_log_prob(self, value: Tensor, mask: Tensor) -> Tensor:
-        """``log_prob`` of the dimensions where ``mask`` ``(*B, A)`` is true: ``(*B,)``."""
-        mask = mask if self.varying is None else mask & self.varying
-        return self.log_probs(value).where(mask, 0).sum(-1)
-
-    def expand(self, batch_shape: Sequence[int], _instance: object = None) -> _BoundedGaussian:
-        shape = (*batch_shape, *self.event_shape)
-        loc, scale = self.base_dist.loc.expand(shape), self.base_dist.scale.expand(shape)
-        return type(self)(loc, scale, low=self.low, high=self.high, varying=self.varying)
+        """Action inside ``[low, high]`` from a value ``x`` of the Gaussian."""
+        return torch.minimum(torch.maximum(x, self.low.to(x)), self.high.to(x))
 
     @property
     def deterministic_sample(self) -> Tensor:
-        return self.action(self.base_dist.loc)
+        """The action of the Gaussian's mean: the median of each dimension."""
+        return self.action(self.loc)
 
     def from_noise(self, noise: Tensor) -> Tensor:
-        """Samples ``(*N, *B, A)`` from standard normal ``noise`` ``(*N, *B, A)``."""
-        return self.action(self.base_dist.loc + self.base_dist.scale * noise)
+        """Samples ``(*N, *B, A)`` from standard normal ``noise`` ``(*N, *B, A + extra_noise)``."""
+        return self.action(self.loc + self.scale * noise)
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        return self.action(super().rsample(torch.Size(sample_shape)))
+        size = self.event_shape.numel() + self.extra_noise
+        shape = (*sample_shape, *self.batch_shape, size)
+        return self.from_noise(torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device))
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         with torch.no_grad():
-            return self.rsample(sample_shape)
-
-
-class ClippedGaussian(_BoundedGaussian):
-    """Diagonal Gaussian whose samples are clipped to ``[low, high]``; its density is not.
-
-    ``loc``, ``scale``: ``(*B, A)``. Logged actions on the bounds have an ordinary log-probability,
-    unlike under a squashed Gaussian. The official IQL code clips at sampling too.
-    """
-
-    def action(self, x: Tensor) -> Tensor:
-        return _clip(x, self.low, self.high)
+            return BoundedDistribution.rsample(self, sample_shape)
 
     def log_probs(self, value: Tensor) -> Tensor:
-        return self.gaussian_log_prob(value)
+        """Log-density of each dimension of an action, ``(*B, A)``."""
+        error = (value - self.loc) / self.scale
+        return -(0.5 * error.square() + self.scale.log() + HALF_LOG_2PI)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return self.masked_log_prob(value)
+
+    def masked_log_prob(self, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        """``log_prob`` of the dimensions where ``mask`` ``(*B, A)`` is ``True``, ``(*B,)``."""
+        return self._sum(self.log_probs(value), mask)
+
+    def _sum(self, each: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Sum over the dimensions of the action that vary and are in ``mask``."""
+        for counted in (self.varying, mask):
+            each = each if counted is None else each.where(counted, 0)
+        return each.sum(-1)
+
+    def _clipped_moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and variance of the Gaussian's values clipped to ``[low, high]``."""
+        below, above = ((bound - self.loc) / self.scale for bound in (self.low, self.high))
+        p_low, p_high = torch.special.ndtr(below), torch.special.ndtr(-above)
+        d_low, d_high = ((-0.5 * x.square() - HALF_LOG_2PI).exp() for x in (below, above))
+        mean = below * p_low + above * p_high + d_low - d_high
+        square = below.square() * p_low + above.square() * p_high + 1 - p_low - p_high
+        square = square + below * d_low - above * d_high
+        variance = (square - mean.square()).clamp(min=0)
+        return self.action(self.loc + self.scale * mean), self.scale.square() * variance
 
 
-class SquashedGaussian(_BoundedGaussian):
+class ClippedGaussian(BoundedDistribution):
+    """Diagonal Gaussian whose samples are clipped to ``[low, high]``; its density is not.
+
+    Logged actions on the bounds have an ordinary log-probability, unlike under a squashed Gaussian.
+    The official IQL code clips at sampling too. ``mean``, ``mode`` and ``variance`` are those of the
+    clipped samples; ``log_prob``, ``entropy`` and the KL divergence are those of the Gaussian.
+
+    Examples:
+        >>> low, high = torch.tensor([-1.0, 0.0]), torch.tensor([1.0, 4.0])
+        >>> dist = ClippedGaussian(torch.zeros(5, 2), torch.ones(5, 2), low=low, high=high)
+        >>> dist.sample((7,)).shape, dist.log_prob(high.expand(5, 2)).shape
+        (torch.Size([7, 5, 2]), torch.Size([5]))
+    """
+
+    mode = BoundedDistribution.deterministic_sample
+
+    @property
+    def mean(self) -> Tensor:
+        return self._clipped_moments()[0]
+
+    @property
+    def variance(self) -> Tensor:
+        return self._clipped_moments()[1]
+
+    def entropy(self) -> Tensor:
+        return self._sum(self.base_dist.entropy())
+
+
+class SquashedGaussian(BoundedDistribution):
     """``centre + half_range * tanh(x)`` with x a diagonal Gaussian: TorchRL's ``TanhNormal``.
 
-    ``loc``, ``scale`` of x: ``(*B, A)``; centre and half range are of ``[low, high]``. Density and
-    samples are those of ``TanhNormal``: the logarithm of the density at an action ``a`` is that of
+    Centre and half range are those of ``[low, high]``. The log-density at an action ``a`` is that of
     the Gaussian at ``x = atanh((a - centre) / half_range)`` less the sum of
     ``log(half_range * (1 - tanh(x)**2))``. The tanh is clamped to ``1 - resolution`` of its dtype,
     so an action on a bound has a finite, very negative log-probability.
+
+    Mean, mode, variance and entropy have no closed form and raise ``NotImplementedError``. A TorchRL
+    actor averages 1,000 samples under ``ExplorationType.MEAN``, as with ``TanhNormal``.
     """
 
-    def __init__(
-        self,
-        loc: Tensor,
-        scale: Tensor,
-        *,
-        low: Tensor,
-        high: Tensor,
-        varying: Tensor | None = None,
-    ) -> None:
-        super().__init__(loc, scale, low=low, high=high, varying=varying)
-        self.centre, self.half_range = (self.high + self.low) / 2, (self.high - self.low) / 2
-        self.unit = self.half_range
-        if self.varying is not None:
-            self.unit = self.half_range.where(self.varying, 1.0)
+    @property
+    def mode(self) -> Tensor:
+        raise NotImplementedError(
+            "SquashedGaussian has no closed form of its mean, mode and variance. Use "
+            "ExplorationType.DETERMINISTIC, or estimate them from dist.sample((1000,))."
+        )
+
+    mean = variance = mode
 
     def action(self, x: Tensor) -> Tensor:
         limit = 1 - torch.finfo(x.dtype).resolution
-        return self.centre + self.half_range * x.tanh().clamp(-limit, limit)
+        centre, half_range = centre_and_half_range(self.low, self.high)
+        return centre + half_range * x.tanh().clamp(-limit, limit)
 
     def log_probs(self, value: Tensor) -> Tensor:
-        y = (value - self.centre) / self.unit
+        centre, half_range = centre_and_half_range(self.low, self.high)
+        unit = unit_of(half_range, self.varying)
+        y = (value - centre) / unit
         limit = 1 - torch.finfo(y.dtype).resolution
         x = y.clamp(-limit, limit).atanh()
         slope = 2 * (math.log(2) - x - nn.functional.softplus(-2 * x))
-        return self.gaussian_log_prob(x) - slope - self.unit.log()
+        return super().log_probs(x) - slope - unit.log()
 
 
-class ClippedMixture(D.MixtureSameFamily):
+@D.register_kl(ClippedGaussian, ClippedGaussian)
+@D.register_kl(SquashedGaussian, SquashedGaussian)
+def _kl_divergence(p: BoundedDistribution, q: BoundedDistribution) -> Tensor:
+    """The Gaussians': no map of actions that both share changes it."""
+    return p._sum(D.kl_divergence(p.base_dist, q.base_dist))
+
+
+class ClippedMixture(BoundedDistribution):
     """Mixture of M diagonal Gaussians, samples clipped to ``[low, high]``.
 
-    ``logits``: ``(*B, M)``; ``loc``, ``scale``: ``(*B, M, A)``. The deterministic sample is the mean
-    of the component that is densest at its own mean.
+    ``mode``, which is the deterministic sample too, is the mean of the component that is densest at
+    its own mean: exact for components that do not overlap. ``mean`` and ``variance`` are those of the
+    clipped samples, ``log_prob`` is that of the mixture without clipping. Samples have no gradient.
+
+    Args:
+        logits (Tensor): unnormalised log-weights of the components, ``(*B, M)``.
+        loc (Tensor): means of the components, ``(*B, M, A)``.
+        scale (Tensor): standard deviations of the components, of the shape of ``loc``.
+
     """
 
-    extra_noise = 1
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {
+        "logits": constraints.real_vector,
+        **BoundedDistribution.arg_constraints,
+    }
+    has_rsample = False
+    # raises: the choice of a component has no gradient
+    rsample = D.Distribution.rsample  # type: ignore[assignment]
+    extra_noise = component_dims = 1
 
     def __init__(
         self, logits: Tensor, loc: Tensor, scale: Tensor, *,
         low: Tensor, high: Tensor, varying: Tensor | None = None,
     ) -> None:  # fmt: skip
-        self.low, self.high, self.loc, self.scale = low, high, loc, scale
-        self.varying = varying
-        normal = D.Normal(loc, scale, validate_args=False)
-        components = D.Independent(normal, 1, validate_args=False)
-        weights = D.Categorical(logits=logits, validate_args=False)
-        super().__init__(weights, components, validate_args=False)
+        self.logits = logits.log_softmax(-1)
+        super().__init__(loc, scale, low=low, high=high, varying=varying)
 
     @property
     def mode(self) -> Tensor:
-        density = self.mixture_distribution.logits - self.scale.log().sum(-1)
-        best = density.argmax(-1)[..., None, None].expand_as(self.loc[..., :1, :])
-        return _clip(self.loc.gather(-2, best).squeeze(-2), self.low, self.high)
+        density = self.logits - self._sum(self.scale.log())
+        return self.action(select(self.loc, density.argmax(-1)))
 
     deterministic_sample = mode
+
+    @property
+    def mean(self) -> Tensor:
+        means, _ = self._clipped_moments()
+        return self._weighted(means)
+
+    @property
+    def variance(self) -> Tensor:
+        means, variances = self._clipped_moments()
+        between = (means - self._weighted(means).unsqueeze(-2)).square()
+        return self._weighted(variances + between)
+
+    def _weighted(self, each: Tensor) -> Tensor:
+        return (self.logits.exp().unsqueeze(-1) * each).sum(-2)
 
     def from_noise(self, noise: Tensor) -> Tensor:
         """Samples ``(*N, *B, A)`` from standard normal ``noise`` ``(*N, *B, A + 1)``.
 
         The last number chooses the component, by its quantile; the others are its sample.
         """
-        quantile = torch.special.ndtr(noise[..., -1:])
-        ends = self.mixture_distribution.probs.cumsum(-1)[..., :-1]
-        chosen = (quantile >= ends).sum(-1)[..., None, None]
-        shape = (*noise.shape[:-1], *self.loc.shape[-2:])
-        index = chosen.expand(*noise.shape[:-1], 1, shape[-1])
-        loc, scale = (x.expand(shape).gather(-2, index).squeeze(-2) for x in (self.loc, self.scale))
-        return _clip(loc + scale * noise[..., :-1], self.low, self.high)
+        ends = self.logits.exp().cumsum(-1)[..., :-1]
+        index = (torch.special.ndtr(noise[..., -1:]) >= ends).sum(-1)
+        return select(super().from_noise(noise[..., None, :-1]), index)
 
-    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        return _clip(super().sample(torch.Size(sample_shape)), self.low, self.high)
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        if self.varying is not None:
-            return self.masked_log_prob(value, self.varying)
-        result: Tensor = super().log_prob(value)
-        return result
-
-    def masked_log_prob(self, value: Tensor, mask: Tensor) -> Tensor:
-        """``log_prob`` of the dimensions where ``mask`` ``(*B, A)`` is true: ``(*B,)``."""
-        mask = mask if self.varying is None else mask & self.varying
-        each = D.Normal(self.loc, self.scale, validate_args=False).log_prob(value.unsqueeze(-2))
-        of_components = each.where(mask.unsqueeze(-2), 0).sum(-1)
-        return (self.mixture_distribution.logits + of_components).logsumexp(-1)
+    def masked_log_prob(self, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        mask = None if mask is None else mask.unsqueeze(-2)
+        return (self.logits + super().masked_log_prob(value.unsqueeze(-2), mask)).logsumexp(-1)
 
 
 class Choice(D.Categorical):
     """Choice among N by ``logits`` ``(*B, N)``, where ``mask`` (bool, ``(*B, N)``) allows.
 
-    Samples are indices, int64 ``(*B,)``. Ties of the deterministic sample go to the first action.
+    Samples are indices, int64 ``(*B,)``. Ties of the mode go to the first action. ``mean`` raises:
+    an average of indices is not an action.
+
+    Args:
+        logits (Tensor): unnormalised log-probabilities, ``(*B, N)``.
+        mask (Tensor, optional): bool ``(*B, N)``, ``True`` where an action is allowed. Default: all
+            are.
     """
 
     def __init__(self, logits: Tensor, mask: Tensor | None = None) -> None:
         super().__init__(logits=_allowed(logits, mask), validate_args=False)
+
+    def expand(self, batch_shape: Sequence[int], _instance: object = None) -> Choice:
+        return super().expand(batch_shape, self.__new__(type(self)))
 
     @property
     def mode(self) -> Tensor:
@@ -209,11 +278,26 @@ class Choice(D.Categorical):
 
     deterministic_sample = mode
 
+    @property
+    def mean(self) -> Tensor:
+        raise RuntimeError(
+            "Choice has no mean: its samples are indices of actions. Use ExplorationType.MODE."
+        )
+
 
 class OneHotChoice(D.OneHotCategorical):
     """One-hot choice among N by ``logits`` ``(*B, N)``, where ``mask`` (bool, ``(*B, N)``) allows.
 
-    Samples have the spec's ``dtype``. Ties of the deterministic sample go to the first action.
+    Samples have the spec's ``dtype``. Ties of the mode go to the first action. ``mean`` is the
+    vector of probabilities.
+
+    Args:
+        logits (Tensor): unnormalised log-probabilities, ``(*B, N)``.
+        mask (Tensor, optional): bool ``(*B, N)``, ``True`` where an action is allowed. Default: all
+            are.
+
+    Keyword Args:
+        dtype (torch.dtype): dtype of the actions. Default: ``torch.bool``.
     """
 
     def __init__(
@@ -221,6 +305,11 @@ class OneHotChoice(D.OneHotCategorical):
     ) -> None:
         self.dtype = dtype
         super().__init__(logits=_allowed(logits, mask), validate_args=False)
+
+    def expand(self, batch_shape: Sequence[int], _instance: object = None) -> OneHotChoice:
+        new: OneHotChoice = super().expand(batch_shape, self.__new__(type(self)))
+        new.dtype = self.dtype
+        return new
 
     @property
     def mode(self) -> Tensor:
@@ -231,101 +320,28 @@ class OneHotChoice(D.OneHotCategorical):
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         return super().sample(torch.Size(sample_shape)).to(self.dtype)
 
+    def enumerate_support(self, expand: bool = True) -> Tensor:
+        return super().enumerate_support(expand).to(self.dtype)
+
     def log_prob(self, value: Tensor) -> Tensor:
         return super().log_prob(value.to(self.logits.dtype))
 
 
+def centre_and_half_range(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Centre and half range of ``[low, high]``."""
+    return (high + low) / 2, (high - low) / 2
+
+
+def unit_of(half_range: Tensor, varying: Tensor | None) -> Tensor:
+    """Unit of standard deviations: ``half_range``, 1 where an action's dimension is constant."""
+    return half_range if varying is None else half_range.where(varying, 1.0)
+
+
+def select(values: Tensor, index: Tensor) -> Tensor:
+    """Entries ``(*N, A)`` of ``values`` ``(*N, M, A)`` at the places ``index`` ``(*N,)``."""
+    # not take_along_dim, with which torch.export 2.14 fixes the batch size
+    return values.gather(-2, index[..., None, None].expand_as(values[..., :1, :])).squeeze(-2)
+
+
 def _allowed(logits: Tensor, mask: Tensor | None) -> Tensor:
     return logits if mask is None else logits.masked_fill(~mask, -torch.inf)
-
-
-def _clip(action: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    return torch.minimum(torch.maximum(action, low.to(action)), high.to(action))
-
-
-class Head(AroundPerceptron):
-    """Base of the policies' networks: preprocess, MLP, affine map of [-1, 1] to the spec's bounds.
-
-    ``limits``: the bounds, also the keyword arguments of the policy's distribution, which move with
-    this module. They are not buffers: the state has centre and half range already. ``log_std``: a
-    parameter of the shape ``log_std_shape``; None without it.
-
-    A dimension whose bounds are equal but for rounding is constant: every action has its centre
-    there, and it does not count in log-probabilities. Where there is one, ``limits`` has ``varying``,
-    the mask of the others ``(A,)``. ``unit``, of standard deviations: the half range, 1 where constant.
-    """
-
-    centre: Tensor
-    half_range: Tensor
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bounds: Bounds | None,
-        log_std_shape: Sequence[int] | None = None,
-        **network: Any,
-    ) -> None:
-        super().__init__(in_features, out_features, **network)
-        self.limits: dict[str, Tensor] = {}
-        if bounds is not None:
-            low, high = bounds
-            self.limits = {"low": low, "high": high}
-            self.register_buffer("centre", (high + low) / 2)
-            self.register_buffer("half_range", (high - low) / 2)
-            constant = high - low <= rounding(np.float32) * torch.maximum(low.abs(), high.abs())
-            if bool(constant.any()):
-                self.limits["varying"] = ~constant
-        self.log_std = None if log_std_shape is None else nn.Parameter(torch.zeros(*log_std_shape))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Head:
-        super()._apply(fn, *args, **kwargs)
-        for name, bound in self.limits.items():
-            self.limits[name] = fn(bound)
-        return self
-
-    @property
-    def unit(self) -> Tensor:
-        varying = self.limits.get("varying")
-        return self.half_range if varying is None else self.half_range.where(varying, 1.0)
-
-    def inside(self, x: Tensor) -> Tensor:
-        return self.centre + self.half_range * x.tanh()
-
-
-class GaussianHead(Head):
-    """Mean inside the bounds; log-std the parameter (the paper's), or an output of the MLP."""
-
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        out = super().forward(*inputs)
-        out, log_std = out.chunk(2, -1) if self.log_std is None else (out, self.log_std)
-        std = log_std.clamp(LOG_STD_MIN, LOG_STD_MAX).exp() * self.unit
-        return self.inside(out), std.expand_as(out)
-
-
-class SquashedHead(Head):
-    """Location before the tanh, and a state-dependent scale."""
-
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        loc, log_std = super().forward(*inputs).chunk(2, -1)
-        return loc, log_std.clamp(LOG_STD_MIN, LOG_STD_MAX).exp()
-
-
-class DeterministicHead(Head):
-    """The action."""
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return self.inside(super().forward(*inputs))
-
-
-class MixtureHead(Head):
-    """Logits of M components, their means inside the bounds, and their standard deviations."""
-
-    log_std: nn.Parameter
-
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        shape = self.log_std.shape[-2:]
-        logits, loc = super().forward(*inputs).split([shape[0], shape.numel()], -1)
-        loc = self.inside(loc.unflatten(-1, shape))
-        std = self.log_std.clamp(LOG_STD_MIN, LOG_STD_MAX).exp() * self.unit
-        return logits, loc, std.expand_as(loc)

@@ -1,15 +1,16 @@
-"""Policies that make actions of noise (flow matching), and that take the best of several actions."""
+"""Policies that make actions from noise (flow matching) or take the best of several actions."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any, TypeVar
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import (
+    ProbabilisticTensorDictModule,
     ProbabilisticTensorDictSequential,
     TensorDictModuleBase,
     TensorDictSequential,
@@ -22,14 +23,14 @@ from torchrl.modules import Delta
 
 from iql_torchrl.config import IQLConfig, check_choice, check_whole, knobs
 from iql_torchrl.networks import join_observations
-from iql_torchrl.policies.actors import bounds_of, listed
-from iql_torchrl.policies.distributions import Bounds, Head
+from iql_torchrl.policies.actors import OBSERVATION, Bounds, Head, Keys, bounds_of, listed
+from iql_torchrl.policies.distributions import BoundedDistribution, select
 
 ROWS_AT_ONCE = 65_536  # candidates that are evaluated together
 
 
 class FlowHead(Head):
-    """The velocity ``v(s, x, t)``, in units in which the action's bounds are -1 and 1.
+    """Velocity ``v(s, x, t)`` of a flow, in units in which the bounds of the action are -1 and 1.
 
     With ``conditioned`` ``v(s, x, t, c)``, c being :func:`iql_torchrl.functional.condition_input`.
     """
@@ -53,33 +54,47 @@ class FlowHead(Head):
 
 
 class FlowPolicy(TensorDictModuleBase):
-    """A flow policy, for ``IQLLoss(actor_objective="flow")``: any distribution of actions.
+    """Flow policy, which can represent any distribution of actions.
 
     ``num_steps`` Euler steps ``x <- x + v(s, x, t) / num_steps`` with t = 0, 1/num_steps, ... lead
     from standard normal noise x to an action, in units in which the bounds are -1 and 1; the last x
     is clamped to the bounds. Lipman et al. 2023, "Flow Matching for Generative Modeling"
     (arXiv:2210.02747); as a policy, with 10 steps: Park, Li, Levine 2025, "Flow Q-Learning"
-    (arXiv:2502.02538).
+    (arXiv:2502.02538). ``IQLLoss(actor_objective="flow")`` trains it. Few Euler steps make modes
+    narrower and leave some samples between them.
 
-    The entry ``noise_key`` of the TensorDict, ``(*B, A)``, is used as the noise where it exists.
-    Otherwise noise is drawn from torch's default generator. With the interaction type
-    ``DETERMINISTIC`` the action is the one among ``deterministic_samples`` of the same noise in every
-    state that has the least sum of squared distances to the nearest quarter of the others: near a
-    mode, where any single sample, the mean or the medoid may lie between two.
-    :attr:`deterministic_samples` may be set at any time; 1 takes one fixed sample, in less time. Few
-    Euler steps make modes narrower and leave some samples between them. The policy has no
+    ``ExplorationType.RANDOM``, or none, draws noise from torch's default generator. All other types
+    take one of ``deterministic_samples`` actions, whose noise is the same in every state: the action
+    with the least sum of squared distances to the nearest quarter of the others. It is near a mode,
+    where a single sample, the mean or the medoid may lie between two. The policy has no
     log-probability: importance sampling refuses it.
 
-    With ``conditioned``, for ``IQLLoss(actor_objective="conditioned_flow")``, the velocity has one
-    more input c: what the loss says of the logged action's advantage (by default 1 where it is
+    Conditioned flows, for ``IQLLoss(actor_objective="conditioned_flow")``, have one more input c of
+    the velocity: what the loss says of the logged action's advantage (by default 1 where it is
     positive, else 0), or that this is unknown. The policy acts with
     ``(1 - guidance) v(s, x, t, unknown) + guidance v(s, x, t, c = 1)``: ``guidance`` 0 imitates the
-    log, 1 its actions with positive advantage, and more extrapolates (Frans, Park, Abbeel, Levine
-    2025, arXiv:2505.23458; classifier-free guidance, Ho and Salimans 2022, arXiv:2207.12598).
-    :attr:`guidance` may be set at any time, and is part of the state dict.
+    behaviour policy, 1 its actions with positive advantage, and more extrapolates (Frans, Park,
+    Abbeel, Levine 2025, arXiv:2505.23458; classifier-free guidance, Ho and Salimans 2022,
+    arXiv:2207.12598).
 
-    Raises ``ValueError`` on an unbounded spec, ``num_steps`` or ``deterministic_samples`` < 1, and a
-    ``guidance`` outside [0, 1000], or other than 1 without ``conditioned``.
+    Args:
+        in_features (int): number of features of the observation.
+        action_spec (TensorSpec): a TorchRL ``Bounded`` of shape ``(A,)`` with finite bounds.
+
+    Keyword Args:
+        num_steps (int): number of Euler steps. Default: 10.
+        conditioned (bool): whether the velocity has the input c. Default: ``False``.
+        guidance (float): weight in [0, 1000] of the velocity given c = 1; may be set at any time, and
+            is part of the state dict. Default: 1.
+        deterministic_samples (int): number of samples of which one is the deterministic action; may be
+            set at any time. 1 takes one fixed sample, in less time. Default: 8.
+        in_keys (sequence of NestedKey): keys of the observations. Default: ``("observation",)``.
+        noise_key (NestedKey): key of the noise ``(*B, A)``, which a TensorDict may have. Default:
+            ``"noise"``.
+        **network: keyword arguments of :class:`iql_torchrl.networks.AroundPerceptron`.
+
+    Raises ``ValueError`` on a spec without finite bounds, on numbers out of range, and on a
+    ``guidance`` other than 1 without ``conditioned``.
     """
 
     fixed_noise: Tensor
@@ -94,7 +109,7 @@ class FlowPolicy(TensorDictModuleBase):
         conditioned: bool = False,
         guidance: float = 1.0,
         deterministic_samples: int = 8,
-        in_keys: Sequence[NestedKey] = ("observation",),
+        in_keys: Keys = OBSERVATION,
         noise_key: NestedKey = "noise",
         **network: Any,
     ) -> None:
@@ -113,7 +128,7 @@ class FlowPolicy(TensorDictModuleBase):
 
     @property
     def conditioned(self) -> bool:
-        """Whether the velocity has the input c."""
+        """True if the velocity has the input c."""
         return self.guidance_weight is not None
 
     @property
@@ -134,7 +149,7 @@ class FlowPolicy(TensorDictModuleBase):
 
     @property
     def deterministic_samples(self) -> int:
-        """Samples of which one is the deterministic action; not in the state dict."""
+        """Number of samples of which one is the deterministic action; not in the state dict."""
         return len(self._still)
 
     @deterministic_samples.setter
@@ -147,7 +162,7 @@ class FlowPolicy(TensorDictModuleBase):
         """Number of action dimensions A."""
         return self.head.centre.numel()
 
-    noise_features = action_features  # standard normal numbers that one action is made from
+    noise_features = action_features  # number of noise values of one action
 
     def extra_repr(self) -> str:
         guided = f", guidance={self.guidance}" if self.conditioned else ""
@@ -209,34 +224,42 @@ class FlowPolicy(TensorDictModuleBase):
         return actions, -nearest.sum(-1)
 
 
-flow = FlowPolicy  # named as the functions that make the other policies
+flow = FlowPolicy  # the name in scripts, as those of the other policies
 
 
 class BestOf(TensorDictModuleBase):
-    """Of ``num_samples`` actions of ``actor``, the one that the critics value most.
+    """The action of ``actor``, out of ``num_samples``, that the critics value most.
 
-    The value of a candidate is the smallest over the critics. ``select="max"`` takes the best
-    candidate (the first of equal ones); ``"softmax"`` draws one with probability proportional to
-    ``exp(temperature * value)``, an inverse temperature per unit of value: 0 is the actor itself.
-    With a clone of the log as the actor this is the policy of IDQL (Hansen-Estruch et al. 2023,
-    arXiv:2304.10573) and, with a flow and 32 candidates, of IFQL (Park, Li, Levine 2025,
-    arXiv:2502.02538). It is known to exploit errors of the critics, the more so the more candidates
-    there are; on small logs weighted regression without it can be better.
+    The value of a candidate is the smallest over the critics. With behaviour cloning as the actor
+    this is the policy of IDQL (Hansen-Estruch et al. 2023, arXiv:2304.10573) and, with a flow and 32
+    candidates, of IFQL (Park, Li, Levine 2025, arXiv:2502.02538). It is known to exploit errors of
+    the critics, the more so the more candidates there are; on small datasets weighted regression
+    without it can be better.
 
-    Noise is drawn from torch's default generator, so the same seed gives the same actions; the
-    entry ``noise_key`` of the TensorDict, ``(*B, N, F)``, replaces it (F standard normal numbers an
-    action: one for each dimension, and one more for a mixture). With the
-    interaction type ``DETERMINISTIC`` the candidates are made from one fixed set of noise, the same
-    in every state, and the best is taken. The policy has no log-probability: importance sampling
-    refuses it, and fitted Q evaluation accepts it.
+    ``ExplorationType.RANDOM``, or none, draws noise from torch's default generator, so the same seed
+    gives the same actions. All other types make the candidates from one fixed set of noise, the same
+    in every state, and take the best. The policy has no log-probability: importance sampling refuses
+    it, and fitted Q evaluation accepts it.
 
     Args:
-        actor: ``policies.flow``, or a TorchRL actor with ``get_dist`` that draws its actions.
-        critics: TensorDict modules that read ``action`` and write ``value_key``, ``(*B, 1)``; those
-            of a loss: ``iql_torchrl.losses.LossCritics(loss)``.
+        actor (TensorDictModuleBase): ``policies.flow``, or a TorchRL actor with ``get_dist`` that
+            draws its actions.
+        critics (TensorDictModuleBase or sequence): modules that read ``action`` and write
+            ``value_key``, ``(*B, 1)``; those of a loss: ``iql_torchrl.losses.LossCritics(loss)``.
+        num_samples (int): number of candidates N. Default: 32.
 
-    Raises ``ValueError`` on ``num_samples < 1``, ``temperature < 0``, another ``select`` or no
-    critics; ``TypeError`` on an actor without randomness or modules of another kind.
+    Keyword Args:
+        select (str): ``"max"`` takes the best candidate, the first of equal ones; ``"softmax"`` draws
+            one with probability proportional to ``exp(temperature * value)``. Default: ``"max"``.
+        temperature (float): inverse temperature per unit of value, >= 0; 0 is the actor itself.
+            Default: 1.
+        value_key (NestedKey): key that the critics write. Default: ``"state_action_value"``.
+        noise_key (NestedKey): key of the noise ``(*B, N, F)``, which a TensorDict may have: F standard
+            normal numbers an action, one for each dimension and one more for a mixture. Default:
+            ``"noise"``.
+
+    Raises ``ValueError`` on numbers or a ``select`` out of range and on no critics; ``TypeError`` on
+    an actor without randomness or modules of another kind.
     """
 
     critics: Any
@@ -277,14 +300,14 @@ class BestOf(TensorDictModuleBase):
             noise = noise.movedim(dims, 0)
         elif self.fixed_noise is not None:
             noise = _noise(self.fixed_noise, tensordict.batch_size)
-        actions: Tensor
         if hasattr(self.actor, "from_noise"):
             actions = self.actor.from_noise(tensordict, noise)
         else:
             dist = self.actor.get_dist(tensordict.select(*self.actor.in_keys, strict=False))
             foreign = self.fixed_noise is None
             actions = self._sampled(dist) if foreign else dist.from_noise(noise)
-        return actions.movedim(0, dims)
+        found: Tensor = actions.movedim(0, dims)
+        return found
 
     def _sampled(self, dist: Any) -> Any:
         """Samples ``(N, *B, A)`` of a distribution that is not one of this package's."""
@@ -326,18 +349,21 @@ class BestOf(TensorDictModuleBase):
         return actions, scores
 
 
-best_of = BestOf  # named as the functions that make the other policies
+best_of = BestOf  # the name in scripts, as those of the other policies
 
 
 Policy = TypeVar("Policy", bound=nn.Module)
 
 
 def guided(policy: Policy, guidance: float) -> Policy:
-    """A copy of ``policy`` whose conditioned flow acts with ``guidance``: one member of a sweep.
+    """Copy ``policy`` with another ``guidance`` of its conditioned flow, for a sweep over it.
 
-    ``policy``: a conditioned flow, or what contains one (``best_of``, the policy of an agent). The
-    copy has weights of its own, those of now. Raises ``ValueError`` where there is no such flow, and
-    on a ``guidance`` outside [0, 1000].
+    Args:
+        policy (nn.Module): a conditioned flow, or a module that contains one (``best_of``, the policy
+            of an agent). Later changes of its weights do not reach the copy.
+        guidance (float): weight in [0, 1000], as in :class:`FlowPolicy`.
+
+    Raises ``ValueError`` if ``policy`` contains no such flow, and on a ``guidance`` out of range.
     """
     copied = copy.deepcopy(policy)
     flows = [each for each in copied.modules() if isinstance(each, FlowPolicy)]
@@ -352,7 +378,7 @@ def guided(policy: Policy, guidance: float) -> Policy:
 
 
 class EncodedPolicy(TensorDictSequential):
-    """What :func:`encoded` returns for a policy that does not end in a distribution."""
+    """Encoder and policy of :func:`encoded` for a policy that does not end in a distribution."""
 
     @property
     def critics(self) -> list[TensorDictSequential] | None:
@@ -365,10 +391,10 @@ class EncodedPolicy(TensorDictSequential):
 def encoded(
     encoder: TensorDictModuleBase, policy: TensorDictModuleBase
 ) -> ProbabilisticTensorDictSequential | EncodedPolicy:
-    """``encoder``, then ``policy``, which reads what the encoder writes.
+    """Put ``encoder`` before ``policy``, which reads what the encoder writes.
 
-    It holds both modules and no copies. A policy of modules and a distribution at the end, such as
-    a TorchRL ``ProbabilisticActor``, keeps ``get_dist`` and ``log_prob``.
+    The result holds both modules and no copies. A policy of modules and a distribution at the end,
+    such as a TorchRL ``ProbabilisticActor``, keeps ``get_dist`` and ``log_prob``.
     """
     parts: Any = policy
     if isinstance(policy, ProbabilisticTensorDictSequential):
@@ -393,7 +419,7 @@ def _checked_critics(critics: Any) -> nn.ModuleList:
 def _checked_actor(actor: Any) -> Any:
     if not isinstance(actor, nn.Module) or not hasattr(actor, "in_keys"):
         raise TypeError(f"actor is {type(actor).__name__}; expected a TensorDict module.")
-    draws = hasattr(actor, "get_dist") and not issubclass(_distribution_class(actor), Delta)
+    draws = hasattr(actor, "get_dist") and not issubclass(_distribution(actor)[0], Delta)
     if not draws and not hasattr(actor, "from_noise"):
         raise TypeError(
             f"actor is a {type(actor).__name__} without randomness, so all of its candidates would "
@@ -402,19 +428,21 @@ def _checked_actor(actor: Any) -> Any:
     return actor
 
 
-def _distribution_class(actor: nn.Module) -> type:
-    """The class of its last distribution; ``object`` where it has none, or another callable."""
-    kinds = [m.distribution_class for m in actor.modules() if hasattr(m, "distribution_class")]
-    return kinds[-1] if kinds and isinstance(kinds[-1], type) else object
+def _distribution(actor: nn.Module) -> tuple[Any, Mapping[str, Any]]:
+    """Class and keyword arguments of the last distribution; ``object`` if the class is unknown."""
+    found = [m for m in actor.modules() if isinstance(m, ProbabilisticTensorDictModule)]
+    if not found or not isinstance(found[-1].distribution_class, type):
+        return object, {}
+    return found[-1].distribution_class, found[-1].distribution_kwargs
 
 
 def _noise_features(actor: Any) -> int | None:
-    """Standard normal numbers that one action of ``actor`` is made from; None where unknown."""
+    """Number of noise values of one action of ``actor``; None if unknown."""
     if hasattr(actor, "from_noise"):
         return int(actor.noise_features)
-    extra: int | None = getattr(_distribution_class(actor), "extra_noise", None)
-    limits = [m.limits for m in actor.modules() if getattr(m, "limits", None)]
-    return None if extra is None or not limits else limits[0]["low"].numel() + extra
+    kind, options = _distribution(actor)
+    known = issubclass(kind, BoundedDistribution)
+    return options["low"].numel() + kind.extra_noise if known else None
 
 
 def _best(
@@ -422,33 +450,32 @@ def _best(
     tensordict: TensorDictBase,
     samples: int,
 ) -> Tensor:
-    """Of the candidates ``(*B, N, A)`` those of the greatest scores ``(*B, N)``: ``(*B, A)``.
+    """Candidate ``(*B, A)`` of the greatest score in each state.
 
-    ``scored`` gives both; it gets limited numbers of rows at once.
+    ``scored`` returns candidates ``(*B, N, A)`` and scores ``(*B, N)`` of a limited number of states.
     """
-    rows = tensordict.batch_size[0] if tensordict.ndim else 1
     at_once = max(1, ROWS_AT_ONCE // samples)
-    if not torch.compiler.is_compiling() and tensordict.ndim == 1 and rows > at_once:
+    eager = not torch.compiler.is_compiling()
+    if eager and tensordict.ndim == 1 and len(tensordict) > at_once:
         return torch.cat([_best(scored, part, samples) for part in tensordict.split(at_once)])
     actions, scores = scored(tensordict)
-    index = scores.argmax(-1)[..., None, None].expand(*scores.shape[:-1], 1, actions.shape[-1])
-    return actions.gather(-2, index).squeeze(-2)
+    return select(actions, scores.argmax(-1))
 
 
 def _fixed_noise(*shape: int) -> Tensor:
-    """Standard normal numbers that are the same everywhere: drawn on the CPU from seed 0."""
+    """Standard normal noise that is the same on every device: drawn on the CPU from seed 0."""
     generator = torch.Generator("cpu").manual_seed(0)
     return torch.randn(shape, generator=generator, device="cpu")
 
 
 def _noise(still: Tensor, batch: Sequence[int]) -> Tensor:
-    """``(*N, *batch, F)``: where actions are deterministic, ``still`` ``(*N, F)`` in every state."""
-    shape = (*still.shape[:-1], *batch, still.shape[-1])
+    """Noise ``(*N, *batch, F)``: ``still`` ``(*N, F)`` in every state if actions are deterministic."""
+    *number, features = still.shape
+    shape = (*number, *batch, features)
     if _is_deterministic():
-        return still.view(*still.shape[:-1], *(1,) * len(batch), still.shape[-1]).expand(shape)
+        return still.view(*number, *(1,) * len(batch), features).expand(shape)
     return torch.randn(shape, dtype=still.dtype, device=still.device)
 
 
 def _is_deterministic() -> bool:
-    kinds = (ExplorationType.DETERMINISTIC, ExplorationType.MODE, ExplorationType.MEAN)
-    return exploration_type() in kinds
+    return exploration_type() not in (None, ExplorationType.RANDOM)

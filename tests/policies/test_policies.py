@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import doctest
 import io
 from functools import partial
 
@@ -38,7 +39,14 @@ from iql_torchrl import (
     policies,
 )
 from iql_torchrl.losses import LossCritics
-from iql_torchrl.policies import ClippedGaussian, ClippedMixture, SquashedGaussian, generative
+from iql_torchrl.policies import (
+    ClippedGaussian,
+    ClippedMixture,
+    SquashedGaussian,
+    actors,
+    distributions,
+    generative,
+)
 
 LOW, HIGH = torch.tensor([-2.0, 0.0, -1.0]), torch.tensor([2.0, 0.5, 5.0])
 SPEC = Bounded(LOW, HIGH, (3,))
@@ -85,18 +93,38 @@ def critic():
     return make_networks(5, 3, hidden=(8,))[1]
 
 
-@pytest.mark.parametrize("name", CONTINUOUS)
-@pytest.mark.parametrize("shape", [(), (200,), (4, 6)])
-@pytest.mark.parametrize("kind", KINDS)
-def test_actions_stay_inside_the_spec_and_deterministic_ones_repeat(name, shape, kind):
-    actor, data = CONTINUOUS[name](), observations(*shape)
+@pytest.mark.parametrize("module", [actors, distributions])
+def test_examples_of_the_docstrings(module):
+    failed, tried = doctest.testmod(module)
+    assert tried > 0
+    assert failed == 0
+
+
+@pytest.mark.parametrize("name", [*CONTINUOUS, "flow", "best of 4"])
+@pytest.mark.parametrize("shape", [(), (50,), (4, 6)])
+@pytest.mark.parametrize("kind", ExplorationType)
+def test_actions_stay_inside_the_spec_and_all_but_random_ones_repeat(name, shape, kind):
+    """Observations are so large that values before the squashing are far outside of the bounds."""
+    makers = CONTINUOUS | SAMPLED
+    makers["best of 4"] = lambda: policies.best_of(SAMPLED["gaussian"](), critic(), 4)
+    actor, data = makers[name](), observations(*shape, scale=20.0)
+    refused = None
+    if kind == ExplorationType.MODE and name == "tanh_normal":
+        refused = "closed form of its mean, mode"
+    elif kind == ExplorationType.MEDIAN and name in CONTINUOUS:  # as TorchRL's distributions
+        refused = "median is not implemented"
     with set_exploration_type(kind), torch.no_grad():
+        if refused is not None:
+            with pytest.raises(NotImplementedError, match=refused):
+                actor(data)
+            return
         action, again = (actor(data.clone())["action"] for _ in range(2))
     assert action.shape == (*shape, 3)
     assert SPEC.is_in(action)
-    fixed = name == "deterministic" or kind == DETERMINISTIC
-    if fixed or shape:  # one random action may be clipped to the same corner twice
-        assert torch.equal(action, again) is fixed
+    drawn = kind == RANDOM or (kind == ExplorationType.MEAN and name == "tanh_normal")
+    repeats = name == "deterministic" or not drawn
+    if repeats or shape:  # one random action may be clipped to the same corner twice
+        assert torch.equal(action, again) is repeats
 
 
 def test_gaussian_density_is_the_papers():
@@ -149,8 +177,33 @@ def test_squashed_gaussian_is_torchrls_tanh_normal(dtype):
         gradients = torch.autograd.grad(density.sum(), (loc, scale))
         results.append([density, *gradients, dist.deterministic_sample, dist.sample((7,))])
     torch.testing.assert_close(*results)
-    ours = SquashedGaussian(loc, scale, low=low, high=high)
-    assert ours.expand((2, 50)).log_prob(action).shape == (2, 50)
+
+
+def test_the_mean_under_exploration_type_mean_is_that_of_the_samples():
+    data = observations(1, scale=1.0)
+    for name in ("gaussian", "tanh_normal", "mixture"):
+        actor = CONTINUOUS[name]()
+        with torch.no_grad(), set_exploration_type(ExplorationType.MEAN):
+            mean = actor(data.clone())["action"][0]
+        drawn = actor.get_dist(data.clone()).sample((100_000,))
+        unit = (HIGH - LOW) / 2
+        torch.testing.assert_close(mean / unit, drawn.mean((0, 1)) / unit, atol=0.08, rtol=0)
+
+
+@pytest.mark.parametrize("spec", CHOICES, ids=["index", "one_hot"])
+def test_exploration_types_of_choices(spec):
+    actor, data = policies.categorical(5, spec, hidden=(8,)), observations(9)
+    with torch.no_grad(), set_exploration_type(ExplorationType.MODE):
+        mode = actor(data.clone())["action"]
+    with torch.no_grad(), set_exploration_type(DETERMINISTIC):
+        assert torch.equal(actor(data.clone())["action"], mode)
+    with torch.no_grad(), set_exploration_type(ExplorationType.MEAN):
+        if isinstance(spec, OneHot):
+            mean = actor(data.clone())["action"]
+            torch.testing.assert_close(mean, actor.get_dist(data.clone()).probs)
+        else:
+            with pytest.raises(RuntimeError, match=r"no mean.*Use ExplorationType.MODE"):
+                actor(data.clone())
 
 
 @pytest.mark.parametrize("name", [*CONTINUOUS, *CHOOSING])
@@ -166,6 +219,9 @@ def test_bounds_move_with_the_policy_and_nothing_waits_for_a_device(name):
         assert dist.deterministic_sample.is_meta
         if name != "deterministic":  # whose distribution, TorchRL's Delta, draws nothing
             assert dist.sample().is_meta
+            assert dist.expand((2, 8)).sample().is_meta
+        for moment in ("mean", "variance") if name in ("gaussian", "mixture") else ():
+            assert getattr(dist, moment).is_meta
     if name in CONTINUOUS:
         for module in actor.modules():
             for bound in getattr(module, "distribution_kwargs", {}).values():
@@ -385,15 +441,17 @@ def test_critics_of_a_loss_follow_it_and_copies_do_not(count):
 def test_fitted_q_accepts_it_and_importance_sampling_refuses_it_in_one_sentence():
     agent, dataset = box_agent(), load_dataset(log())
     policy = policies.best_of(agent.actor, LossCritics(agent.loss), 4)
-    members = {"best of 4": policy, "flow": box_agent(policy="flow").policy}
+    candidates = {"best of 4": policy, "flow": box_agent(policy="flow").policy}
     options = {"discount": 0.9, "updates": 20, "hidden": (8,)}
-    first, second = (fitted_q_evaluation(members, dataset, dataset, **options) for _ in range(2))
+    first, second = (fitted_q_evaluation(candidates, dataset, dataset, **options) for _ in range(2))
     assert np.isfinite(first.values).all()
     np.testing.assert_array_equal(first.values, second.values)
-    for (name, member), kind in zip(members.items(), ("BestOf", "FlowPolicy"), strict=True):
-        words = f"member '{name}', a {kind}, has no density: importance sampling needs the log-prob"
+    for (name, candidate), kind in zip(candidates.items(), ("BestOf", "FlowPolicy"), strict=True):
+        words = (
+            f"candidate '{name}', a {kind}, has no density: importance sampling needs the log-prob"
+        )
         with pytest.raises(ValueError, match=words):
-            importance_sampling({name: member}, dataset, behaviour=agent, discount=0.9)
+            importance_sampling({name: candidate}, dataset, behaviour=agent, discount=0.9)
 
 
 # -- a dimension of the action that is constant
