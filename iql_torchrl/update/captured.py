@@ -29,6 +29,7 @@ from iql_torchrl.private_apis import (
     version_of,
 )
 from iql_torchrl.update.adam import Moments
+from iql_torchrl.update.checks import check_traceable
 from iql_torchrl.update.compiled import (
     GraphUpdate,
     fits_a_graph,
@@ -89,9 +90,11 @@ class CapturedStep:
         _check_replay(replay, self._device)
         self._in_graph = fits_a_graph(self.step.optimizer)
         self._graph: CudaGraph | None = None
-        if not self._in_graph:
+        if self._in_graph:
+            check_traceable(self.step.loss)
+        else:
             log_eager(self.step)
-        elif CudaGraph.supports(self._device):
+        if self._in_graph and CudaGraph.supports(self._device):
             _check_cuda(self.step, updates)
             self._graph = CudaGraph(self._device)
         self._generator: torch.Generator | None = None  # of a buffer's copied rows

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
@@ -70,3 +71,15 @@ def check_optimizer(loss: IQLLoss, optimizer: Optimizer) -> None:
             f"the optimizer lacks {len(missing)} of the loss's parameters, the first {missing[0]!r}; "
             "build it from loss.parameters(), or freeze them with requires_grad_(False)."
         )
+
+
+def check_traceable(loss: IQLLoss) -> None:
+    """Raise ``TypeError`` on a recurrent layer of torch, which ``torch.compile`` cannot trace."""
+    for name in loss.network_names:
+        for path, module in getattr(loss, name).named_modules():
+            if isinstance(module, nn.RNNBase):
+                raise TypeError(
+                    f"{name} has a torch.nn.{type(module).__name__} at {path!r}, which torch.compile "
+                    "cannot trace; use networks.LSTMEncoder over dataset.windows(length), or call the "
+                    "step itself, without compiled and captured."
+                )

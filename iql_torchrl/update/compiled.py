@@ -31,6 +31,7 @@ from iql_torchrl.update.adam import (
     count_steps,
     start,
 )
+from iql_torchrl.update.checks import check_traceable
 from iql_torchrl.update.step import IQLStep, Step, Terms
 
 MANY_COMPILATIONS = 10
@@ -77,7 +78,7 @@ def compiled(step: Step, **torch_compile_kwargs: Any) -> Step:
 
     Raises ``ValueError`` on a mode or option of ``torch.compile`` that records CUDA graphs by itself
     (``mode="reduce-overhead"`` and ``"max-autotune"``): what one update returned would be overwritten
-    by the next. :func:`captured` records CUDA graphs.
+    by the next. Raises ``TypeError`` on ``torch.nn.LSTM``, ``GRU`` and ``RNN``, which cannot be traced. :func:`captured` records CUDA graphs.
     """
     if not isinstance(step, Step):
         raise TypeError(f"step is {type(step).__name__}; expected an IQLStep, such as agent.step.")
@@ -85,6 +86,7 @@ def compiled(step: Step, **torch_compile_kwargs: Any) -> Step:
     if not fits_a_graph(plain.optimizer):
         log_eager(plain)
         return plain
+    check_traceable(plain.loss)
     return CompiledStep(plain, _compile_options(plain, torch_compile_kwargs))
 
 
