@@ -22,8 +22,6 @@ from typing import Any
 import tensordict
 import torch
 import torchrl
-from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModule, TensorDictParams
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchrl.data import ReplayBuffer
@@ -156,28 +154,6 @@ def inductor_settings() -> set[str]:
     return set() if options is None else set(options())
 
 
-def has_onednn_linear() -> bool:
-    """Whether float32 products may be MKL's or oneDNN's; see :func:`onednn_linear`."""
-    return (
-        torch.backends.mkl.is_available()
-        and torch.backends.mkldnn.is_available()
-        and find(torch.ops.mkldnn, "_linear_pointwise") is not None
-    )
-
-
-def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``x @ weight.T + bias`` by oneDNN, without autograd; matrices of any strides.
-
-    No public function of torch computes float32 by oneDNN outside of compiled inference.
-    """
-    product = _needed(
-        torch.ops.mkldnn, "_linear_pointwise", "products by oneDNN",
-        "Choose iql_torchrl.config.choose_products('mkl').",
-    )  # fmt: skip
-    out: Tensor = product(x, weight, bias, "none", [], "")
-    return out
-
-
 def keeps_batch_statistics(module: nn.Module) -> bool:
     """Whether the layer normalises with statistics of a batch, or averages them over batches.
 
@@ -258,43 +234,12 @@ def version_of(tensor: Tensor) -> int:
     return version
 
 
-def children_of(module: nn.Module) -> dict[str, Any]:
-    """Submodules by name, the module's own table.
-
-    ``named_children()`` names a module once, however often it is used, and ``getattr`` of a TorchRL
-    loss warns about targets. Without that table a dict of its own, which changes nothing.
-    """
-    table: dict[str, Any] | None = find(module, "_modules")
-    if table is None:
-        named = module.named_modules(remove_duplicate=False)
-        return {name: child for name, child in named if name and "." not in name}
-    return table
-
-
 def has_hooks(module: nn.Module) -> bool:
-    """Whether anything is registered that runs with the module's forward or backward."""
-    return any(hook_tables(module))
-
-
-def hook_tables(module: nn.Module) -> list[Any]:
-    """What is registered to run with the module's forward or backward: the module's own tables."""
-    return [table for name in _HOOKS if (table := find(module, name)) is not None]
+    """Return whether anything is registered that runs with the module's forward or backward."""
+    return any(find(module, name) for name in _HOOKS)
 
 
 # -- tensordict ------------------------------------------------------------------------------------
-
-
-def plain_entries(params: TensorDictParams) -> TensorDictBase:
-    """The parameters as a plain TensorDict; ``TensorDictParams.copy`` gives parameters again."""
-    entries: TensorDictBase | None = find(params, "_param_td")
-    if entries is None:
-        entries = TensorDict(dict(params.items(True, True)), batch_size=params.batch_size)
-    return entries
-
-
-def reads_positions(module: TensorDictModule) -> bool:
-    """Whether it passes the entries of its in_keys by position, and reads them with no options."""
-    return not (find(module, "_kwargs", True) or find(module, "_get_kwargs", True))
 
 
 # -- TorchRL ---------------------------------------------------------------------------------------
