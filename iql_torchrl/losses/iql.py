@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -147,7 +149,10 @@ class IQLLoss(NetworkLoss):
         scalar_output_mode: str | None = None,
         priority_key: str | None = None,
         gamma: float | None = None,
+        **unknown: Any,
     ) -> None:
+        if unknown:
+            raise TypeError(f"{type(self).__name__} has no argument {_advice(next(iter(unknown)))}")
         _check_form(num_qvalue_nets, value_network, reduction, scalar_output_mode, gamma)
         check_choice("loss_function", loss_function, tuple(F.REGRESSION_LOSSES))
         settings = {"expectile": expectile, "temperature": temperature, "max_weight": max_weight}
@@ -561,6 +566,29 @@ def _actor_objective(objective: Any, settings: Mapping[str, Any]) -> ActorObject
     check_choice("actor_objective", objective, tuple(ACTOR_OBJECTIVES))
     chosen: ActorObjective = from_settings(ACTOR_OBJECTIVES[objective], settings)
     return chosen
+
+
+# Where to give what IQLLoss has no argument for, by the names that it has elsewhere.
+ARGUMENTS_ELSEWHERE = {
+    "tau": "the expectile is expectile=, and the averaging rate of the target critics belongs to "
+    "SoftUpdate(loss, tau=...)",
+    "iql_tau": "the expectile is expectile=",
+    "beta": "the inverse temperature is temperature=",
+    "polyak": "the averaging rate of the target critics belongs to SoftUpdate(loss, eps=1 - polyak)",
+    "discount": "call loss.make_value_estimator(gamma=...)",
+    "actor_ema": "call loss.average_actor(decay) before the step is built",
+    "num_critics": "the number of critics is num_qvalue_nets=",
+}
+
+
+def _advice(name: str) -> str:
+    """The argument ``name`` that the loss lacks, and where it belongs."""
+    parts = (*VALUE_OBJECTIVES.values(), *ACTOR_OBJECTIVES.values(), SharedEncoder)
+    kinds = [kind.__name__ for kind in parts if name in inspect.signature(kind).parameters]
+    own = f"it is one of losses.{kinds[0]}({name}=...)" if kinds else None
+    close = difflib.get_close_matches(name, inspect.signature(IQLLoss).parameters, 1)
+    meant = f"did you mean {close[0]}?" if close else "see help(IQLLoss) for its arguments"
+    return f"{name!r}; {ARGUMENTS_ELSEWHERE.get(name) or own or meant}."
 
 
 def _check_form(

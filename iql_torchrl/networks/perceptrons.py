@@ -262,7 +262,9 @@ class AroundPerceptron(nn.Module):
 
     def layers(self, features: Tensor) -> Tensor:
         """``mlp``: ``(*B, in)`` to ``(*B, out)``, of K networks to ``(K, *B, out)``."""
-        weight = getattr(getattr(self.mlp, "first", None), "weight", None)  # not in a module of yours
+        weight = getattr(
+            getattr(self.mlp, "first", None), "weight", None
+        )  # not in a module of yours
         if weight is not None and features.dtype != weight.dtype:
             _check_dtype(features, weight)
         if weight is None or weight.ndim < 3:

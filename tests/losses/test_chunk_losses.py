@@ -15,7 +15,6 @@ from torchrl.modules import ValueOperator
 from torchrl.objectives import SoftUpdate, ValueEstimators
 
 from iql_torchrl import (
-    DiscreteIQLLoss,
     IQLConfig,
     IQLLoss,
     IQLStep,
@@ -277,29 +276,42 @@ def test_compiled_and_captured_updates_equal_the_eager_ones(policy):
                 torch.testing.assert_close(other[name], value, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize("order", ["sequential", "simultaneous"])
+def test_rewards_of_padding_change_no_update(order):
+    agents = [agent_and_batch(order=order)[0] for _ in range(2)]
+    _, batch = agent_and_batch()
+    padding = ~batch["chunk_mask"]
+    assert padding.any()
+    other = batch.clone()
+    other["next", "reward"] = batch["next", "reward"] + 100.0 * padding
+    targets, metrics = [], []
+    for agent, each in zip(agents, (batch, other), strict=True):
+        targets.append(agent.loss.td_target(agent.loss.prepare_batch(each.clone())))
+        metrics.append(agent.step(each.clone()))
+    assert torch.equal(*targets)
+    for name, value in metrics[0].items():
+        assert torch.equal(value, metrics[1][name]), name
+    assert same_weights(*agents)
+
+
 def test_wrong_batches_and_combinations_are_refused():
     agent, batch = agent_and_batch()
     plain = load_dataset(log())
-    with pytest.raises(KeyError, match=r"chunk_mask.*take batches from dataset.chunks"):
+    with pytest.raises(RuntimeError, match="shapes"):
         agent.step(plain.replay_buffer(8).sample())
-    with pytest.raises(ValueError, match=r"action_chunk=3; expected masks .*\(16, 3\)"):
+    with pytest.raises(RuntimeError, match="shapes"):
         agent.step(plain.chunks(2)[:16])
     single = make_agent(config(), plain)
     with pytest.raises((ValueError, RuntimeError)):
         single.step(batch)
+    with pytest.raises(ValueError, match=r"'chunk_mask' has shape \(16, 3\).* masks and rewards"):
+        agent.step(batch.clone().set(("next", "reward"), torch.zeros(16, 1)))
     agent.loss.make_value_estimator(ValueEstimators.TDLambda, gamma=0.9, lmbda=0.9)
-    with pytest.raises(
-        NotImplementedError, match=r"action_chunk is 3 and the value estimator is a TD"
-    ):
+    with pytest.raises(NotImplementedError, match=r"chunks of actions and the value estimator is"):
         agent.loss.qvalue_loss(batch)
     discrete = load_dataset(log(action=np.arange(40) % 4))
     with pytest.raises(ValueError, match=r"action_chunk is 2 .*chunks are of continuous actions"):
         make_agent(config(action_chunk=2), discrete)
-    parts = make_agent(config(), discrete).loss
-    with pytest.raises(ValueError, match="action_chunk=2 needs continuous actions"):
-        DiscreteIQLLoss(
-            parts.actor_network, parts.qvalue_network, parts.value_network, action_chunk=2
-        )
     with pytest.raises(ValueError, match=r"replan_every is 4 and action_chunk is 3"):
         IQLConfig(action_chunk=3, replan_every=4)
 
