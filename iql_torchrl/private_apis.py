@@ -235,7 +235,7 @@ def version_of(tensor: Tensor) -> int:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether anything is registered that runs with the module's forward or backward."""
+    """Return whether anything is registered that runs with the module's forward or backward."""
     return any(find(module, name) for name in _HOOKS)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from types import MappingProxyType
@@ -12,6 +13,29 @@ from iql_torchrl.config.knobs import knob, knobs
 
 # What advantage_weight="auto" is, by value_objective; with any other it is "exponential".
 OWN_WEIGHTS = {"sparse": "positive", "exponential": "positive"}
+
+
+# Settings of IQLConfig, by the names that they have elsewhere.
+NAMES_ELSEWHERE = {
+    "gamma": "discount",
+    "beta": "temperature",
+    "weight_temp": "temperature",
+    "iql_tau": "expectile",
+    "tau": "expectile (of the value loss) or polyak (of the target critics)",
+    "exp_adv_max": "max_weight",
+    "eps": "polyak",
+    "lr": "actor_lr, critic_lr and value_lr",
+    "learning_rate": "actor_lr, critic_lr and value_lr",
+    "hidden_sizes": "hidden",
+    "hidden_dims": "hidden",
+    "hidden_dim": "hidden",
+    "n_critics": "num_critics",
+    "num_qvalue_nets": "num_critics",
+    "max_steps": "updates",
+    "n_steps": "updates",
+    "normalize": "standardise",
+    "clip_grad_norm": "max_grad_norm",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,6 +260,18 @@ class IQLConfig:
     device: str = knob(
         "cpu", "torch device: cpu, cuda, cuda:1, mps, ...", may_change=lambda config: True
     )
+
+    def __new__(cls, *_: Any, **settings: Any) -> IQLConfig:
+        names = [field.name for field in fields(cls)]
+        for name in settings:
+            if name not in names:
+                close = difflib.get_close_matches(name, names, 1)
+                meant = NAMES_ELSEWHERE.get(name.lower(), close[0] if close else None)
+                advice = (
+                    f"did you mean {meant}?" if meant else f"the settings are {', '.join(names)}."
+                )
+                raise TypeError(f"{cls.__name__} has no setting {name!r}; {advice}")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         for name, described in knobs(type(self)).items():

@@ -314,9 +314,6 @@ def _missing(key: NestedKey, tensordict: TensorDictBase) -> str:
         "loss.set_keys(terminated='done')",
         HISTORY_MASK: "take batches from dataset.windows(length).replay_buffer(batch_size), or train "
         "with OfflineTrainer",
-        CHUNK_MASK: "action_chunk is the number of actions that critics and policy treat as one: take "
-        "batches from dataset.chunks(action_chunk).replay_buffer(batch_size), or train with "
-        "OfflineTrainer",
     }.get(name, usual)
     keys = sorted(map(str, tensordict.keys(include_nested=True, leaves_only=True)))
     return f"{key!r} is not in the batch, which holds {', '.join(keys)}; {advice}."

@@ -16,6 +16,7 @@ from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictPara
 from torch import Tensor, nn
 
 from iql_torchrl import functional as F
+from iql_torchrl.config import number_dtype
 from iql_torchrl.losses.batch import output_of
 
 Critics: TypeAlias = TensorDictModule | Sequence[TensorDictModule] | Callable[[], TensorDictModule]
@@ -84,7 +85,7 @@ def _orthogonal_gain(weight: Tensor) -> float | None:
     """Common norm of the orthogonal rows (or columns, if fewer) of a matrix, else ``None``."""
     if weight.ndim < 2:
         return None
-    matrix = weight.flatten(1).double()
+    matrix = weight.flatten(1).to(number_dtype(weight.device))
     if matrix.shape[0] > matrix.shape[1]:
         matrix = matrix.T
     if matrix.shape[0] < 2:  # a single row does not show how it was drawn

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -140,7 +142,10 @@ class IQLLoss(NetworkLoss):
         scalar_output_mode: str | None = None,
         priority_key: str | None = None,
         gamma: float | None = None,
+        **unknown: Any,
     ) -> None:
+        if unknown:
+            raise TypeError(f"{type(self).__name__} has no argument {_advice(next(iter(unknown)))}")
         _check_form(num_qvalue_nets, value_network, reduction, scalar_output_mode, gamma)
         check_choice("loss_function", loss_function, tuple(F.REGRESSION_LOSSES))
         settings = {"expectile": expectile, "temperature": temperature, "max_weight": max_weight}
@@ -197,7 +202,7 @@ class IQLLoss(NetworkLoss):
         target = target_qvalue
         if self.value_objective.reads_td_target:
             target = self.td_target(batch) if td_target is None else td_target
-        loss = self.value_objective(target, value, batch)
+        loss = self.value_objective(target, value, batch).to(value.dtype)
         return self._reduce(loss, batch), {"value": value.detach()}
 
     def actor_term(self, batch: Batch, advantage: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -209,6 +214,7 @@ class IQLLoss(NetworkLoss):
         if (own := batch.for_actor) is not batch:
             batch, advantage = own, self.advantage(own)
         loss, metadata = self.actor_objective(self, batch, advantage)
+        loss = loss.to(advantage.dtype)  # hyperparameters widen that of a batch without dimensions
         return self._reduce(loss, batch), {"advantage": advantage} | metadata
 
     def qvalue_term(self, batch: Batch, td_target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -429,7 +435,9 @@ class IQLLoss(NetworkLoss):
                 ("actor_objective", self.actor_objective, _names(ACTOR_OBJECTIVES)),
             )
         }
-        initial = self.value_objective.initial | self.actor_objective.initial
+        initial = self.value_objective.settings
+        for name, value in self.actor_objective.settings.items():
+            initial[name if name not in initial else f"actor_objective.{name}"] = value
         encoder = self.encoder
         if encoder is not None:
             choices |= {
@@ -485,6 +493,29 @@ def _actor_objective(objective: Any, settings: Mapping[str, Any]) -> ActorObject
     check_choice("actor_objective", objective, tuple(ACTOR_OBJECTIVES))
     chosen: ActorObjective = from_settings(ACTOR_OBJECTIVES[objective], settings)
     return chosen
+
+
+# Where to give what IQLLoss has no argument for, by the names that it has elsewhere.
+ARGUMENTS_ELSEWHERE = {
+    "tau": "the expectile is expectile=, and the averaging rate of the target critics belongs to "
+    "SoftUpdate(loss, tau=...)",
+    "iql_tau": "the expectile is expectile=",
+    "beta": "the inverse temperature is temperature=",
+    "polyak": "the averaging rate of the target critics belongs to SoftUpdate(loss, eps=1 - polyak)",
+    "discount": "call loss.make_value_estimator(gamma=...)",
+    "actor_ema": "call loss.average_actor(decay) before the step is built",
+    "num_critics": "the number of critics is num_qvalue_nets=",
+}
+
+
+def _advice(name: str) -> str:
+    """The argument ``name`` that the loss lacks, and where it belongs."""
+    parts = (*VALUE_OBJECTIVES.values(), *ACTOR_OBJECTIVES.values(), SharedEncoder)
+    kinds = [kind.__name__ for kind in parts if name in inspect.signature(kind).parameters]
+    own = f"it is one of losses.{kinds[0]}({name}=...)" if kinds else None
+    close = difflib.get_close_matches(name, inspect.signature(IQLLoss).parameters, 1)
+    meant = f"did you mean {close[0]}?" if close else "see help(IQLLoss) for its arguments"
+    return f"{name!r}; {ARGUMENTS_ELSEWHERE.get(name) or own or meant}."
 
 
 def _check_form(

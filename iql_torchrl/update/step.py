@@ -321,7 +321,9 @@ class IQLStep(Step):
     def check_trains(self) -> None:
         """Raise ``RuntimeError`` where an update would compute losses and not train what was asked.
 
-        That is: in ``torch.inference_mode()`` or ``torch.no_grad()``, where no gradient exists; and in
+        ``ValueError`` where the optimizer lacks a parameter that requires a gradient.
+
+        It is: in ``torch.inference_mode()`` or ``torch.no_grad()``, where no gradient exists; and in
         a ``torch.distributed`` process group of several ranks over which gradients are not summed,
         unless these are independent. It costs less than a microsecond.
         """
@@ -335,6 +337,8 @@ class IQLStep(Step):
                     "losses and train nothing. Call it outside of that block or decorator; evaluation "
                     "alone belongs inside."
                 )
+        if any(parameter.requires_grad for parameter in self._missing):
+            check_optimizer(self.loss, self.optimizer)
         if self.independent_ranks or self.ranks is not None:
             return
         if (ranks := group_size()) > 1:
