@@ -31,12 +31,18 @@ from iql_torchrl import (
     policies,
 )
 from iql_torchrl import functional as F
-from iql_torchrl.config import Knob, knob, knobs, loss_knobs
+from iql_torchrl.agent import build
+from iql_torchrl.config import Knob, knob, knobs
 from iql_torchrl.config.cli import parse, refuse
 from iql_torchrl.data import DeviceSampler
 from iql_torchrl.files import CheckpointError
-from iql_torchrl.losses import ImplicitQLoss
-from iql_torchrl.losses.loss import ACTOR_OBJECTIVES
+from iql_torchrl.losses import (
+    ACTOR_OBJECTIVES,
+    VALUE_OBJECTIVES,
+    ActorObjective,
+    AdvantageWeighted,
+    Sparse,
+)
 from iql_torchrl.trainers.checkpoints import check_same_run
 
 OUT_OF_RANGE = {
@@ -343,9 +349,9 @@ class Config(IQLConfig):
 
     sharpness: float = knob(
         1.0, "exponent of the weights; 1 leaves them",
-        interval="(0, 10]", loss_interval="(0, 20]", per_run=True, in_loss=True,
+        interval="(0, 10]", loss_interval="(0, 20]", per_run=True,
     )  # fmt: skip
-    rounding: Literal["up", "down"] = knob("up", "how weights are rounded", in_loss=True)
+    rounding: Literal["up", "down"] = knob("up", "how weights are rounded")
     width: int = knob(2, "of the extra head", interval="[1, inf)")
     verbose: bool = knob(False, "print more", may_change=lambda config: True)
 
@@ -353,17 +359,24 @@ class Config(IQLConfig):
 BASE = Config(updates=4, hidden=(8,), batch_size=8, reward="raw", schedule="constant")
 
 
+class Sharpened(ActorObjective):
+    """The place that reads the new settings: an objective with arguments of their names."""
+
+    has_entropy = True
+
+    def __init__(self, sharpness: float = Config.sharpness, rounding: str = Config.rounding):
+        super().__init__(sharpness=sharpness)
+        self.rounding = rounding
+
+    def forward(self, networks, batch, advantage):
+        log_prob = networks.log_prob(batch)
+        weight = self.sharpness if self.rounding == "up" else 5.0
+        return -weight * log_prob, {"log_prob": log_prob.detach()}
+
+
 @pytest.fixture
-def new_knobs(monkeypatch):
-    """The place that reads the new settings: here a loss that only keeps them."""
-    made = ImplicitQLoss.__init__
-
-    def init(self, *args, sharpness=Config.sharpness, rounding=Config.rounding, **kwargs):
-        made(self, *args, **kwargs)
-        self.sharpness, self.rounding = sharpness, rounding
-
-    monkeypatch.setattr(ImplicitQLoss, "__init__", init)
-    monkeypatch.setattr(ImplicitQLoss, "knobs", loss_knobs(Config))
+def sharpened(monkeypatch):
+    monkeypatch.setattr(build, "ACTOR_OBJECTIVES", {"log_prob": Sharpened})
 
 
 @pytest.mark.parametrize(
@@ -397,14 +410,14 @@ def test_it_is_an_option_with_help(capsys):
     assert "--rounding {up,down}" in text
 
 
-@pytest.mark.usefixtures("new_knobs")
+@pytest.mark.usefixtures("sharpened")
 def test_losses_and_runs_of_a_population_have_it_or_must_agree():
     dataset = load_dataset(log())
     agent = make_agent(replace(BASE, sharpness=3.0, rounding="down"), dataset)
-    assert (agent.loss.sharpness, agent.loss.rounding) == (3.0, "down")
+    objective = agent.loss.actor_objective
+    assert (objective.sharpness, objective.rounding) == (3.0, "down")
     population = IQLPopulation([replace(BASE, sharpness=value) for value in (1.0, 2.5)], dataset)
-    assert population.loss.sharpness.tolist() == [[1.0], [2.5]]
-    assert population.loss.rounding == "up"
+    assert population.loss.actor_objective.sharpness.tolist() == [1.0, 2.5]
     message = r"width is 3 in configs\[1\] and 2 in configs\[0\]; .* may differ in .*sharpness"
     for change, words in (
         ({"width": 3}, message),
@@ -414,31 +427,29 @@ def test_losses_and_runs_of_a_population_have_it_or_must_agree():
             IQLPopulation([BASE, replace(BASE, **change)], dataset)
 
 
-def parts_of(**options):
+def parts_of(*settings, alpha=1.0):
     """A step and the rows that it is trained on."""
     torch.manual_seed(0)
-    loss = IQLLoss(*make_networks(), **options)
+    objectives = {"value_objective": Sparse(alpha), "actor_objective": Sharpened(*settings)}
+    loss = IQLLoss(*make_networks(), **objectives)
     loss.make_value_estimator(gamma=0.9)
     step = IQLStep(loss, torch.optim.Adam(loss.parameters()), SoftUpdate(loss, tau=0.1))
     return step, DeviceSampler(make_batch(8), 4, seed=0)
 
 
-@pytest.mark.usefixtures("new_knobs", "uncompiled")
+@pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize(
     ("name", "value"), [("sharpness", 2.0), ("rounding", "down"), ("loss_mask_key", "mask")]
 )
-def test_a_captured_step_notices_a_change(name, value, monkeypatch):
-    def weight_of(loss, advantage, batch):
-        return torch.full_like(advantage, loss.sharpness if loss.rounding == "up" else 5.0)
-
-    monkeypatch.setattr(ImplicitQLoss, "weight_of", weight_of)
-    loss = IQLLoss(*make_networks())
+def test_a_captured_step_notices_a_change(name, value):
+    loss = IQLLoss(*make_networks(), actor_objective=Sharpened())
+    changed = loss if hasattr(loss, name) else loss.actor_objective
     step = IQLStep(loss, torch.optim.Adam(loss.parameters(), lr=0.0), SoftUpdate(loss, tau=0.1))
     data = make_batch(8)
     data["mask"] = torch.arange(8) < 4
     plain, rows = (DeviceSampler(data, 16, seed=0) for _ in range(2))
     call = captured(step, rows, updates=1)
-    for change in (lambda: None, lambda: setattr(loss, name, value)):
+    for change in (lambda: None, lambda: setattr(changed, name, value)):
         change()
         expected = step(plain.sample())["loss_actor"]
         torch.testing.assert_close(call()["loss_actor"].float(), expected)
@@ -467,30 +478,41 @@ def test_resume_compares_it_and_a_config_from_before_it_existed_has_its_default(
         compare(replace(BASE, sharpness=2.0), old)
 
 
-@pytest.mark.usefixtures("new_knobs")
 def test_resume_compares_it_where_the_loss_was_made_by_hand():
     unchanged, changed = (
         OfflineTrainer(step=step, replay_buffer=rows, total_updates=1, progress_bar=False)
-        for step, rows in (parts_of(), parts_of(sharpness=2.0))
+        for step, rows in (parts_of(), parts_of(2.0))
     )
     saved = unchanged.state_dict()
     assert (saved["settings"]["sharpness"], saved["settings"]["rounding"]) == (1.0, "up")
-    for _ in range(2):
-        with pytest.raises(CheckpointError, match=r"sharpness was 1\.0 and is 2\.0"):
-            changed.load_state_dict(saved)
-        saved["settings"].pop("sharpness", None)  # a checkpoint from before the setting existed
+    with pytest.raises(CheckpointError, match=r"sharpness was 1\.0 and is 2\.0"):
+        changed.load_state_dict(saved)
+    del saved["settings"]["sharpness"]  # a checkpoint from before the setting existed
     unchanged.load_state_dict(saved)
+
+
+def test_equal_names_of_two_objectives_are_told_apart():
+    """``alpha`` of the value objective and that of the policy's weights."""
+    losses = [
+        IQLLoss(*make_networks(), value_objective=Sparse(alpha), actor_objective=objective)
+        for alpha in (1.0, 2.0)
+        for objective in (AdvantageWeighted(weight="sparse", alpha=a) for a in (1.0, 2.0))
+    ]
+    assert len({str(loss.settings) for loss in losses}) == 4
 
 
 # -- the description and the code that reads a setting ---------------------------------------------
 
 
-def test_every_knob_of_the_loss_is_an_argument_with_the_same_default_and_an_attribute():
-    parameters = inspect.signature(IQLLoss.__init__).parameters
-    loss = IQLLoss(*make_networks())
-    for name, described in IQLLoss.knobs.items():
-        assert parameters[name].default == described.default == getattr(loss, name), name
-    assert {"expectile", "temperature", "max_weight", "loss_function"} < set(IQLLoss.knobs)
+def test_arguments_of_the_loss_and_of_objectives_have_the_defaults_of_the_settings():
+    described, found = knobs(IQLConfig), set()
+    for kind in (IQLLoss, *VALUE_OBJECTIVES.values(), *ACTOR_OBJECTIVES.values()):
+        for name, argument in inspect.signature(kind.__init__).parameters.items():
+            if name in described and name != "actor_objective":  # "auto" in the config
+                assert argument.default == described[name].default, (kind, name)
+                found.add(name)
+    named = {"expectile", "temperature", "max_weight", "loss_function", "alpha", "pessimism"}
+    assert named | {"bc_weight", "condition_dropout", "value_objective"} <= found
 
 
 def test_every_choice_has_code_that_carries_it_out():

@@ -39,6 +39,7 @@ from iql_torchrl.agent.task import Task
 from iql_torchrl.descriptions import describe_space, describe_values, faulty_bounds
 from iql_torchrl.evaluation.acting import act, environment_actions
 from iql_torchrl.evaluation.policy_input import action_mask, policy_input
+from iql_torchrl.losses import WeightedSquaredError
 
 SPEC = Bounded(-1, 1, (2,))
 
@@ -49,7 +50,7 @@ SPEC = Bounded(-1, 1, (2,))
         ({"expectile": "0.7"}, TypeError, "expectile is '0.7'; expected a number"),
         ({"temperature": float("inf")}, ValueError, "temperature is inf; .* finite"),
         ({"max_weight": True}, TypeError, "max_weight is True; expected a number"),
-        ({"num_qvalue_nets": 2.5}, TypeError, "num_qvalue_nets is 2.5; it must be a whole number"),
+        ({"num_qvalue_nets": 2.5}, TypeError, "num_qvalue_nets is 2.5; it must be an integer"),
         ({"num_qvalue_nets": True}, TypeError, "num_qvalue_nets is True"),
         (
             {"reduction": "none", "scalar_output_mode": "drop"},
@@ -58,7 +59,7 @@ SPEC = Bounded(-1, 1, (2,))
         ),
     ],
 )
-def test_knobs_of_the_loss(options, error, text):
+def test_settings_of_the_loss(options, error, text):
     with pytest.raises(error, match=text):
         IQLLoss(*make_networks(), **options)
 
@@ -76,7 +77,8 @@ def test_networks_of_the_loss(place):
     parts = (actor, *make_networks()[1:])
     with pytest.raises(TypeError, match=r"no distribution.*actor_objective='mse'"):
         IQLLoss(*parts)
-    assert IQLLoss(*parts, actor_objective="mse").actor_objective == "mse"
+    objective = IQLLoss(*parts, actor_objective="mse").actor_objective
+    assert type(objective) is WeightedSquaredError
 
 
 def test_methods_of_the_loss():

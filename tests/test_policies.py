@@ -354,7 +354,7 @@ def test_critics_of_a_loss_follow_it_and_copies_do_not(count):
 
     def expected(batch):
         loss.qvalue_network.eval()
-        found = loss.action_values(loss.read(batch), "qvalue_network_params").amin(0)
+        found = loss.qvalues(loss.prepare_batch(batch)).amin(0)
         loss.qvalue_network.train()
         return found.detach().unsqueeze(-1)
 

@@ -166,7 +166,7 @@ class WeightedSquaredError(WeightedRegression):
     """``w |pi(s) - a|**2``, summed over action dimensions: for deterministic policies."""
 
     def error(self, networks: NetworkLoss, batch: Batch) -> Result:
-        action, _ = networks.policy_output(batch)
+        action = networks.policy_action(batch)
         logged = batch.data.get(networks.tensor_keys.action)
         check_action(networks.tensor_keys.action, logged, action.shape)
         error = where_valid(networks.valid_action_mask(batch), (action - logged).square())

@@ -204,7 +204,7 @@ class IQLLoss(NetworkLoss):
         target = target_qvalue
         if self.value_objective.reads_td_target:
             target = self.td_target(batch) if td_target is None else td_target
-        loss = self.value_objective(target, value, batch)
+        loss = self.value_objective(target, value, batch).to(value.dtype)
         return self._reduce(loss, batch), {"value": value.detach()}
 
     def actor_term(self, batch: Batch, advantage: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -216,6 +216,7 @@ class IQLLoss(NetworkLoss):
         if (own := batch.for_actor) is not batch:
             batch, advantage = own, self.advantage(own)
         loss, metadata = self.actor_objective(self, batch, advantage)
+        loss = loss.to(advantage.dtype)  # hyperparameters widen that of a batch without dimensions
         return self._reduce(loss, batch), {"advantage": advantage} | metadata
 
     def qvalue_term(self, batch: Batch, td_target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -436,7 +437,9 @@ class IQLLoss(NetworkLoss):
                 ("actor_objective", self.actor_objective, _names(ACTOR_OBJECTIVES)),
             )
         }
-        initial = self.value_objective.initial | self.actor_objective.initial
+        initial = self.value_objective.settings
+        for name, value in self.actor_objective.settings.items():
+            initial[name if name not in initial else f"actor_objective.{name}"] = value
         encoder = self.encoder
         if encoder is not None:
             choices |= {

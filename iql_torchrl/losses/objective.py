@@ -38,6 +38,17 @@ class Objective(nn.Module):
         """The hyperparameters by name."""
         return {name: self._buffers[name] for name in self.hyperparameter_names}  # type: ignore[misc]
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What identifies it in a checkpoint: its choices, and the hyperparameters at first."""
+        arguments = {
+            name: getattr(self, name, None) for name in inspect.signature(type(self)).parameters
+        }
+        choices = {
+            name: value for name, value in arguments.items() if isinstance(value, str | bool)
+        }
+        return choices | self.initial
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.__dict__.get("hyperparameter_names", ()):
             with torch.no_grad():

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from iql_torchrl.losses.parameters import TARGET_CRITICS
 from small_agents import (
     HIGH,
     LOW,
@@ -43,7 +44,6 @@ from iql_torchrl.agent.task import Task, space_from_state, space_state
 from iql_torchrl.data import DeviceSampler, ObservationStatistics
 from iql_torchrl.evaluation.acting import private_random_numbers
 from iql_torchrl.files import CheckpointError, write_components
-from iql_torchrl.losses.parameters import TARGET_CRITICS
 from iql_torchrl.networks import MLP, ResidualMLP
 from iql_torchrl.policies import BestOf, FlowPolicy
 from iql_torchrl.private_apis import children_of

@@ -1,4 +1,4 @@
-"""``actor_ema``: the averaged policy by hand, in every form of the update, saved and moved."""
+"""``average_actor``: the averaged policy by hand, in every form of the update, saved and moved."""
 
 from __future__ import annotations
 
@@ -18,15 +18,17 @@ from torch import nn
 from torchrl.objectives import HardUpdate, SoftUpdate
 
 from iql_torchrl import Agent, IQLPopulation, OfflineTrainer, load_dataset, make_agent
-from iql_torchrl.losses.parameters import AVERAGE
+from iql_torchrl.losses.networks import AVERAGE
 from iql_torchrl.policies import BestOf
 
 DECAY = 0.75
 MEMBERS = ({}, {"seed": 1, "actor_lr": 1e-2})
 
 
-def averaged_loss(*policy, **options):
-    return make_loss(*policy, hidden=(8,), activation=nn.ReLU, **{"actor_ema": DECAY} | options)
+def averaged_loss(*policy, decay=DECAY, **options):
+    loss = make_loss(*policy, hidden=(8,), activation=nn.ReLU, **options)
+    loss.average_actor(decay)
+    return loss
 
 
 def weights(loss, average: bool):
@@ -40,26 +42,26 @@ class Averages:
         self.loss, self.expected = loss, weights(loss, average=False)
 
     def follow(self):
-        live = weights(self.loss, average=False)
+        online = weights(self.loss, average=False)
         self.expected = [
-            DECAY * a + (1 - DECAY) * w for a, w in zip(self.expected, live, strict=True)
+            DECAY * a + (1 - DECAY) * w for a, w in zip(self.expected, online, strict=True)
         ]
 
     def check(self):
         pairs = zip(weights(self.loss, True), self.expected, weights(self.loss, False), strict=True)
-        for average, expected, live in pairs:
+        for average, expected, online in pairs:
             torch.testing.assert_close(average, expected, rtol=1e-12, atol=1e-12)
-            assert not torch.equal(average, live)
+            assert not torch.equal(average, online)
 
 
 def test_three_numbers_by_hand():
     actor = TensorDictModule(nn.Linear(OBS, ACT, bias=False), ["observation"], ["action"])
-    loss = averaged_loss(actor, actor_objective="mse", actor_ema=0.5)
+    loss = averaged_loss(actor, actor_objective="mse", decay=0.5)
     step = make_step(loss, lr=0.05)
-    (live,), (average,) = loss.average_pairs()
+    (online,), (average,) = loss.average_pairs()
     average.zero_()
     for number, expected in ((1.0, 0.5), (2.0, 1.25), (3.0, 2.125)):
-        live.data.fill_(number)
+        online.data.fill_(number)
         step.move_targets()
         assert set(average.flatten().tolist()) == {expected}
     action = loss.averaged_actor(make_batch(1, dtype=torch.float64).fill_("observation", 1.0))
@@ -143,7 +145,7 @@ def like(agent, **options):
 
 
 def without_average(agent):
-    """One that acts with the live weights."""
+    """One that acts with the online weights."""
     other = like(agent, actor_ema=0.0)
     other.load_state_dict({k: v for k, v in agent.state_dict().items() if AVERAGE not in k})
     return other
@@ -193,8 +195,8 @@ def test_copies_moves_and_resets_stay_together():
         assert held == {t.data_ptr() for t in averages}
         assert {p.dtype for p in each.averaged_actor.parameters()} == {averages[0].dtype}
     loss.reset_parameters_recursive()
-    for live, average in zip(*loss.average_pairs(), strict=True):
-        assert torch.equal(live, average)
+    for online, average in zip(*loss.average_pairs(), strict=True):
+        assert torch.equal(online, average)
 
 
 def test_a_resumed_run_has_the_same_bits(tmp_path):
@@ -220,9 +222,9 @@ def test_a_resumed_run_has_the_same_bits(tmp_path):
 
 
 def test_without_it_nothing_changes():
-    loss = averaged_loss(actor_ema=0.0)
+    loss = averaged_loss(decay=0.0)
     assert loss.averaged_actor is None
     assert not any(AVERAGE in key for key in loss.state_dict())
     assert loss.average_pairs() == ([], [])
-    with pytest.raises(AttributeError):
-        loss.actor_ema = 0.5
+    with pytest.raises(ValueError, match=r"actor_ema is 1.0; it must lie in \[0, 1\)"):
+        loss.average_actor(1.0)

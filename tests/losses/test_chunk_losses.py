@@ -50,7 +50,7 @@ def tabular_loss(states, size, **options):
     actor = policies.gaussian(states, spec, hidden=(4,), preprocess=first)
     critic = ValueOperator(Table(states, size), in_keys=["observation", "action"])
     value = ValueOperator(Table(states), in_keys=["observation"])
-    loss = IQLLoss(actor, [critic], value, num_qvalue_nets=1, action_chunk=size, **options)
+    loss = IQLLoss(actor, [critic], value, num_qvalue_nets=1, **options)
     return loss.make_value_estimator(gamma=GAMMA)
 
 
@@ -66,7 +66,7 @@ def test_targets_of_chunks_that_meet_ends_by_hand():
     }
     loss = tabular_loss(4, 3)
     loss.value_network_params.get(("module", "values")).data.fill_(10)
-    batch = loss.read(load_dataset(rows).chunks(3)[:])
+    batch = loss.prepare_batch(load_dataset(rows).chunks(3)[:])
     expected = [
         1 + 0.9 * 2 + 0.81 * 3,
         2 + 0.9 * 3,
@@ -77,7 +77,7 @@ def test_targets_of_chunks_that_meet_ends_by_hand():
     torch.testing.assert_close(loss.td_target(batch), torch.tensor(expected))
     in_chunks_of_two = tabular_loss(4, 2)
     in_chunks_of_two.value_network_params.get(("module", "values")).data.fill_(10)
-    batch = in_chunks_of_two.read(load_dataset(rows).chunks(2)[:])
+    batch = in_chunks_of_two.prepare_batch(load_dataset(rows).chunks(2)[:])
     expected = [1 + 0.9 * 2 + 0.81 * 10, 2 + 0.9 * 3, 3, 4 + 0.9 * 5 + 0.81 * 10, 5 + 0.9 * 10]
     torch.testing.assert_close(in_chunks_of_two.td_target(batch), torch.tensor(expected))
 
@@ -89,7 +89,7 @@ ENDING = np.array([[0, 0], [1, 0], [0, 0], [0, 0]], bool)
 
 
 def every_sequence(length: int):
-    """The log of all sequences of actions from all states; what does not terminate is truncated."""
+    """A dataset of all sequences of actions from all states; what does not terminate is truncated."""
     names = ("observation", "action", "reward", "next_observation", "terminated", "truncated")
     rows = []
     for start in range(STATES):
@@ -135,7 +135,7 @@ SLOW = [pytest.param(size, marks=pytest.mark.slow) for size in (1, 3)]
 
 
 @pytest.mark.parametrize("size", [*SLOW, 2])
-def test_values_of_chunks_equal_those_of_the_logging_policy(size):
+def test_values_of_chunks_equal_those_of_the_behaviour_policy(size):
     loss = tabular_loss(STATES, size, expectile=0.5)
     optimizer = optim.Adam(loss.parameters(), lr=0.1)
     schedule = optim.lr_scheduler.MultiStepLR(optimizer, [250, 350])
@@ -179,7 +179,7 @@ def test_padding_reaches_no_loss_of_the_policy(name):
     errors, gradients = [], []
     advantage = torch.linspace(-1, 1, len(batch))
     for each in (batch, other):
-        loss, _ = agent.loss.actor_term(agent.loss.read(each), advantage)
+        loss, _ = agent.loss.actor_term(agent.loss.prepare_batch(each), advantage)
         agent.optimizer.zero_grad()
         loss.backward()
         errors.append(loss.detach())
@@ -187,20 +187,20 @@ def test_padding_reaches_no_loss_of_the_policy(name):
     assert torch.equal(*errors)
     assert all(map(torch.equal, *gradients))
     other["action"] = batch["action"] + 0.1
-    changed, _ = agent.loss.actor_term(agent.loss.read(other), advantage)
+    changed, _ = agent.loss.actor_term(agent.loss.prepare_batch(other), advantage)
     assert not torch.equal(changed, errors[0])
 
 
-def test_the_log_probability_is_that_of_the_actions_made():
+def test_the_log_probability_is_that_of_the_valid_actions():
     """Of the Gaussian by hand; of the others that of a chunk without padding."""
     agent, batch = agent_and_batch()
     dist = agent.actor.get_dist(batch)
     mean, std = dist.base_dist.loc.detach().numpy(), dist.base_dist.scale.detach().numpy()
     error = (batch["action"].numpy() - mean) / std
     each = -0.5 * error**2 - np.log(std) - 0.5 * math.log(2 * math.pi)
-    made = np.repeat(batch["chunk_mask"].numpy(), 2, 1)
-    error = agent.loss._actor_error(agent.loss.read(batch)).detach().numpy()
-    np.testing.assert_allclose(error, -(each * made).sum(1), rtol=1e-5)
+    valid = np.repeat(batch["chunk_mask"].numpy(), 2, 1)
+    found = agent.loss.log_prob(agent.loss.prepare_batch(batch)).detach().numpy()
+    np.testing.assert_allclose(found, (each * valid).sum(1), rtol=1e-5)
     for policy in ("gaussian", "tanh_normal", "mixture"):
         agent, batch = agent_and_batch(policy=policy)
         dist, everything = agent.actor.get_dist(batch), torch.ones(16, 6, dtype=torch.bool)
@@ -212,13 +212,14 @@ def test_a_flow_learns_no_velocity_of_padding():
     """Its error is the mean over all entries of a chunk, with zeros at padding."""
     agent, batch = agent_and_batch(policy="flow", temperature=0.0)
     batch["flow_noise"], batch["flow_time"] = torch.randn(16, 6), torch.rand(16)
-    read = agent.loss.read(batch)
-    made = batch["chunk_mask"].repeat_interleave(2, 1)
+    read = agent.loss.prepare_batch(batch)
+    valid = batch["chunk_mask"].repeat_interleave(2, 1)
     target = agent.actor.normalise(batch["action"]) - batch["flow_noise"]
     point = batch["flow_noise"] + batch["flow_time"].unsqueeze(1) * target
     velocity = agent.actor.velocity(batch["observation"], point, batch["flow_time"])
-    expected = ((velocity - target).square() * made).sum(1) / 6
-    torch.testing.assert_close(agent.loss._actor_error(read), expected)
+    expected = ((velocity - target).square() * valid).sum(1) / 6
+    error, _ = agent.loss.actor_objective.error(agent.loss, read)
+    torch.testing.assert_close(error, expected)
 
 
 def test_chunks_of_one_action_train_the_same_weights_bit_for_bit():
@@ -318,6 +319,6 @@ def test_a_distribution_that_cannot_leave_out_padding_is_named():
     _, batch = agent_and_batch()
     critic = ValueOperator(networks.Critic(3, 6), in_keys=["observation", "action"])
     value = ValueOperator(networks.StateValue(3), in_keys=["observation"])
-    loss = IQLLoss(Own(), critic, value, action_chunk=3)
+    loss = IQLLoss(Own(), critic, value)
     with pytest.raises(TypeError, match=r"Independent, which cannot leave out .* masked_log_prob"):
         loss.actor_loss(batch)

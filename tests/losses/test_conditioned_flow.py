@@ -1,8 +1,7 @@
-"""``actor_objective="conditioned_flow"`` and guidance: exact fields, by hand, every form, sweeps."""
+"""``losses.ConditionedFlow`` and guidance: exact fields, by hand, every form, sweeps."""
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -33,7 +32,7 @@ from iql_torchrl import functional as F
 from iql_torchrl.agent import Agent
 from iql_torchrl.data.replay import MemberSampler
 from iql_torchrl.evaluation import value_gap
-from iql_torchrl.losses import LossCritics
+from iql_torchrl.losses import ConditionedFlow, LossCritics
 from iql_torchrl.selection import ranking
 
 pytestmark = pytest.mark.filterwarnings("ignore:No target network updater:UserWarning")
@@ -133,7 +132,7 @@ def train_bandit(seed: int, updates: int = 8_000):
     torch.manual_seed(seed)
     policy = bandit_flow(num_steps=100, hidden=(64, 64, 64))
     parts = make_networks(1, 1, hidden=(4,), policy=policy)
-    loss = IQLLoss(*parts, actor_objective="conditioned_flow", condition_dropout=0.4).double()
+    loss = IQLLoss(*parts, actor_objective=ConditionedFlow(0.4)).double()
     SoftUpdate(loss, tau=0.1)
     optimizer = torch.optim.Adam(policy.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
@@ -142,8 +141,8 @@ def train_bandit(seed: int, updates: int = 8_000):
         data = make_batch(512, obs=1, act=1, dtype=torch.float64)
         data["observation"].zero_()
         data["action"] = torch.from_numpy(2 * action - 1)[:, None]
-        term, metadata = loss.actor_term(loss.read(data), torch.from_numpy(ADVANTAGE[arm]))
-        assert metadata["weight"].eq(1).all()
+        term, metadata = loss.actor_term(loss.prepare_batch(data), torch.from_numpy(ADVANTAGE[arm]))
+        assert "weight" not in metadata
         optimizer.zero_grad()
         term.backward()
         optimizer.step()
@@ -179,10 +178,11 @@ def test_a_trained_flow_equals_the_log_and_its_positive_part_by_a_two_sample_tes
 # -- the loss ----------------------------------------------------------------------------------------
 
 
-def conditioned_loss(**options) -> IQLLoss:
+def conditioned_loss(condition_dropout=0.1, condition="positive", **options) -> IQLLoss:
     spec = Bounded(torch.tensor([-2.0, 0.0, -1.0]), torch.tensor([2.0, 0.5, 5.0]), (ACT,))
     policy = policies.flow(OBS, spec, hidden=(8, 8), activation=nn.Tanh, conditioned=True)
-    loss = make_loss(policy, **{"actor_objective": "conditioned_flow"} | options)
+    objective = ConditionedFlow(condition_dropout, condition)
+    loss = make_loss(policy, actor_objective=objective, **options)
     SoftUpdate(loss, tau=0.1)
     return loss
 
@@ -202,21 +202,14 @@ def test_the_input_of_the_condition():
     assert torch.equal(entered, torch.tensor([[1, 0], [1, 1], [1, 0.7], [0, 0]]))
 
 
-@pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize("condition", ["positive", torch.tanh])
-def test_the_error_of_the_velocity_by_hand(fast, condition):
-    loss = conditioned_loss(
-        condition_dropout=0.4,
-        advantage_condition=condition,
-        advantage_weight=torch.exp,
-        diagnostics=True,
-    )
+def test_the_error_of_the_velocity_by_hand(condition):
+    loss = conditioned_loss(0.4, condition, diagnostics=True)
     data = given()
     data["collector", "mask"] = keep = torch.rand(32) < 0.7
-    batch = loss.read(data.clone())
+    batch = loss.prepare_batch(data.clone())
     advantage = torch.randn(32, dtype=torch.float64)
-    with loss.evaluated_directly() if fast else nullcontext():
-        term, metadata = loss.actor_term(batch, advantage)
+    term, metadata = loss.actor_term(batch, advantage)
     actor, known = loss.actor_network, data["flow_drop"] >= 0.4
     c = torch.tanh(advantage) if callable(condition) else (advantage > 0).double()
     action, t = actor.normalise(data["action"]), data["flow_time"]
@@ -226,26 +219,27 @@ def test_the_error_of_the_velocity_by_hand(fast, condition):
     error = (velocity - (action - data["flow_noise"])).square().mean(-1)
     torch.testing.assert_close(term, error[keep].mean())
     assert 5 < int(known.sum()) < 30
-    assert metadata["weight"].eq(1).all()
+    assert "weight" not in metadata
     term.backward()
     moved = [n for n, p in loss.named_parameters() if p.grad is not None and p.grad.any()]
     assert moved
     assert all(name.startswith("actor") for name in moved)
     metrics = loss(data.clone())
-    share = loss.condition_of(loss.target_qvalue(batch) - loss.state_value(batch).detach(), batch)
+    share = loss.actor_objective.condition_of(loss.advantage(batch))
     torch.testing.assert_close(metrics["condition_mean"], share[keep].mean())
+    assert metrics["weight_mean"] == 1
     assert metrics["weight_at_ceiling"] == 0
 
 
 def test_draws_follow_those_of_a_flow_and_drop_their_share():
     loss, data = conditioned_loss(), make_batch(4000, dtype=torch.float64)
     torch.manual_seed(5)
-    draws = loss.read(data).draws
+    draws = loss.prepare_batch(data).draws
     torch.manual_seed(5)
     for name, shape in (("flow_noise", (4000, ACT)), ("flow_time", 4000), ("flow_drop", 4000)):
         out = torch.empty(shape).double()
         assert torch.equal(draws[name], out.normal_() if "noise" in name else out.uniform_()), name
-    assert abs(float((draws["flow_drop"] < loss.condition_dropout).double().mean()) - 0.1) < 0.02
+    assert abs(float((draws["flow_drop"] < 0.1).double().mean()) - 0.1) < 0.02
 
 
 @pytest.mark.usefixtures("uncompiled")
@@ -398,22 +392,14 @@ def test_refusals():
         TypeError, match="no density; train it with actor_objective='conditioned_fl"
     ):
         IQLLoss(conditioned, critic, value)
-    with pytest.raises(ValueError, match="advantage_condition is 'sign'; choose one of 'positive'"):
-        IQLLoss(
-            conditioned,
-            critic,
-            value,
-            actor_objective="conditioned_flow",
-            advantage_condition="sign",
-        )
-    with pytest.raises(
-        TypeError, match=r"advantage_condition.s result.? is None; expected a tensor"
-    ):
-        conditioned_loss(advantage_condition=lambda advantage: None)(given(4))
+    with pytest.raises(ValueError, match="condition is 'sign'; choose one of 'positive'"):
+        ConditionedFlow(condition="sign")
+    with pytest.raises(TypeError, match=r"condition's result.? is None; expected a tensor"):
+        conditioned_loss(condition=lambda advantage: None)(given(4))
     with pytest.raises(ValueError, match=r"condition_dropout is 0; it must lie in \(0, 1\)"):
-        conditioned_loss(condition_dropout=0)
+        ConditionedFlow(condition_dropout=0)
     with pytest.raises(ValueError, match=r"guidance is 2\.0 and actor_objective is 'auto'"):
         IQLConfig(policy="flow", guidance=2.0)
-    wrong = conditioned_loss(advantage_condition=lambda advantage: advantage[:3])
-    with pytest.raises(ValueError, match="advantage_condition's result"):
+    wrong = conditioned_loss(condition=lambda advantage: advantage[:3])
+    with pytest.raises(ValueError, match="condition's result"):
         wrong(given())

@@ -17,6 +17,7 @@ from torchrl.modules import ValueOperator
 
 from iql_torchrl import IQLLoss, captured, compiled, networks, policies
 from iql_torchrl.data import DeviceSampler
+from iql_torchrl.losses import SharedEncoder
 
 pytestmark = pytest.mark.filterwarnings("ignore:No target network updater:UserWarning")
 IMAGE, ROWS, B = (9, 10, 3), 40, 16
@@ -39,7 +40,7 @@ def steps(rows: int = ROWS) -> TensorDict:
 KEYS = [("observation", "camera"), ("observation", "speed")]
 
 
-def build(**options) -> IQLLoss:
+def build(gradient="critics", random_shift=0) -> IQLLoss:
     torch.manual_seed(1)
     parts = [networks.ImageEncoder(IMAGE, 5), networks.Standardise(torch.ones(2), torch.ones(2))]
     encoder = TensorDictModule(networks.JoinedEncoders(parts), in_keys=KEYS, out_keys=["features"])
@@ -49,10 +50,9 @@ def build(**options) -> IQLLoss:
         policies.gaussian(7, SPEC, in_keys=keys, **mlp),
         lambda: ValueOperator(networks.Critic(7, ACT, **mlp), in_keys=[*keys, "action"]),
         ValueOperator(networks.StateValue(7, **mlp), in_keys=keys),
-        encoder_network=encoder,
+        encoder_network=SharedEncoder(encoder, gradient, random_shift),
         expectile=EXPECTILE,
         temperature=TEMPERATURE,
-        **options,
     )
     loss.make_value_estimator(gamma=GAMMA)
     return loss
@@ -74,7 +74,7 @@ class Plain(nn.Module):
             params = getattr(loss, f"{prefix}qvalue_network_params").data.unbind(0)
             return nn.ModuleList([encoder, *(module("qvalue", p).module for p in params)])
 
-        self.live, self.target = with_critics(""), with_critics("target_")
+        self.online, self.target = with_critics(""), with_critics("target_")
         self.actor = module("actor", loss.actor_network_params)[0].module
         self.value = module("value", loss.value_network_params).module
 
@@ -91,10 +91,10 @@ class Plain(nn.Module):
 
     def losses(self, batch, gradient):
         """V's loss, and the sum of the other two, given which V weights the samples."""
-        encoder, *critics = self.live
+        encoder, *critics = self.online
         target_encoder, *target_critics = self.target
-        live = self.encode(encoder, batch["observation"])
-        others = live if gradient == "all" else live.detach()
+        online = self.encode(encoder, batch["observation"])
+        others = online if gradient == "all" else online.detach()
         with torch.no_grad():
             following = self.encode(encoder, batch["next", "observation"])
             target_features = self.encode(target_encoder, batch["observation"])
@@ -113,7 +113,7 @@ class Plain(nn.Module):
         log_prob = torch.distributions.Normal(loc, scale).log_prob(batch["action"]).sum(-1)
         loss_actor = -(weight * log_prob).mean()
         loss_critics = sum(
-            ((c(live, batch["action"]).squeeze(-1) - target) ** 2).mean() for c in critics
+            ((c(online, batch["action"]).squeeze(-1) - target) ** 2).mean() for c in critics
         )
         return loss_value, loss_actor + loss_critics
 
@@ -124,7 +124,7 @@ class Plain(nn.Module):
             self.descend(self.losses(batch, gradient)[0], optimizer)
             self.descend(self.losses(batch, gradient)[1], optimizer)
         with torch.no_grad():
-            for old, new in zip(self.target.parameters(), self.live.parameters(), strict=True):
+            for old, new in zip(self.target.parameters(), self.online.parameters(), strict=True):
                 old.mul_(1 - POLYAK).add_(new, alpha=POLYAK)
 
     def descend(self, loss, optimizer) -> None:
@@ -142,7 +142,7 @@ GRADIENTS = pytest.mark.parametrize("gradient", ["critics", "all"])
 
 def check_updates(order, gradient, form) -> None:
     """Three updates of a form against plain torch, in float64."""
-    loss = build(encoder_gradient=gradient).double()
+    loss = build(gradient).double()
     plain = Plain(loss)
     optimizer = torch.optim.Adam(plain.trained(), lr=1e-2)
     step = make_step(loss, order=order)
@@ -188,7 +188,7 @@ def test_programs_equal_plain_torch(order, gradient, form):
 
 @GRADIENTS
 def test_whose_loss_reaches_the_encoder(gradient):
-    loss = build(encoder_gradient=gradient)
+    loss = build(gradient)
     batch = steps()[:B]
     for name in ("value_loss", "actor_loss", "qvalue_loss"):
         loss.zero_grad()
@@ -206,7 +206,7 @@ def test_each_image_is_encoded_once_for_each_weights_and_time():
     step(steps()[:B])
     loss.encoder_network.register_forward_hook(lambda *_: calls.append(1))
     step(steps()[:B])
-    assert len(calls) == 3  # s by the live and by the target encoder, s' by the live one
+    assert len(calls) == 3  # s by the online and by the target encoder, s' by the online one
 
 
 def test_random_shift_moves_both_observations_by_their_own_numbers():
@@ -228,13 +228,12 @@ def test_random_shift_moves_both_observations_by_their_own_numbers():
 
 
 def test_encoders_that_do_not_fit_are_refused():
-    def make(encoder, keys=("features",), **options):
+    def make(encoder, keys=("features",), **settings):
         return IQLLoss(
             policies.gaussian(4, SPEC, in_keys=keys, hidden=(8,)),
             lambda: ValueOperator(networks.Critic(4, ACT), in_keys=[*keys, "action"]),
             ValueOperator(networks.StateValue(4), in_keys=keys),
-            encoder_network=encoder,
-            **options,
+            encoder_network=SharedEncoder(encoder, **settings) if settings else encoder,
         )
 
     images = networks.JoinedEncoders([networks.ImageEncoder((8, 9, 3), features=4)])
@@ -252,8 +251,8 @@ def test_encoders_that_do_not_fit_are_refused():
             ValueError,
             "8 pixels and an image has a side of 8",
         ),
-        ({"encoder": None, "random_shift": 2}, ValueError, "there is no encoder_network"),
-        ({"encoder": linear, "encoder_gradient": "none"}, ValueError, "encoder_gradient is 'none'"),
+        ({"encoder": linear, "gradient": "none"}, ValueError, "gradient is 'none'"),
+        ({"encoder": linear, "random_shift": 0.5}, ValueError, "random_shift is 0.5"),
     ):
         with pytest.raises(error, match=message):
             make(**arguments)

@@ -1,4 +1,4 @@
-"""``value_objective`` and ``advantage_weight`` as functions of the user's, in every form."""
+"""User-defined functions as objectives and weights, in every form."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import pytest
 import torch
 from conftest import make_batch
 from small_losses import Forms, make_loss, make_step
+
+from iql_torchrl.losses import AdvantageWeighted, ValueFunction
 
 pytestmark = pytest.mark.filterwarnings("ignore:No target network updater:UserWarning")
 
@@ -27,10 +29,15 @@ def as_exponential(advantage):
     return (3.0 * advantage).exp().clamp(max=100.0)
 
 
+def own_loss(value_objective="expectile", weight="exponential", **options):
+    objective = AdvantageWeighted(weight=weight)
+    return make_loss(value_objective=value_objective, actor_objective=objective, **options)
+
+
 def test_losses_by_hand():
-    loss = make_loss(value_objective=huber, advantage_weight=linear)
+    loss = own_loss(huber, linear)
     batch = make_batch(16, dtype=torch.float64)
-    read = loss.read(batch)
+    read = loss.prepare_batch(batch)
     with torch.no_grad():
         target, value = loss.target_qvalue(read), loss.state_value(read)
         log_prob = loss.actor_network.get_dist(batch.copy()).log_prob(batch["action"])
@@ -43,7 +50,7 @@ def test_losses_by_hand():
 
 
 def test_the_named_choices_written_as_functions_give_the_same_update():
-    losses = make_loss(), make_loss(value_objective=as_expectile, advantage_weight=as_exponential)
+    losses = make_loss(), own_loss(as_expectile, as_exponential)
     losses[1].load_state_dict(losses[0].state_dict())
     steps = [make_step(loss, max_grad_norm=1.0) for loss in losses]
     for _ in range(5):
@@ -57,7 +64,7 @@ def test_the_named_choices_written_as_functions_give_the_same_update():
 @pytest.mark.parametrize("form", ["compiled", pytest.param("captured", marks=pytest.mark.slow)])
 @pytest.mark.usefixtures("uncompiled")
 def test_traced_steps_call_them_and_notice_others(form):
-    loss = make_loss(value_objective=huber, advantage_weight=linear, diagnostics=True)
+    loss = own_loss(huber, linear, diagnostics=True)
     forms = Forms(loss, make_batch(64, dtype=torch.float64), [form], max_grad_norm=1.0)
     for objective, weight in (
         (huber, linear),
@@ -66,14 +73,15 @@ def test_traced_steps_call_them_and_notice_others(form):
         (huber, "exponential"),
     ):
         for each in forms.losses:
-            each.value_objective, each.advantage_weight = objective, weight
+            each.value_objective = ValueFunction(objective)
+            each.actor_objective.weight = weight
         forms.run()
         forms.assert_equal(rtol=1e-9, atol=1e-11)
 
 
 def test_the_policys_weight_trains_no_other_network():
     scale = torch.nn.Parameter(torch.tensor(1.0, dtype=torch.float64))
-    loss = make_loss(advantage_weight=lambda advantage: (scale * advantage).exp())
+    loss = own_loss(weight=lambda advantage: (scale * advantage).exp())
     loss(make_batch(dtype=torch.float64))["loss_actor"].backward()
     assert scale.grad is None
     assert any(p.grad is not None for p in loss.actor_network_params.parameters())
@@ -82,7 +90,7 @@ def test_the_policys_weight_trains_no_other_network():
 def test_weights_of_zero_and_one_may_be_bools():
     """The binary weight of critic-regularised regression: learn where the advantage is positive."""
     losses = [
-        make_loss(advantage_weight=weight, diagnostics=True)
+        own_loss(weight=weight, diagnostics=True)
         for weight in (lambda a: a > 0, lambda a: (a > 0).to(a), lambda a: (a > 0).long())
     ]
     batch = make_batch(dtype=torch.float64)
@@ -99,18 +107,19 @@ def test_weights_of_zero_and_one_may_be_bools():
     ("name", "function", "shape"),
     [
         ("value_objective", lambda q, v: (q - v).mean(), ""),
-        ("advantage_weight", lambda a: a.sum(), ""),
-        ("advantage_weight", lambda a: a[:3], r" \(3,\)"),
+        ("weight", lambda a: a.sum(), ""),
+        ("weight", lambda a: a[:3], r" \(3,\)"),
     ],
 )
 def test_results_of_another_shape_are_refused(name, function, shape):
     with pytest.raises(ValueError, match=rf"\"{name}'s result\" has shape{shape}"):
-        make_loss(**{name: function})(make_batch(dtype=torch.float64))
+        own_loss(**{name: function})(make_batch(dtype=torch.float64))
 
 
-@pytest.mark.parametrize("name", ["value_objective", "advantage_weight", "actor_objective"])
+@pytest.mark.parametrize("name", ["value_objective", "weight", "actor_objective"])
 def test_results_that_are_no_tensors_are_refused(name):
     """Such as the None of a function without ``return``."""
     words = rf"\"{name}'s result\" is None; expected a tensor of shape \(32,\)"
+    make = own_loss if name == "weight" else make_loss
     with pytest.raises(TypeError, match=words):
-        make_loss(**{name: lambda *_: None})(make_batch(dtype=torch.float64))
+        make(**{name: lambda *_: None})(make_batch(dtype=torch.float64))

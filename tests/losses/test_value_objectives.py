@@ -23,7 +23,14 @@ from small_losses import (
 from small_populations import BASE, Beside, dataset, extras
 
 from iql_torchrl import DiscreteIQLLoss, IQLConfig, IQLLoss, make_agent
-from iql_torchrl.losses import LossCritics
+from iql_torchrl.losses import (
+    VALUE_OBJECTIVES,
+    AdvantageWeighted,
+    Expectile,
+    Gumbel,
+    LossCritics,
+    Sparse,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:No target network updater:UserWarning")
 
@@ -33,18 +40,20 @@ ALPHA = 0.4
 
 def numpy_of(loss, batch):
     """Loss and weights in NumPy, from the papers' formulas and the critics' and V's outputs."""
-    read = loss.read(batch.clone())
+    read = loss.prepare_batch(batch.clone())
     with torch.no_grad():
-        q = loss.action_values(read, "target_qvalue_network_params").numpy()
+        q = loss.qvalues(read, "target").numpy()
         v = loss.state_value(read).numpy()
-    rho = loss.pessimism
-    q = q.min(0) if rho is None else q.mean(0) - rho * np.sqrt(((q - q.mean(0)) ** 2).mean(0))
+    objective = loss.value_objective
+    alpha, rho = float(objective.alpha), objective.hyperparameters.get("pessimism")
+    std = np.sqrt(((q - q.mean(0)) ** 2).mean(0))
+    q = q.min(0) if rho is None else q.mean(0) - float(rho) * std
     error = q - v
-    if loss.value_objective == "sparse":
+    if isinstance(objective, Sparse):
         # arXiv:2303.15810: max(1 + (q - v) / (2 alpha), 0)**2 + v / alpha, less q / alpha and 1
-        half = np.maximum(1 + error / (2 * loss.alpha), 0)
-        return half**2 + (v - q) / loss.alpha - 1, error
-    z = np.minimum(error / loss.alpha, {"exponential": 5, "gumbel": 7}[loss.value_objective])
+        half = np.maximum(1 + error / (2 * alpha), 0)
+        return half**2 + (v - q) / alpha - 1, error
+    z = np.minimum(error / alpha, 7 if type(objective) is Gumbel else 5)
     return (np.exp(z) - z - 1) * np.exp(-max(z.max(), -1)), error
 
 
@@ -60,9 +69,8 @@ def three_critics(**options):
 @pytest.mark.parametrize("pessimism", [None, 0.7])
 @pytest.mark.parametrize("objective", NAMED)
 def test_losses_and_weights_are_those_of_numpy(objective, pessimism):
-    loss = three_critics(
-        value_objective=objective, alpha=0.1, pessimism=pessimism, max_weight=0.5, diagnostics=True
-    )
+    chosen = VALUE_OBJECTIVES[objective](0.1, pessimism=pessimism)
+    loss = three_critics(value_objective=chosen, max_weight=0.5, diagnostics=True)
     batch = make_batch(64, dtype=torch.float64)
     expected, advantage = numpy_of(loss, batch)
     assert (advantage / 0.1).max() > 3  # not only the smallest exponents
@@ -73,7 +81,7 @@ def test_losses_and_weights_are_those_of_numpy(objective, pessimism):
         weight = np.minimum(np.exp(3 * advantage), 0.5)
     assert out["weight_mean"].item() == pytest.approx(weight.mean(), rel=1e-9)
     assert 0 < out["weight_at_ceiling"] < 1
-    loss.advantage_weight = "sparse"
+    loss.actor_objective = AdvantageWeighted(max_weight=0.5, weight="sparse", alpha=0.1)
     weight = np.clip(1 + advantage / 0.2, 0, 0.5)
     assert loss(batch.clone())["weight_mean"].item() == pytest.approx(weight.mean(), rel=1e-9)
     assert out["advantage_mean"].item() == pytest.approx(advantage.mean(), rel=1e-9)
@@ -82,7 +90,7 @@ def test_losses_and_weights_are_those_of_numpy(objective, pessimism):
 @pytest.mark.parametrize("objective", NAMED)
 def test_masked_and_weighted_steps(objective):
     """Padding holds nan and the loss is the weighted mean over the others, also their maximum."""
-    loss = make_loss(value_objective=objective, alpha=ALPHA)
+    loss = make_loss(value_objective=VALUE_OBJECTIVES[objective](ALPHA))
     batch = make_batch(32, dtype=torch.float64)
     keep = torch.arange(32) % 3 > 0
     weight = torch.rand(32, dtype=torch.float64)
@@ -93,28 +101,27 @@ def test_masked_and_weighted_steps(objective):
     assert loss(batch)["loss_value"].item() == pytest.approx(mean, rel=1e-9)
 
 
-def test_training_reaches_the_soft_maximum_of_the_logged_actions():
+def test_training_reaches_the_soft_maximum_of_the_dataset_actions():
     """One state, actions of known values: V ends where the paper says."""
     q = torch.linspace(-1, 2, 256, dtype=torch.float64)
     half = q.numpy() / ALPHA
     exact = ALPHA * (special.logsumexp(half) - math.log(256))
     for objective in ("exponential", "gumbel"):
-        loss = make_loss(value_objective=objective, alpha=ALPHA)
+        loss = make_loss(value_objective=VALUE_OBJECTIVES[objective](ALPHA))
         batch = make_batch(256, dtype=torch.float64)
         batch["observation"][:] = 0.5
         optimizer = torch.optim.Adam(loss.value_network_params.parameters(), lr=0.02)
         for _ in range(300):
             optimizer.zero_grad()
-            read = loss.read(batch)
+            read = loss.prepare_batch(batch)
             loss.value_term(read, q)[0].backward()
             optimizer.step()
         assert loss.state_value(read)[0].item() == pytest.approx(exact, abs=1e-3)
 
 
 def test_discrete_critics():
-    loss = DiscreteIQLLoss(
-        *discrete_networks(), value_objective="exponential", alpha=ALPHA, pessimism=1.0
-    ).double()
+    objective = VALUE_OBJECTIVES["exponential"](ALPHA, pessimism=1.0)
+    loss = DiscreteIQLLoss(*discrete_networks(), value_objective=objective).double()
     perturb_targets(loss)
     batch = make_batch(16, dtype=torch.float64)
     batch["action"] = torch.randint(4, (16, 1))
@@ -123,8 +130,8 @@ def test_discrete_critics():
 
 
 def test_two_critics_with_pessimism_one_are_their_minimum():
-    losses = make_loss(), make_loss(pessimism=1.0)
-    losses[1].load_state_dict(losses[0].state_dict())  # no setting is part of the layout
+    losses = make_loss(), make_loss(value_objective=Expectile(pessimism=1.0))
+    losses[1].load_state_dict(losses[0].state_dict())  # no hyperparameter is part of the layout
     steps = [make_step(loss) for loss in losses]
     for _ in range(3):
         batch = make_batch(dtype=torch.float64)
@@ -134,16 +141,16 @@ def test_two_critics_with_pessimism_one_are_their_minimum():
 
 
 def test_critics_of_a_loss_follow_its_pessimism():
-    loss = three_critics(pessimism=0.5)
+    loss = three_critics(value_objective=Expectile(pessimism=0.5))
     batch = make_batch(8, dtype=torch.float64)
     critics = LossCritics(loss)
     with torch.no_grad():
-        values = loss.action_values(loss.read(batch), "qvalue_network_params")
+        values = loss.qvalues(loss.prepare_batch(batch))
     expected = values.mean(0) - 0.5 * values.std(0, correction=0)
     for each in (critics, copy.deepcopy(critics), pickle.loads(pickle.dumps(critics))):
         written = each(batch.select("observation", "action"))["state_action_value"]
         torch.testing.assert_close(written.squeeze(-1), expected)
-    loss.pessimism = None
+    loss.value_objective = Expectile()
     written = critics(batch.select("observation", "action"))["state_action_value"]
     torch.testing.assert_close(written.squeeze(-1), values.amin(0))
 
@@ -152,24 +159,25 @@ def test_critics_of_a_loss_follow_its_pessimism():
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("objective", NAMED)
 def test_every_form_makes_the_same_updates(objective):
-    loss = three_critics(value_objective=objective, alpha=ALPHA, pessimism=0.5)
+    loss = three_critics(value_objective=VALUE_OBJECTIVES[objective](ALPHA, pessimism=0.5))
     check_forms(loss, make_batch(64, dtype=torch.float64))
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("uncompiled")
 def test_traced_updates_notice_other_settings():
-    loss = three_critics(value_objective="gumbel", alpha=ALPHA)
+    loss = three_critics(value_objective=Gumbel(ALPHA))
     forms = Forms(loss, make_batch(64, dtype=torch.float64))
-    for name, value in (
-        ("alpha", 2.0),
-        ("pessimism", 0.3),
-        ("pessimism", None),
-        ("advantage_weight", "sparse"),
-        ("value_objective", "sparse"),
+    for change in (
+        lambda each: setattr(each.value_objective, "alpha", 2.0),
+        lambda each: setattr(each, "value_objective", Gumbel(ALPHA, pessimism=0.3)),
+        lambda each: setattr(each.value_objective, "pessimism", 1.3),
+        lambda each: setattr(each.actor_objective, "weight", "sparse"),
+        lambda each: setattr(each, "value_objective", Sparse(ALPHA)),
     ):
         for each in forms.losses:
-            setattr(each, name, value)
+            change(each)
+            each.double()
         forms.run()
         forms.assert_equal(rtol=1e-9, atol=1e-11)
 
@@ -179,7 +187,8 @@ def test_runs_of_a_population_differ_in_alpha(objective):
     common = {"value_objective": objective, "num_critics": 3, "pessimism": 0.5}
     configs = [replace(BASE, seed=i, alpha=a, **common) for i, a in enumerate((0.05, 0.4, 5.0))]
     beside = Beside(configs, dataset(), "own")
-    assert beside.population.loss.alpha.flatten().tolist() == pytest.approx([0.05, 0.4, 5.0])
+    alphas = beside.population.loss.value_objective.alpha
+    assert alphas.tolist() == pytest.approx([0.05, 0.4, 5.0])
     metrics = beside.train(4, extras)
     beside.assert_equal(metrics)
     values = metrics[-1][0]["loss_value"]
@@ -189,7 +198,9 @@ def test_runs_of_a_population_differ_in_alpha(objective):
 def test_settings_pass_from_the_config_to_the_loss():
     config = replace(BASE, value_objective="sparse", alpha=2.0, pessimism=0.5)
     loss = make_agent(config, dataset()).loss
-    assert (loss.value_objective, loss.alpha, loss.pessimism) == ("sparse", 2.0, 0.5)
+    assert type(loss.value_objective) is Sparse
+    assert loss.value_objective.hyperparameters == {"alpha": 2.0, "pessimism": 0.5}
+    assert loss.actor_objective.weight == "positive"
     assert IQLConfig.from_dict(config.to_dict()) == config
 
 
@@ -199,24 +210,32 @@ def test_settings_pass_from_the_config_to_the_loss():
         ({"alpha": 0.0}, "alpha is 0.0; it must be > 0 and finite"),
         ({"alpha": math.nan}, "alpha is nan"),
         ({"pessimism": -0.5}, "pessimism is -0.5; it must be >= 0 and finite"),
-        ({"advantage_weight": "lin"}, "advantage_weight is 'lin'; choose one of 'auto', 'exponen"),
-        (
-            {"value_objective": "xql"},
-            "value_objective is 'xql'; .*'sparse', 'exponential', 'gumbel'",
-        ),
     ],
 )
 def test_wrong_values_are_named(options, message):
-    for build in (make_loss, IQLConfig):
+    for build in (Sparse, IQLConfig):
         with pytest.raises(ValueError, match=message):
             build(**options)
 
 
+def test_unknown_names_list_the_choices():
+    words = "value_objective is 'xql'; .*'sparse', 'exponential', 'gumbel'"
+    for build in (make_loss, IQLConfig):
+        with pytest.raises(ValueError, match=words):
+            build(value_objective="xql")
+    with pytest.raises(
+        ValueError, match="weight is 'lin'; choose one of 'exponential', 'positive'"
+    ):
+        AdvantageWeighted(weight="lin")
+    with pytest.raises(ValueError, match="advantage_weight is 'lin'; choose one of 'auto', 'expon"):
+        IQLConfig(advantage_weight="lin")
+
+
 def test_wrong_kinds_are_named():
-    with pytest.raises(TypeError, match="pessimism is True; expected a number, or None"):
-        make_loss(pessimism=True)
+    with pytest.raises(TypeError, match="pessimism is True; expected a number"):
+        Expectile(pessimism=True)
     with pytest.raises(TypeError, match="alpha is None; expected a number"):
-        make_loss(alpha=None)
+        Sparse(alpha=None)
 
 
 def test_cloning_by_the_temperature_needs_weights_that_read_it():

@@ -22,10 +22,10 @@ from small_populations import (
 )
 
 from iql_torchrl import IQLPopulation, evaluate, make_agent
+from iql_torchrl import population as population_module
 from iql_torchrl.data import DeviceSampler
 from iql_torchrl.data.replay import MemberSampler
 from iql_torchrl.files import CheckpointError, read_components, write_components
-from iql_torchrl import population as population_module
 
 KNOBS = (
     {"seed": 5},

@@ -13,8 +13,8 @@ from torchrl.data import Bounded
 from torchrl.objectives import HardUpdate, SoftUpdate
 
 from iql_torchrl import IQLLoss, IQLStep, policies
-from iql_torchrl.update.lifted import stack_losses, write_member
 from iql_torchrl.update.adam import StackedAdam
+from iql_torchrl.update.lifted import stack_losses, write_member
 
 KNOBS = (
     {},

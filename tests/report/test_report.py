@@ -17,13 +17,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from iql_torchrl.losses.loss import POLICY_VALUE_GAP
 from scipy import stats
 from small_agents import log as small_log
 
 from iql_torchrl import Evaluation, IQLConfig, load_dataset, report
 from iql_torchrl.evaluation.statistics import mean_interval
 from iql_torchrl.losses import DIAGNOSTICS, LOSSES
-from iql_torchrl.losses.loss import POLICY_VALUE_GAP
 from iql_torchrl.report import draw, group_runs, main, results_table, series, table, write_rows
 from iql_torchrl.report.comparison import aggregate_table, method_scores
 from iql_torchrl.report.figures import Series, comparison_figure, run_figure
