@@ -373,7 +373,7 @@ def test_the_tenth_compilation_is_logged(monkeypatch):
 
 @pytest.mark.parametrize("order", ["sequential", "simultaneous"])
 def test_the_update_for_a_gpu_equals_the_plain_one(order, monkeypatch):
-    """Traced on the CPU as for a GPU: small products as sums, norms of joined gradients."""
+    """Traced on the CPU as for a GPU: norms of joined gradients."""
     monkeypatch.setattr(arithmetic, "LAUNCHING", ("cpu",))
     torch._dynamo.reset()
     loss, options = make_loss().double(), {"order": order, "max_grad_norm": 0.1}
@@ -381,21 +381,13 @@ def test_the_update_for_a_gpu_equals_the_plain_one(order, monkeypatch):
         IQLStep(each, optim.AdamW(each.parameters(), lr=1e-2), soft(each), **options)
         for each in (loss, copy.deepcopy(loss))
     )
-    graphs = []
-
-    def keep(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    fast = compiled(other, backend=keep)
+    fast = compiled(other, backend=lambda graph, _: graph.forward)
     for number in range(3):
         torch.manual_seed(number)
         batch = make_batch(dtype=torch.float64)
         plain(batch.clone())
         fast(batch)
     assert_same_state(plain.loss, other.loss, **CLOSE)
-    # every product of these networks is small
-    assert not [node for node in graphs[0].graph.nodes if "matmul" in str(node.target)]
 
 
 def test_options_by_device():
