@@ -60,9 +60,7 @@ ACCEPTED = {
 @pytest.mark.parametrize("shape", [(9,), (MEMBERS, 9)], ids=["shared", "own"])
 @pytest.mark.parametrize("case", ACCEPTED)
 def test_any_layers_are_evaluated_member_by_member(case, shape):
-    losses = [
-        moving(with_networks(value=ACCEPTED[case]()).double()) for _ in range(MEMBERS)
-    ]
+    losses = [moving(with_networks(value=ACCEPTED[case]()).double()) for _ in range(MEMBERS)]
     population = moving(stack_losses(losses))
     batch = make_batch(*shape, dtype=torch.float64)
     each = [batch] * MEMBERS if len(shape) == 1 else batch.unbind(0)

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from iql_torchrl.losses.loss import POLICY_VALUE_GAP
 from scipy import stats
 from small_agents import log as small_log
 
