@@ -91,8 +91,8 @@ class IQLLoss(NetworkLoss):
             -> per-sample loss (*B,)``.
         actor_objective: how the policy is extracted: an object such as
             ``losses.DDPGBC(bc_weight=0.3)``, ``AdvantageWeighted``, ``WeightedSquaredError``,
-            ``FlowMatching``, ``ConditionedFlow``, or one of your own; its name (``"log_prob"``, ``"mse"``, ``"flow"``, ``"conditioned_flow"``,
-            ``"ddpg_bc"``), which reads ``temperature`` and ``max_weight``; or a function ``(actor,
+            ``FlowMatching``, ``ConditionedFlow``, or one of your own; its name (``"log_prob"``,
+            ``"mse"``, ``"flow"``, ``"conditioned_flow"``, ``"ddpg_bc"``), which reads ``temperature`` and ``max_weight``; or a function ``(actor,
             batch) -> per-sample loss (*B,)``, which is weighted.
         encoder_network: a TensorDictModule that the others share, or a
             :class:`~iql_torchrl.losses.SharedEncoder`, which has its settings.

@@ -41,7 +41,7 @@ def stack_losses(losses: Sequence[IQLLoss]) -> IQLLoss:
         getattr(loss, kind)._buffers[short] = values.to(like)
     gammas = [each.value_estimator.gamma.reshape(()) for each in losses]
     loss.value_estimator._buffers["gamma"] = torch.stack(gammas).to(like.device)
-    loss.reset_parameters_recursive = _refuse_reset
+    loss.reset_parameters_recursive = _refuse_reset  # type: ignore[method-assign]
     loss.sync_modules()
     return loss
 
