@@ -68,8 +68,7 @@ class IQLPopulation:
     ``configs`` are those of this rank's runs, which ``member``, ``evaluate`` and events count from 0;
     ``all_configs`` are all. ``ranks.gather(population.evaluate(...))`` and :meth:`joined` give rank 0
     everything. A run's weights equal those of one process up to the rounding of matrix products for
-    other numbers of runs. Random tensors of eager updates come from torch's default generator, which
-    is the same on all ranks after the population was built.
+    other numbers of runs. Random tensors of updates come from the sampler's generator.
 
     Attributes: ``loss`` (of all runs, with parameters ``(P, ...)``), ``optimizer``, ``scheduler``,
     ``step`` (an ``IQLStep``; for ``compiled`` and ``captured`` too), ``sampler``, ``updates``.
@@ -102,9 +101,10 @@ class IQLPopulation:
         self.loss = stack_losses([self._agent(number).loss for number in range(len(self))])
         self.loss.to(first.device)
         self.optimizer = self._make_optimizer()
-        self.scheduler = LambdaLR(self.optimizer, rate_factors(first))
+        self.scheduler = LambdaLR(
+            self.optimizer, rate_factors(first, len(self.optimizer.param_groups))
+        )
         self.step = make_step(first, self.loss, self.optimizer, self.scheduler)
-        self.step.lift = Lift(self.loss, len(self), first=self.runs.start, count=len(configs))
         self.step.independent_ranks = self.ranks.size > 1
         where: Any = {"device": first.device, "seed": first.seed}
         if batches == "own":
@@ -116,6 +116,9 @@ class IQLPopulation:
             chunk = first.action_chunk
             rows = dataset if chunk == 1 else dataset.chunks(chunk)
             self.sampler = rows.device_sampler(first.batch_size, **where)
+        part: Any = {"first": self.runs.start, "count": len(configs)}
+        # as captured updates, which draw from it too: then it does not matter how many are captured
+        self.step.lift = Lift(self.loss, len(self), generator=self.sampler.generator, **part)
         self.updates = 0
         self._captured: Any = None
 
@@ -249,7 +252,8 @@ class IQLPopulation:
     def _take(self, parts: Sequence[Mapping[str, Any]]) -> None:
         """Take this population's runs from the states of consecutive parts of one that has them all.
 
-        What runs share has the same shape in the state of any number of runs.
+        What runs share has the same shape in the state of any number of runs. Older files have one
+        discount for all, and ``(P, 1, ...)`` outside of perceptrons.
         """
 
         def of_these(*values: Any) -> Any:
@@ -257,13 +261,22 @@ class IQLPopulation:
                 return values[0]
             return torch.cat(values)[self.runs.start : self.runs.stop]
 
+        def as_held(value: Tensor, own: Tensor) -> Tensor:
+            return value.expand_as(own) if value.ndim == 0 else value.reshape(own.shape)
+
         loss = self.loss.state_dict()
         for name, own in loss.items():
             values = [part["loss_module"][name] for part in parts]
             if isinstance(values[0], Tensor):
-                loss[name] = values[0] if values[0].shape == own.shape else of_these(*values)
+                same = values[0].shape == own.shape
+                loss[name] = as_held(values[0] if same else of_these(*values), own)
         self.loss.load_state_dict(loss)
-        self.step.load_state_dict(_mapped(of_these, *(part["step"] for part in parts)))
+        step = _mapped(of_these, *(part["step"] for part in parts))
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for number, state in step["optimizer"]["state"].items():
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = as_held(state[name], parameters[number])
+        self.step.load_state_dict(step)
 
     def save(self, path: str | Path) -> Path:
         """Write configs, weights, optimizer, schedule and sampler to one file, or nothing on error.

@@ -29,13 +29,18 @@ def configs(members=MEMBERS, **common) -> list[IQLConfig]:
 def dataset(kind: str = "continuous", dtype=torch.float64):
     """Episodes of ten steps, every other one terminal.
 
-    ``kind``: continuous; discrete, with action masks; categories, observed and chosen.
+    ``kind``: continuous; images, small ones beside a vector; discrete, with action masks; categories,
+    observed and chosen.
     """
     rows = np.arange(ROWS)
     ends = {"terminated": rows % 20 == 9, "truncated": rows % 20 == 19}
     if kind == "continuous":
         return load_dataset(log(ROWS, **ends), dtype=dtype)
     generator = np.random.default_rng(1)
+    if kind == "images":
+        images = generator.integers(0, 256, (ROWS, 8, 9, 3)).astype(np.uint8)
+        seen = {"camera": images, "speed": generator.normal(size=(ROWS, 2)).astype(np.float32)}
+        return load_dataset(log(ROWS, seen, **ends), dtype=dtype)
     action = generator.integers(0, 4, ROWS)
     allowed = generator.random((ROWS, 4)) < 0.6
     allowed[rows, action] = True
@@ -90,6 +95,17 @@ def assert_close(actual, reference, rtol: float) -> None:
             assert (actual[name] - expected).abs().max() <= rtol * scale, name
 
 
+def of_members(lift, name: str, batch):
+    """``actor_loss``, ``value_loss`` or ``qvalue_loss`` of every member of a ``Lift``, ``(P,)``."""
+    loss = lift.loss
+    terms = {
+        "actor_loss": lambda batch: loss.actor_term(batch, loss.advantage(batch))[0],
+        "value_loss": lambda batch: loss.value_term(batch, loss.target_qvalue(batch))[0],
+        "qvalue_loss": lambda batch: loss.qvalue_term(batch, loss.td_target(batch))[0],
+    }
+    return lift.evaluate(terms[name], lift.prepare_batch(batch))
+
+
 def extras(batch):
     """n-step rewards, priorities, and padding that holds nan."""
     batch = batch.clone()
@@ -104,9 +120,18 @@ def extras(batch):
     return batch
 
 
+def shifts(batch):
+    """By what images are moved: in place of random numbers, which differ between members."""
+    batch = batch.clone()
+    for key in ("image_shift", "next_image_shift"):
+        batch[key] = torch.rand(*batch.batch_size, 2, dtype=torch.float64)
+    return batch
+
+
 # name: (dataset, options of all configs, batches, what is done to a batch)
 ADAMW = {"optimizer": "adamw", "weight_decay": 0.1}
 GUMBEL = {"value_objective": "gumbel", "num_critics": 3, "pessimism": 0.5}
+IMAGES = {"image_features": 4, "random_shift": 2, "num_critics": 1}
 SARSA = {"value_objective": "sarsa_expectile", "loss_function": "smooth_l1"}
 CASES = {
     "gaussian": ("continuous", {}, "shared", None),
@@ -122,6 +147,8 @@ CASES = {
     "extras": ("continuous", {}, "shared", extras),
     "extras, own": ("continuous", {"order": "simultaneous"}, "own", extras),
     "chunks": ("continuous", {"action_chunk": 3, "policy": "mixture"}, "shared", None),
+    "images": ("images", IMAGES, "shared", shifts),
+    "images, all": ("images", {**IMAGES, "encoder_gradient": "all"}, "own", shifts),
     "discrete": ("discrete", {"layer_norm": True, **ADAMW}, "shared", None),
     "categories": ("categories", {"num_critics": 1, "schedule": "constant"}, "own", extras),
 }

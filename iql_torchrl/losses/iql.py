@@ -290,7 +290,11 @@ class IQLLoss(NetworkLoss):
         return batch
 
     def drawn(
-        self, batch: Batch, inputs: Mapping[str, Draw], draws: Mapping[str, Tensor] | None
+        self,
+        batch: Batch,
+        inputs: Mapping[str, Draw],
+        draws: Mapping[str, Tensor] | None,
+        generator: torch.Generator | None = None,
     ) -> dict[str, Tensor]:
         """The random tensors ``inputs``: the batch's entries, else ``draws``, else new ones."""
         like = self.tensors["actor_network_params"][0]
@@ -302,7 +306,7 @@ class IQLLoss(NetworkLoss):
             elif draws is not None and key in draws:
                 drawn[key] = draws[key]
             else:
-                drawn[key] = draw.fill(draw.empty(like))
+                drawn[key] = draw.fill(draw.empty(like), generator)
         return drawn
 
     def random_inputs(self, batch_size: torch.Size) -> Mapping[str, Draw]:

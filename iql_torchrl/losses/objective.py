@@ -44,9 +44,7 @@ class Objective(nn.Module):
         arguments = {
             name: getattr(self, name, None) for name in inspect.signature(type(self)).parameters
         }
-        choices = {
-            name: value for name, value in arguments.items() if isinstance(value, str | bool)
-        }
+        choices = {k: v for k, v in arguments.items() if isinstance(v, str | bool) or callable(v)}
         return choices | self.initial
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -57,8 +55,11 @@ class Objective(nn.Module):
             super().__setattr__(name, value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Objective:
-        """Move the hyperparameters without a cast: 0.7 in bfloat16 would be 0.699."""
-        kept = self.hyperparameters
+        """Move the hyperparameters without a cast: 0.7 in bfloat16 would be 0.699.
+
+        Those of a population, ``(P,)``, are cast: they would make what they multiply float64.
+        """
+        kept = {name: value for name, value in self.hyperparameters.items() if value.ndim == 0}
         device = fn(torch.zeros(0)).device
         super()._apply(fn, *args, **kwargs)
         dtype = number_dtype(device)

@@ -160,7 +160,7 @@ class FlowPolicy(TensorDictModuleBase):
     @property
     def action_features(self) -> int:
         """Number of action dimensions A."""
-        return self.head.centre.numel()
+        return self.head.centre.shape[-1]  # of a population's stacked policies too
 
     noise_features = action_features  # number of noise values of one action
 

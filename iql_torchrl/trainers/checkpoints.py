@@ -28,7 +28,6 @@ from iql_torchrl.update.step import part_of
 
 Self = TypeVar("Self", bound="ResumableTrainer")
 MODULE = "trainer_module."  # begins the name of a part that was registered on the trainer
-OTHER_SETTINGS = ("actor_objective", "advantage_condition", "q_reduction", "q_source")  # of a loss
 MOST_LISTED = 5  # differences in one message
 
 
@@ -89,13 +88,14 @@ def check_same_run(
 
     ``saved`` and ``current`` are states of a trainer by part; parts that one of them lacks, data
     without digests and settings that may change are not compared. A setting of a config that an older
-    version did not save has its default, which ``config`` has; one of a loss is not compared.
+    version did not save has its default, which ``config`` has; one of a loss is not compared, nor one
+    that an older version saved under another name.
     """
     old, new = (_compared(states, config) for states in (saved, current))
-    if "settings" in old and "settings" in new:
-        known = old["settings"].keys() & new["settings"].keys()
+    for group in {"settings", "others"} & old.keys() & new.keys():
+        known = old[group].keys() & new[group].keys()
         for groups in (old, new):
-            groups["settings"] = {name: groups["settings"][name] for name in known}
+            groups[group] = {name: groups[group][name] for name in known}
     differences = {
         name: f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
         for before, now in ((old[group], new[group]) for group in new if group in old)
@@ -224,12 +224,12 @@ class ResumableTrainer(Trainer):
         }
 
     def _other_settings(self) -> dict[str, Any]:
-        """Settings that are knobs of no loss; numbers to six digits, which float32 has."""
+        """Settings of estimator, updater and step; numbers to six digits, which float32 has."""
         loss, updater = self.loss_module, part_of(self.step, "target_updater")
         gamma = getattr(getattr(loss, "value_estimator", None), "gamma", None)
         one = gamma if isinstance(gamma, torch.Tensor) and gamma.numel() == 1 else None
         eps = getattr(updater, "eps", None)
-        return {name: _plain(getattr(loss, name, None)) for name in OTHER_SETTINGS} | {
+        return {
             "gamma": None if one is None else float(f"{one.item():.6g}"),
             "tau of the target updater": None if eps is None else float(f"{1 - eps:.6g}"),
             "precision": part_of(self.step, "precision"),

@@ -60,9 +60,9 @@ class OfflineTrainer(ResumableTrainer):
     batch. Hooks that read a batch (``pre_steps_log``, ``post_steps_log``, ...) get the first one
     after each event; hooks that change one (``batch_process``, ``pre_epoch``,
     ``process_optim_batch``), and those that follow an update (``post_loss``, ``post_optim``,
-    ``post_optim_log``), are called at every update. A ``TargetNetUpdaterHook`` or
-    ``LRSchedulerHook`` of an updater or scheduler that the step itself calls is not called, because
-    there would be two calls per update.
+    ``post_optim_log``), are called at every update, and refused with a captured step. A
+    ``TargetNetUpdaterHook`` or ``LRSchedulerHook`` of an updater or scheduler that the step itself
+    calls is not called, because there would be two calls per update.
 
     Args:
         step: an ``IQLStep``, plain or compiled; or a callable without arguments that performs
@@ -118,7 +118,8 @@ class OfflineTrainer(ResumableTrainer):
     Raises:
         ValueError: parts missing, given twice or of different agents; an interval below 1, or
             not a multiple of a captured step's updates; ``register_op`` of a stage that would
-            change losses or the optimizer's step, which only the step may do here.
+            change losses or the optimizer's step, which only the step may do here, or of one that is
+            called at every update with a captured step.
         FloatingPointError: while training, a loss that is no longer finite. Saved files stay.
         OSError: while training, a file of ``folder`` that cannot be written, as on a full disk; the
             message names it. Saved files stay.
@@ -223,8 +224,16 @@ class OfflineTrainer(ResumableTrainer):
                 f"stage {dest!r} changes losses or gradients, which only the step may do here; write "
                 "a loss or a step that does it, and pass that."
             )
-        if not is_called_by_step(self.step, op):
-            super().register_op(dest, op, **kwargs)
+        if is_called_by_step(self.step, op):
+            return
+        if self.samples_itself and f"_{dest}_ops" in (*CHANGE_BATCH, *AFTER_UPDATE):
+            raise ValueError(
+                f"stage {dest!r} is called at every update, and the step makes {self.updates_per_call} "
+                "updates per call, between which nothing can be called. Use the step itself or "
+                "compiled(step) in place of captured(step, ...), or the stage "
+                "'post_optim_complete_log', which is called at every event."
+            )
+        super().register_op(dest, op, **kwargs)
 
     register_hook = register_op
 

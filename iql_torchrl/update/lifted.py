@@ -41,8 +41,16 @@ def stack_losses(losses: Sequence[IQLLoss]) -> IQLLoss:
         getattr(loss, kind)._buffers[short] = values.to(like)
     gammas = [each.value_estimator.gamma.reshape(()) for each in losses]
     loss.value_estimator._buffers["gamma"] = torch.stack(gammas).to(like.device)
+    loss.reset_parameters_recursive = _refuse_reset  # type: ignore[method-assign]
     loss.sync_modules()
     return loss
+
+
+def _refuse_reset() -> None:
+    raise NotImplementedError(
+        "parameters of a population are those of its members: initialise the losses again before they "
+        "are stacked."
+    )
 
 
 def _check_stackable(loss: IQLLoss) -> None:
@@ -108,12 +116,19 @@ class Lift:
         loss: the stacked loss.
         members: P.
         first, count: the members are these, from ``first`` on, of ``count`` in all.
+        generator: of the random tensors of eager and compiled updates; by default torch's.
     """
 
     def __init__(
-        self, loss: IQLLoss, members: int, *, first: int = 0, count: int | None = None
+        self,
+        loss: IQLLoss,
+        members: int,
+        *,
+        first: int = 0,
+        count: int | None = None,
+        generator: torch.Generator | None = None,
     ) -> None:
-        self.loss, self.members = loss, members
+        self.loss, self.members, self.generator = loss, members, generator
         self._first, self._count = first, members if count is None else count
 
     def __call__(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -200,7 +215,8 @@ class Lift:
                 f"({self.members}, B)."
             )
         batch = self.loss.read_batch(tensordict)
-        return replace(batch, draws=self.loss.drawn(batch, self.random_inputs(shape), draws))
+        inputs = self.random_inputs(shape)
+        return replace(batch, draws=self.loss.drawn(batch, inputs, draws, self.generator))
 
     def outputs(
         self, batch: TensorDictBase, losses: dict[str, Tensor], summary: dict[str, Tensor]

@@ -44,9 +44,9 @@ from iql_torchrl.agent.task import Task, space_from_state, space_state
 from iql_torchrl.data import DeviceSampler, ObservationStatistics
 from iql_torchrl.evaluation.acting import private_random_numbers
 from iql_torchrl.files import CheckpointError, write_components
+from iql_torchrl.losses import DDPGBC, FlowMatching
 from iql_torchrl.networks import MLP, ResidualMLP
 from iql_torchrl.policies import BestOf, FlowPolicy
-from iql_torchrl.private_apis import children_of
 
 
 def dataset(**columns):
@@ -348,11 +348,11 @@ def test_a_space_without_a_stored_form_is_refused():
 
 def test_targets_move_by_the_configs_share():
     agent = box_agent(polyak=0.25)
-    target = children_of(agent.loss)[TARGET_CRITICS].data.clone()
+    target = agent.loss.target_qvalue_network_params.data.clone()
     agent.step(load_dataset(log()).replay_buffer(16, seed=0).sample())
-    live, moved = agent.loss.qvalue_network_params, children_of(agent.loss)[TARGET_CRITICS]
+    online, moved = agent.loss.qvalue_network_params, agent.loss.target_qvalue_network_params
     for key, before in target.items(True, True):
-        expected = 0.75 * before + 0.25 * live.get(key).data
+        expected = 0.75 * before + 0.25 * online.get(key).data
         torch.testing.assert_close(moved.get(key).data, expected)
 
 
@@ -444,9 +444,11 @@ def test_settings_reach_the_networks():
     assert layers(critic) == ["Linear", "GELU", "LayerNorm", "Linear"]
     assert layers(actor) == ["Linear", "GELU", "Linear"]
     assert (agent.actor.num_steps, agent.policy.num_samples) == (10, 32)
-    assert (agent.loss.actor_objective, agent.loss.temperature) == ("flow", 0.0)
+    assert type(agent.loss.actor_objective) is FlowMatching
+    assert agent.loss.temperature == 0.0
     loss = box_agent(**KINDS["ddpg_bc"]).loss
-    assert (loss.actor_objective, loss.bc_weight) == ("ddpg_bc", 0.1)
+    assert type(loss.actor_objective) is DDPGBC
+    assert loss.actor_objective.bc_weight == 0.1
     agent = box_agent(residual="all", hidden=(4, 4, 4), dropout=0.2, activation="mish")
     actor, critic, _ = bodies(agent)
     assert layers(actor.blocks[2]) == ["Dropout", "LayerNorm", "Linear", "Mish", "Linear"]
@@ -508,7 +510,7 @@ def test_every_form_of_the_update_and_export(name, tmp_path):
         (lambda: discrete_agent(num_samples=4), "num_samples is 4 and the actions are Discrete"),
         (lambda: discrete_agent(policy="flow"), "policy is 'flow' and the actions are Discrete"),
         (lambda: discrete_agent(policy="gaussian"), "policy is 'gaussian'"),
-        (lambda: discrete_agent(actor_objective="ddpg_bc"), "'ddpg_bc' needs continuous actions"),
+        (lambda: discrete_agent(actor_objective="ddpg_bc"), "needs continuous actions"),
         (lambda: box_agent(policy="categorical"), "policy is 'categorical'"),
         (lambda: config(**UNEQUAL), r"residual is 'policy' and hidden is \(8, 4\)"),
         (lambda: config(residual="all", layer_norm=True), "'all' and layer_norm is True"),

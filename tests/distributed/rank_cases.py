@@ -22,11 +22,12 @@ from tensordict.nn import (
 )
 from torch import distributed, nn, optim
 from torch.optim.lr_scheduler import LambdaLR
-from torchrl.objectives import SoftUpdate
+from torchrl.objectives import SoftUpdate, ValueEstimators
 
 from iql_torchrl import DiscreteIQLLoss, IQLLoss, IQLStep, load_dataset, make_agent, policies
 from iql_torchrl.distributed import Ranks, data_parallel
-from iql_torchrl.update.lifted import stack_losses
+from iql_torchrl.losses import Exponential, Gumbel
+from iql_torchrl.update.lifted import Lift, stack_losses
 
 UPDATES, ROWS = 20, 13  # 13 rows: two ranks have 6 and 7
 
@@ -78,10 +79,10 @@ CASES = {
     "adam": {"optimizer": optim.Adam, "change": masked, "rate": 3e-3},
     "adamw and a schedule": {"optimizer": optim.AdamW, "scheduled": True, "rate": 3e-3},
     "ddpg_bc": {"loss": {"actor_objective": "ddpg_bc"}, "change": masked},
-    "exponential": {"loss": {"value_objective": "exponential", "alpha": 0.1}, "change": both},
+    "exponential": {"loss": {"value_objective": Exponential(0.1)}, "change": both},
     "gumbel, population": {
         "members": 3,
-        "loss": {"value_objective": "gumbel", "alpha": 0.1, "pessimism": 0.5},
+        "loss": {"value_objective": Gumbel(0.1, pessimism=0.5)},
     },
     "entries of the policy": {"change": policy_entries},
     "flow": {"flow": True},
@@ -92,11 +93,12 @@ CASES = {
     "encoder of the critics": {"encoder": "critics", "order": "simultaneous", "max_grad_norm": 0.1},
     "history": {"history": "lstm", "rate": 0.2},
     "chunks": {"chunk": 3, "rate": 0.05},
+    "trajectories": {"time": 4, "loss": {"diagnostics": True}},
     "history, attention": {"history": "transformer", "rate": 0.05, "order": "simultaneous"},
 }
 DEFAULT = (
     "clipped at once", "weighted and masked", "adamw and a schedule", "discrete", "encoder", "history",
-    "exponential",
+    "exponential", "trajectories",
 )  # fmt: skip
 
 
@@ -107,13 +109,13 @@ def layers():
 def make_step(case):
     """A step in double precision, with the same weights in every process."""
     torch.manual_seed(3)
-    if "members" in case:
-        loss = stack_losses([make_loss(case, temperature=1.0 + n) for n in range(case["members"])])
+    if members := case.get("members"):
+        loss = stack_losses([make_loss(case, temperature=1.0 + n) for n in range(members)])
     else:
         loss = make_loss(case)
     optimizer = case.get("optimizer", optim.SGD)(loss.parameters(), lr=case.get("rate", 0.02))
     scheduler = LambdaLR(optimizer, lambda n: 1 / (1 + n)) if case.get("scheduled") else None
-    return IQLStep(
+    step = IQLStep(
         loss,
         optimizer,
         SoftUpdate(loss, tau=0.05),
@@ -121,6 +123,8 @@ def make_step(case):
         max_grad_norm=case.get("max_grad_norm"),
         lr_scheduler=scheduler,
     )
+    step.lift = Lift(loss, members) if members else None
+    return step
 
 
 def recurrent(case):
@@ -143,7 +147,7 @@ def make_loss(case, **options):
         return recurrent(case)[1].loss.double()
     options = {"diagnostics": True, **case.get("loss", {}), **options}
     if "encoder" in case:
-        loss = build_encoded(encoder_gradient=case["encoder"], random_shift=2, **options)
+        loss = build_encoded(gradient=case["encoder"], random_shift=2)
         return loss.double()
     actor, critic, value = make_networks()
     if case.get("discrete"):
@@ -163,6 +167,8 @@ def make_loss(case, **options):
             options["actor_objective"] = "flow"
         loss = IQLLoss(actor, [critic, make_networks()[1]], value, **options)
     loss = loss.double()
+    if "time" in case:
+        loss.make_value_estimator(ValueEstimators.TDLambda, gamma=0.9, lmbda=0.8)
     _ = loss.value_estimator
     return loss
 
@@ -184,7 +190,8 @@ def make_batches(case, count=UPDATES):
         return [doubled(buffer.sample()) for _ in range(count)]
     if "own" in case:
         return [make_batch(case["members"], ROWS, dtype=torch.float64) for _ in range(count)]
-    batches = [make_batch(ROWS, dtype=torch.float64) for _ in range(count)]
+    shape = (ROWS, case["time"]) if "time" in case else (ROWS,)
+    batches = [make_batch(*shape, dtype=torch.float64) for _ in range(count)]
     if case.get("discrete"):
         for batch in batches:
             batch["action"] = torch.randint(4, (ROWS, 1))

@@ -190,6 +190,8 @@ def test_nan_on_one_rank_stops_all_at_the_same_update(runs):
         ("not parallel", "ValueError: the trainer has 2 ranks and the step one process", "ValueError"),
         ("batch norm", "ValueError: qvalue_network has a BatchNorm1d at", "ValueError: qvalue_network"),
         ("plain", "RuntimeError: the torch.distributed process group has 2 ranks", "RuntimeError"),
+        ("one trajectory", "ValueError: the batch has shape (8,) and the value estimator is a TDLambda",
+         "ValueError: the batch has shape (8,)"),
         ("few rows", "ValueError: the batch has 1 rows and there are 2 ranks", "ValueError"),
     ],
 )  # fmt: skip

@@ -205,6 +205,9 @@ def refusals(ranks: Ranks, folder: Path) -> dict:
         ),
         "batch norm": error_of(lambda: data_parallel(plain_step(normed=True), ranks)),
         "plain": error_of(lambda: plain_step()(make_batch())),
+        "one trajectory": error_of(
+            lambda: data_parallel(make_step({"time": 4}), ranks)(make_batch(8, dtype=torch.float64))
+        ),
         "few rows": error_of(lambda: data_parallel(plain_step(), ranks)(make_batch(1))),
     }
 

@@ -8,13 +8,13 @@ import pickle
 import pytest
 import torch
 from conftest import ACT, OBS, make_batch, make_networks
-from small_populations import assert_close, extras
+from small_populations import assert_close, extras, of_members
 from torchrl.data import Bounded
 from torchrl.objectives import HardUpdate, SoftUpdate
 
 from iql_torchrl import IQLLoss, IQLStep, policies
 from iql_torchrl.update.adam import StackedAdam
-from iql_torchrl.update.lifted import stack_losses, write_member
+from iql_torchrl.update.lifted import Lift, stack_losses, write_member
 
 KNOBS = (
     {},
@@ -41,10 +41,17 @@ def make_losses(**options) -> list[IQLLoss]:
     return [make_loss(gamma, **{**options, **own}) for own, gamma in knobs]
 
 
+TERMS = ("actor_loss", "value_loss", "qvalue_loss")
+
+
 def moving(loss):
     """TorchRL warns of targets that nobody moves."""
     SoftUpdate(loss, tau=0.1)
     return loss
+
+
+def lifted(losses) -> Lift:
+    return Lift(moving(stack_losses(losses)), RUNS)
 
 
 def batches(shape, change=None, dtype=torch.float64):
@@ -58,7 +65,7 @@ def batches(shape, change=None, dtype=torch.float64):
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_outputs_and_gradients_are_those_of_each_loss(shape, change, reduction):
     losses = [moving(loss) for loss in make_losses(reduction=reduction)]
-    population = moving(stack_losses(losses))
+    population = lifted(losses)
     batch, each = batches(shape, change)
     keys = set(batch.keys(True, True))
     result = population(batch)
@@ -66,14 +73,14 @@ def test_outputs_and_gradients_are_those_of_each_loss(shape, change, reduction):
     expected = torch.stack([loss(b.clone()) for loss, b in zip(losses, each, strict=True)])
     assert result.batch_size == (RUNS,)
     assert_close(dict(result.items()), dict(expected.items()), 1e-12)
-    names = [key for key in population.out_keys if key.startswith("loss")]
+    names = [key for key in population.loss.out_keys if key.startswith("loss")]
     sum(result[name].sum() for name in names).backward()
     sum(expected[name].sum() for name in names).backward()
-    for name, parameter in population.named_parameters():
+    for name, parameter in population.loss.named_parameters():
         alone = torch.stack([dict(loss.named_parameters())[name].grad for loss in losses])
-        assert_close({name: parameter.grad.view_as(alone)}, {name: alone}, 1e-11)
-    for term in ("actor_loss", "value_loss", "qvalue_loss"):
-        actual = getattr(population, term)(batch)[0]
+        assert_close({name: parameter.grad}, {name: alone}, 1e-11)
+    for term in TERMS:
+        actual = of_members(population, term, batch)
         alone = [getattr(loss, term)(b.clone())[0] for loss, b in zip(losses, each, strict=True)]
         assert_close({term: actual}, {term: torch.stack(alone)}, 1e-12)
         assert set(batch.keys(True, True)) == keys
@@ -87,13 +94,13 @@ def test_squared_distance_to_any_policys_own_action(policy):
         actor = getattr(policies, policy)(OBS, spec, hidden=(8,))
         _, critic, value = make_networks()
         losses.append(IQLLoss(actor, critic, value, actor_objective="mse").double())
-    population = stack_losses(losses)
+    population = lifted(losses)
     batch, _ = batches((7,))
     for loss in losses:
         loss.actor_loss(batch)
     expected = torch.stack([loss.actor_loss(batch)[0] for loss in losses])
-    assert_close({"": population.actor_loss(batch)[0]}, {"": expected}, 1e-12)
-    assert "entropy" not in population.out_keys
+    assert_close({"": of_members(population, "actor_loss", batch)}, {"": expected}, 1e-12)
+    assert "entropy" not in population(batch)
 
 
 def test_keys_of_the_batch_are_the_losses():
@@ -102,17 +109,17 @@ def test_keys_of_the_batch_are_the_losses():
         loss.set_keys(reward="r", terminated="end", action="a", priority_weight="w")
         loss.value_estimator.set_keys(steps_to_next_obs="n")
         loss.loss_mask_key = "real"
-    population = stack_losses(losses)
+    population = lifted(losses)
     batch = extras(make_batch(6, dtype=torch.float64))
     batch.rename_key_("priority_weight", "w").rename_key_("steps_to_next_obs", "n")
     batch["a"] = batch["action"] / 2  # the policy's; critics have in_keys of their own
     batch["real"] = batch.pop("collector")["mask"]
     batch.rename_key_(("next", "reward"), ("next", "r"))
     batch.rename_key_(("next", "terminated"), ("next", "end"))
-    for term in ("actor_loss", "value_loss", "qvalue_loss"):
+    for term in TERMS:
         expected = torch.stack([getattr(loss, term)(batch.clone())[0] for loss in losses])
-        assert_close({term: getattr(population, term)(batch)[0]}, {term: expected}, 1e-12)
-    population.set_keys(reward="other")
+        assert_close({term: of_members(population, term, batch)}, {term: expected}, 1e-12)
+    population.loss.set_keys(reward="other")
     assert losses[0].tensor_keys.reward == "r"  # a copy
 
 
@@ -122,7 +129,7 @@ def test_priority_weights_may_be_left_out():
         loss.use_prioritized_weights = False
     batch = extras(make_batch(6, dtype=torch.float64))
     expected = torch.stack([loss.value_loss(batch.clone())[0] for loss in losses])
-    result = stack_losses(losses).value_loss(batch)[0]
+    result = of_members(lifted(losses), "value_loss", batch)
     assert_close({"": result}, {"": expected}, 1e-12)
 
 
@@ -145,25 +152,26 @@ def test_the_losses_are_copied_and_can_be_written_back():
             torch.testing.assert_close(value, before[number][name] + moved)
 
 
-def make_step(population, **options) -> IQLStep:
+def make_step(population, updater=SoftUpdate, **options) -> IQLStep:
     rates = torch.tensor([1e-2, 1e-3, 3e-2])
     optimizer = StackedAdam(population.parameters(), rates=rates)
-    return IQLStep(population, optimizer, SoftUpdate(population, tau=0.1), **options)
+    interval = {"tau": 0.1} if updater is SoftUpdate else {"value_network_update_interval": 2}
+    step = IQLStep(population, optimizer, updater(population, **interval), **options)
+    step.lift = Lift(population, RUNS)
+    return step
 
 
 def test_targets_may_be_copied_at_intervals():
     population = stack_losses(make_losses())
-    optimizer = StackedAdam(population.parameters(), rates=torch.full((RUNS,), 1e-2))
-    updater = HardUpdate(population, value_network_update_interval=2)
-    step = IQLStep(population, optimizer, updater)
+    step = make_step(population, HardUpdate)
     key = ("module", "mlp", "0", "weight")
-    live, target = (
+    online, target = (
         population._modules[f"{name}qvalue_network_params"].get(key) for name in ("", "target_")
     )
     equal = []
     for _ in range(3):
         step(make_batch(dtype=torch.float64))
-        equal.append(torch.equal(live, target))
+        equal.append(torch.equal(online, target))
     assert equal == [False, False, True]
 
 
@@ -202,48 +210,46 @@ def test_a_frozen_network_rests():
 def test_a_copy_computes_the_same_from_memory_of_its_own(way):
     population = stack_losses(make_losses())
     step, batch = make_step(population), make_batch(dtype=torch.float64)
-    step(batch)  # networks are bound
+    step(batch)
     other = (
         copy.deepcopy(population) if way == "deepcopy" else pickle.loads(pickle.dumps(population))
     )
-    expected = population(batch)
-    assert_close(dict(other(batch).items()), dict(expected.items()), 0)
+    first, second = (Lift(loss, RUNS) for loss in (population, other))
+    expected = first(batch)
+    assert_close(dict(second(batch).items()), dict(expected.items()), 0)
     make_step(other)(batch)
-    assert_close(dict(population(batch).items()), dict(expected.items()), 0)
-    assert not torch.equal(other(batch)["loss_qvalue"], expected["loss_qvalue"])
+    assert_close(dict(first(batch).items()), dict(expected.items()), 0)
+    assert not torch.equal(second(batch)["loss_qvalue"], expected["loss_qvalue"])
 
 
 @pytest.mark.parametrize("assign", [False, True])
 def test_a_loaded_state_is_what_is_evaluated(assign):
-    first, second = (moving(stack_losses(make_losses())) for _ in range(2))
+    first, second = (lifted(make_losses()) for _ in range(2))
     batch = make_batch(dtype=torch.float64)
     second(batch)
-    with second.evaluated_directly():
-        pass
     expected = first(batch)
-    second.load_state_dict(copy.deepcopy(first.state_dict()), assign=assign)
+    second.loss.load_state_dict(copy.deepcopy(first.loss.state_dict()), assign=assign)
     assert_close(dict(second(batch).items()), dict(expected.items()), 0)
-    with second.evaluated_directly():
-        assert_close(dict(second(batch).items()), dict(expected.items()), 1e-12)
 
 
 def test_a_cast_is_what_is_evaluated():
     losses = make_losses()
-    population = moving(stack_losses(losses))
+    population = lifted(losses)
     batch = make_batch(dtype=torch.float64)
     expected = population(batch)
-    result = population.float()(batch.float())
+    population.loss.float()
+    result = population(batch.float())
     assert {value.dtype for value in result.values()} == {torch.float32}
     for key, value in expected.items():
         torch.testing.assert_close(result[key].double(), value, rtol=1e-4, atol=1e-5)
 
 
 def test_batches_of_other_shapes_are_refused():
-    population = moving(stack_losses(make_losses()))
+    population = lifted(make_losses())
     for shape in ((), (2, 9), (RUNS, 3, 3)):
         batch = make_batch(*(shape or (4,)), dtype=torch.float64)
         batch = batch if shape else batch[0]
-        with pytest.raises(ValueError, match=r"expected \(B,\) for all 3 runs or \(3, B\)"):
+        with pytest.raises(ValueError, match=r"expected \(B,\) for all 3 members or \(3, B\)"):
             population(batch)
     with pytest.raises(KeyError, match="'terminated'"):
         population(make_batch(dtype=torch.float64).exclude(("next", "terminated")))

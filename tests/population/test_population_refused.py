@@ -1,22 +1,25 @@
-"""Losses that cannot be stacked."""
+"""Networks that can be members of a population, and those that cannot."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from conftest import ACT, OBS, NormedCritic, make_networks
-from tensordict.nn import TensorDictSequential
-from test_population_loss import make_losses
+from conftest import ACT, OBS, NormedCritic, make_batch, make_networks
+from small_populations import assert_close
+from tensordict.nn import TensorDictModule, TensorDictSequential
+from test_population_loss import make_losses, moving
 from torch import nn
 from torchrl.data import Bounded
 from torchrl.modules import ValueOperator
 
 from iql_torchrl import IQLLoss, networks, policies
-from iql_torchrl.update.lifted import stack_losses
+from iql_torchrl.update.lifted import Lift, stack_losses
+
+MEMBERS = 3
 
 
-def test_weights_are_drawn_run_by_run():
-    with pytest.raises(NotImplementedError, match="run by run"):
+def test_weights_are_drawn_member_by_member():
+    with pytest.raises(NotImplementedError, match="before they are stacked"):
         stack_losses(make_losses()).reset_parameters_recursive()
 
 
@@ -28,6 +31,48 @@ def with_networks(actor=None, critic=None, value=None, **options) -> IQLLoss:
 
 def state_value(*layers: nn.Module) -> ValueOperator:
     return ValueOperator(nn.Sequential(*layers), in_keys=["observation"])
+
+
+def several_modules() -> TensorDictSequential:
+    first = TensorDictModule(nn.Linear(OBS, 4), ["observation"], ["hidden"])
+    return TensorDictSequential(first, ValueOperator(nn.Linear(4, 1), in_keys=["hidden"]))
+
+
+class Scaled(nn.Module):
+    """A layer of the user's, with a parameter that torch's layers do not have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(OBS))
+
+    def forward(self, observation):
+        return (self.scale * observation).sin().sum(-1, keepdim=True)
+
+
+ACCEPTED = {
+    "PReLU": lambda: state_value(nn.Linear(OBS, 4), nn.PReLU(), nn.Linear(4, 1)),
+    "layer of the user's": lambda: state_value(Scaled()),
+    "residual": lambda: state_value(networks.ResidualMLP(OBS, 1, hidden=(4, 4))),
+    "several modules": several_modules,
+}
+
+
+@pytest.mark.parametrize("shape", [(9,), (MEMBERS, 9)], ids=["shared", "own"])
+@pytest.mark.parametrize("case", ACCEPTED)
+def test_any_layers_are_evaluated_member_by_member(case, shape):
+    losses = [moving(with_networks(value=ACCEPTED[case]()).double()) for _ in range(MEMBERS)]
+    population = moving(stack_losses(losses))
+    batch = make_batch(*shape, dtype=torch.float64)
+    each = [batch] * MEMBERS if len(shape) == 1 else batch.unbind(0)
+    result = Lift(population, MEMBERS)(batch)
+    expected = torch.stack([loss(b.clone()) for loss, b in zip(losses, each, strict=True)])
+    assert_close(dict(result.items()), dict(expected.items()), 1e-12)
+    result["loss_value"].sum().backward()
+    expected["loss_value"].sum().backward()
+    for name, parameter in population.named_parameters():
+        if name.startswith("value"):
+            alone = torch.stack([dict(loss.named_parameters())[name].grad for loss in losses])
+            assert_close({name: parameter.grad}, {name: alone}, 1e-12)
 
 
 def shared_trunk() -> IQLLoss:
@@ -47,26 +92,14 @@ def hooked() -> IQLLoss:
     return loss
 
 
-def reading(module: nn.Module) -> ValueOperator:
-    return ValueOperator(module, in_keys=["observation", "action"])
+def normed() -> IQLLoss:
+    return with_networks(critic=ValueOperator(NormedCritic(), in_keys=["observation", "action"]))
 
 
 REFUSED = {
-    "trunk": (lambda: shared_trunk(), "value_network cannot be stacked"),
-    "batch norm": (lambda: with_networks(critic=reading(NormedCritic())), "a BatchNorm1d"),
-    "own layer": (
-        lambda: with_networks(value=state_value(nn.Linear(OBS, 1), nn.PReLU())),
-        "a PReLU|a Linear",
-    ),
-    "residual": (
-        lambda: with_networks(value=state_value(networks.ResidualMLP(OBS, 1, hidden=(4, 4)))),
-        "a Linear, which cannot be stacked",
-    ),
-    "hook": (hooked, "value_network holds 'module'"),
-    "several modules": (
-        lambda: with_networks(value=TensorDictSequential(make_networks()[2])),
-        "value_network cannot be stacked",
-    ),
+    "trunk": (shared_trunk, "value_network shares its parameter .*use an encoder_network"),
+    "batch norm": (normed, "qvalue_network has a BatchNorm1d at .*statistics of batches"),
+    "hook": (hooked, "value_network has a StateValue at 'module', which has hooks"),
 }
 
 

@@ -90,7 +90,7 @@ def test_the_order_of_columns_does_not_depend_on_when_a_value_comes(tmp_path):
 
 
 def test_the_known_columns_are_those_of_loss_and_evaluation():
-    assert set(TRAINING) == {*LOSSES, *DIAGNOSTICS, "entropy", POLICY_VALUE_GAP}
+    assert set(TRAINING) == {*LOSSES, *DIAGNOSTICS, "entropy", "policy_value_gap"}
     array = np.ones(3)
     everything = Evaluation(array, array.astype(int), array.astype(bool), array).summary()
     assert set(everything) <= set(EVALUATION)

@@ -28,6 +28,7 @@ from torchrl import torchrl_logger
 from torchrl.checkpoint import Checkpoint
 
 from iql_torchrl import Agent, IQLConfig, IQLPopulation, OfflineTrainer, load_dataset, make_agent
+from iql_torchrl.config import arithmetic
 from iql_torchrl.data import DatasetWarning, build_shards, replay_buffer
 from iql_torchrl.data.digests import fingerprint
 from iql_torchrl.files import (
@@ -38,6 +39,7 @@ from iql_torchrl.files import (
     replace_by_link,
     write_components,
 )
+from iql_torchrl.losses import DDPGBC, AdvantageWeighted, Expectile, Sparse
 from iql_torchrl.report.figures import draw
 from iql_torchrl.report.tables import write_csv
 
@@ -213,11 +215,35 @@ def test_another_run_is_refused_by_name(saved, options, words):
 def test_another_expectile_or_a_state_without_a_part_is_refused(saved):
     trainer = run_of()
     state = trainer.state_dict()
-    trainer.loss_module.expectile = 0.9
+    trainer.loss_module.value_objective = Expectile(0.9)
     refuses(trainer, saved, r"expectile was 0\.7.* and is 0\.9")
     del state["step"]
     with pytest.raises(CheckpointError, match=r"the checkpoint lacks \['step'\]; it has \['data'"):
         run_of().load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("objective", "words"),
+    [
+        (DDPGBC(), "actor_objective was 'log_prob' and is 'ddpg_bc'"),
+        (AdvantageWeighted(weight="positive"), "weight was 'exponential' and is 'positive'"),
+        (AdvantageWeighted(weight=torch.exp), "weight was 'exponential' and is .*builtin"),
+        (AdvantageWeighted(temperature=1.0), r"temperature was 3\.0 and is 1\.0"),
+    ],
+)
+def test_another_objective_is_refused(saved, objective, words):
+    trainer = run_of()
+    trainer.loss_module.actor_objective = objective
+    refuses(trainer, saved, words)
+
+
+def test_both_objectives_have_their_numbers_in_a_checkpoint():
+    """SQL's alpha is in the loss of V and in the weight of the policy."""
+    trainer = run_of()
+    trainer.loss_module.value_objective = Sparse(alpha=0.5)
+    trainer.loss_module.actor_objective = AdvantageWeighted(weight="sparse", alpha=0.25)
+    settings = trainer.state_dict()["settings"]
+    assert (settings["alpha"], settings["actor_objective.alpha"]) == (0.5, 0.25)
 
 
 def use_another_discount(trainer):
@@ -227,9 +253,6 @@ def use_another_discount(trainer):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda t: setattr(t.loss_module, "actor_objective", "ddpg_bc"), "and is 'ddpg_bc'"),
-        (lambda t: setattr(t.loss_module, "advantage_condition", torch.exp), "_condition was"),
-        (lambda t: setattr(t.loss_module, "q_source", "target"), "q_source was 'live' and is"),
         (use_another_discount, r"gamma was 0\.99 and is 0\.5"),
         (lambda t: setattr(t.step.target_updater, "eps", 0.5), r"updater was 0\.1 and is 0\.5"),
         (lambda t: setattr(t.step, "precision", "bfloat16"), "precision was 'float32' and is"),
@@ -243,6 +266,45 @@ def test_other_settings_of_parts_made_by_hand_are_refused(saved, change, words):
     refuses(trainer, saved, words)
     del state["settings"]["others"]  # as in checkpoints of older versions
     trainer.load_state_dict(state)
+
+
+def process_settings():
+    """What torch and this package keep for the whole process and an update reads."""
+    mkl, cpu = torch.backends.mkldnn, torch.get_num_threads()
+    kept = {name: value for name, value in vars(arithmetic).items() if not callable(value)}
+    return kept, mkl.enabled, cpu, torch.get_float32_matmul_precision()
+
+
+@pytest.mark.parametrize("products", ["mkl", "onednn"])
+def test_loading_a_state_changes_nothing_outside_of_its_step(products):
+    """Older states name a library of matrix multiplications, which all of the process then used."""
+    step = make_step()
+    before = process_settings()
+    step.load_state_dict(step.state_dict() | {"products": products})
+    assert process_settings() == before
+
+
+def annealed(folder, total):
+    """The temperature is 0.7 of what it was, before the first update and after every 5."""
+    step = make_step()
+
+    def anneal():
+        step.loss.temperature = 0.7 * float(step.loss.temperature)
+        return {"return_mean": 0.0}
+
+    return make_trainer(step, total, evaluation=anneal, eval_interval=5, folder=folder)
+
+
+def test_an_annealed_run_is_resumed_with_the_same_bits(tmp_path):
+    once, twice = annealed(tmp_path / "once", 20), annealed(tmp_path / "twice", 20)
+    once.train()
+    annealed(tmp_path / "twice", 10).train()
+    assert twice.resume().updates == 10
+    assert float(twice.loss_module.temperature) == pytest.approx(3.0 * 0.7**3)
+    twice.train()
+    assert float(twice.loss_module.temperature) == float(once.loss_module.temperature)
+    states = [run.loss_module.state_dict() for run in (once, twice)]
+    assert all(torch.equal(v, states[1][k]) for k, v in states[0].items() if torch.is_tensor(v))
 
 
 def of_agent(folder=None, reward="raw", **fields):

@@ -73,8 +73,8 @@ def test_target_hook_of_a_step_that_leaves_the_targets_alone():
     trainer.total_frames = 4
     trainer.register_op("post_optim", TargetNetUpdaterHook(step.spare_updater))
     trainer.train()
-    live = list(loss.qvalue_network_params.values(True, True))
-    for old, now, new in zip(before, live, targets(loss), strict=True):
+    online = list(loss.qvalue_network_params.values(True, True))
+    for old, now, new in zip(before, online, targets(loss), strict=True):
         torch.testing.assert_close(new, 0.9 * old + 0.1 * now.detach())
 
 

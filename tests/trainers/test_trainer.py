@@ -144,6 +144,28 @@ def test_a_step_that_makes_several_updates_a_call():
         make_trainer(Captured(), 20, log_interval=7)
 
 
+EACH_UPDATE = ("batch_process", "pre_epoch", "process_optim_batch", "post_optim", "post_optim_log")
+
+
+@pytest.mark.parametrize("stage", EACH_UPDATE)
+def test_hooks_of_each_update_are_called_or_refused(stage):
+    calls = []
+
+    def count(*batch):
+        calls.append(stage)
+        return None if stage == "post_optim_log" else (batch or (None,))[0]
+
+    each, captured = make_trainer(make_step(), 20), make_trainer(Captured(), 20, log_interval=10)
+    each.register_op(stage, count)
+    each.train()
+    assert len(calls) == 20
+    with pytest.raises(ValueError, match=rf"stage '{stage}' .* makes 5 updates per call.*compiled"):
+        captured.register_op(stage, count)
+    captured.register_op("post_optim_complete_log", lambda updates, averages: calls.append(updates))
+    captured.train()
+    assert calls[20:] == [10, 20]
+
+
 def stepping(before):
     """A step that calls ``before(number of this update, batch)`` first."""
     step, calls = make_step(), []

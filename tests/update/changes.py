@@ -7,6 +7,8 @@ import copy
 import torch
 from torchrl.objectives import ValueEstimators
 
+from iql_torchrl.losses import AdvantageWeighted, Quantile, WeightedFunction
+
 
 def moment_twice(step):
     state = copy.deepcopy(step.state_dict())
@@ -60,11 +62,11 @@ CHANGES = {
     "clipping": lambda step: setattr(step, "max_grad_norm", 0.01),
     "order": lambda step: setattr(step, "order", "simultaneous"),
     "targets": lambda step: setattr(step.target_updater, "eps", 0.5),
-    "objective": to_loss("actor_objective", absolute),
-    "another objective": to_loss("actor_objective", squared),
-    "objective again": to_loss("actor_objective", "log_prob"),
+    "objective": to_loss("actor_objective", WeightedFunction(absolute)),
+    "another objective": to_loss("actor_objective", WeightedFunction(squared)),
+    "objective again": to_loss("actor_objective", AdvantageWeighted()),
     "reduction": to_loss("reduction", "sum"),
-    "value objective": to_loss("value_objective", "quantile"),
+    "value objective": to_loss("value_objective", Quantile()),
     "moved storage": moved,
     "no gradient in what rests": lambda step: step.loss.actor_network_params.requires_grad_(False),
 }

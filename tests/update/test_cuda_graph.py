@@ -221,7 +221,7 @@ def test_what_a_graph_has_fixed_makes_another_and_replays_are_right(cuda):
 
 MATMUL, CUDNN = torch.backends.cuda.matmul, torch.backends.cudnn
 SURROUNDINGS = {
-    "products": (MATMUL, "fp32_precision", "tf32"),
+    "precision": (MATMUL, "fp32_precision", "tf32"),
     "reduced sums": (MATMUL, "allow_bf16_reduced_precision_reduction", False),
     "reduced sums of half": (MATMUL, "allow_fp16_reduced_precision_reduction", False),
     "determinism": (CUDNN, "deterministic", True),

@@ -154,13 +154,13 @@ def test_replays_the_official_updates(file, form, monkeypatch, request):
             actor = loss.actor_network_params["module", "0", "module"]
             last = f"{when}/actor/Dense_0"
             value = loss.value_network_params["module", "mlp"]
-            live, target = loss.qvalue_network_params, loss.target_qvalue_network_params
+            online, target = loss.qvalue_network_params, loss.target_qvalue_network_params
             errors = [
                 np.abs(actor["log_std"].detach().numpy() - data[f"{when}/actor/log_stds"]).max(),
                 mlp_error(actor["mlp"], data, linear_keys(f"{when}/actor", depth - 1, last)),
                 mlp_error(value, data, linear_keys(f"{when}/value", depth)),
             ]
-            for params, name in ((live, "critic"), (target, "target_critic")):
+            for params, name in ((online, "critic"), (target, "target_critic")):
                 for k in range(2):
                     keys = linear_keys(f"{when}/{name}/Critic_{k}", depth)
                     errors.append(mlp_error(params["module", "mlp"], data, keys, k))
