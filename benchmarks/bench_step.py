@@ -123,7 +123,11 @@ def parse() -> argparse.Namespace:
     add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the products")
     add("--matmul-precision", default="highest", choices=("highest", "high", "medium"))
     add("--limit", type=float, default=float("inf"), help="about how many seconds a point may take")
-    add("--small", action="store_true", help="narrow networks and few rounds: two minutes of one core")
+    add(
+        "--small",
+        action="store_true",
+        help="narrow networks and few rounds: two minutes of one core",
+    )
     options = parser.parse_args()
     if options.small:
         options.widths, options.batches, options.rows, options.rounds = [64], [64], [10_000], 3
