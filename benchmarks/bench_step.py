@@ -1,6 +1,7 @@
 """Milliseconds of one IQL update: TorchRL's loop, JAX, this package.
 
     python benchmarks/bench_step.py
+    python benchmarks/bench_step.py --small      # two minutes of one core
     python benchmarks/bench_step.py --widths 64,256,1024 --critics 2,5,10 --only compiled,floor
 
 Sampling is included. Blocks of all competitors alternate and have about the same duration; medians
@@ -122,7 +123,16 @@ def parse() -> argparse.Namespace:
     add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the products")
     add("--matmul-precision", default="highest", choices=("highest", "high", "medium"))
     add("--limit", type=float, default=float("inf"), help="about how many seconds a point may take")
-    return parser.parse_args()
+    add(
+        "--small",
+        action="store_true",
+        help="narrow networks and few rounds: two minutes of one core",
+    )
+    options = parser.parse_args()
+    if options.small:
+        options.widths, options.batches, options.rows, options.rounds = [64], [64], [10_000], 3
+        options.only = options.only or f"{REFERENCE},ours sequential eager,ours sequential captured"
+    return options
 
 
 def main() -> None:

@@ -3,9 +3,9 @@
     python benchmarks/report.py            # prints Markdown, draws step.png and step_sweeps.png
     python benchmarks/report.py --readme   # also replaces the table of benchmarks/README.md
 
-Reads benchmarks/results/step_*.json. Files of one device and setting are runs of one measurement:
-the table has the median of their medians, and the least and greatest of them; a ratio is the median
-of the ratios within each run.
+Reads benchmarks/results/step_*.json. Files of one device and setting are runs of one measurement. The
+table has the runs with the most competitors: the median of their medians, the least and the greatest of
+them, and the ratio of these medians.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ BEGIN, END = "<!-- step table -->", "<!-- /step table -->"
 #: axis of a sweep: its words
 AXES = {"width": "width", "batch": "batch", "critics": "critics", "rows": "dataset size"}
 #: family of competitors: colour of its bars
-COLOURS = {"ours": "#0072B2", "JAX": "#E69F00", "floor": "0.75", "": "0.5"}
+COLOURS = {"ours": "#0072B2", "JAX": "#E69F00", "": "0.5"}
+#: competitors that are not updates: what they are
+SHOWN = {FLOOR: "matmuls alone, by torch.mm", "floor of ours": "matmuls of ours alone"}
 #: competitors of the picture of the sweeps: how their lines look
 SWEPT = {
     "TorchRL eager": {"color": "0.5", "marker": "o"},
@@ -51,7 +53,17 @@ class Setting:
 
     @property
     def default(self) -> dict[str, Runs]:
-        return self.runs[("default", None)]
+        """The default point, in the runs that have the most competitors: a ratio needs both."""
+        results = self.runs[("default", None)]
+        names = {run: {n for n, runs in results.items() if run in runs} for run in self.files}
+        most = max(map(len, names.values()))
+        used = [run for run in self.files if len(names[run]) == most]
+        chosen = {n: {r: runs[r] for r in used if r in runs} for n, runs in results.items()}
+        return {name: runs for name, runs in chosen.items() if runs}
+
+    @property
+    def files(self) -> list[str]:
+        return sorted({run for runs in self.runs[("default", None)].values() for run in runs})
 
     @property
     def words(self) -> str:
@@ -94,29 +106,20 @@ def middle(runs: Runs) -> float:
     return statistics.median(runs.values())
 
 
-def ratio(runs: Runs, others: Runs | None) -> float | None:
-    """Median of the ratios within the runs that contain both, so that runs may differ in speed."""
-    ratios = [ms / others[run] for run, ms in runs.items() if others and run in others]
-    return statistics.median(ratios) if ratios else None
-
-
-def cell(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
-
-
 def table(setting: Setting) -> str:
     """Markdown: the default point of one setting."""
     results = setting.default
     counts = [len(values) for values in results.values()]
     runs = max(counts)
     number_of_runs = f"{runs} runs" if min(counts) == runs else f"{min(counts)} to {runs} runs"
-    columns = ["", "ms an update", "updates/s", "of TorchRL eager", "of the floor"]
+    columns = ["", "ms an update", "updates/s", f"of {REFERENCE}"]
     columns += ["ms, least to greatest run"] if runs > 1 else []
     lines = [setting.words + (f"; {number_of_runs}" if runs > 1 else ""), ""]
     lines += ["| " + " | ".join(columns) + " |", "|---" + "|---:" * (len(columns) - 1) + "|"]
     for name, result in results.items():
-        cells = [name, f"{middle(result):.3g}", f"{1e3 / middle(result):,.0f}"]
-        cells += [cell(ratio(result, results.get(other))) for other in (REFERENCE, FLOOR)]
+        cells = [SHOWN.get(name, name), f"{middle(result):.3g}", f"{1e3 / middle(result):,.0f}"]
+        other = results.get(REFERENCE)
+        cells.append(f"{middle(result) / middle(other):.2f}" if other else "")
         values = result.values()
         cells += [f"{min(values):.3g} to {max(values):.3g}"] if runs > 1 else []
         lines.append("| " + " | ".join(cells) + " |")
@@ -147,7 +150,7 @@ def colour(name: str) -> str:
 def bars(setting: Setting, axes: Any) -> None:
     """Bars of one setting's default point, the slowest first."""
     results = {name: middle(runs) for name, runs in setting.default.items()}
-    names = sorted(results, key=lambda name: -results[name])
+    names = sorted(results.keys() - SHOWN.keys(), key=lambda name: -results[name])
     drawn = axes.barh(names, [results[n] for n in names], color=[colour(n) for n in names])
     axes.bar_label(drawn, [f"{results[n]:.3g}" for n in names], padding=3, fontsize=9)
     axes.set_xlim(0, 1.1 * max(results.values()))

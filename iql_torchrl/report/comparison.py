@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,24 +39,37 @@ FloatArray = NDArray[np.float64]
 Scores = Mapping[str, Mapping[str, FloatArray]]
 
 EVALUATED = ("return_mean", "score_mean")
-TRAINING_COLUMNS = ("success_rate", "loss_actor", "loss_qvalue", "loss_value", "value_mean")
+TRAINING_COLUMNS = (
+    "success_rate", "loss_actor", "loss_qvalue", "loss_value", "value_mean", "td_error_mean",
+    "weight_at_ceiling",
+)  # fmt: skip
 COMPARABLE = ("score_mean", "success_rate")  # between tasks; a return is not
 BANDS = "Bands, 95 %: of several seeds over the seeds (Student's t), of one run over its episodes"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Draw runs side by side; those that differ only in their seed are one line."""
+
+    runs: tuple[Path, ...]
+    """folders of runs, or of several runs"""
+    output: Path = Path("comparison.png")
+    """picture, a name that ends in .png"""
+    metrics: tuple[str, ...] = ()
+    """columns of metrics.csv to draw"""
+    each: bool = False
+    """one line per run, also where only the seed differs"""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Draw and tabulate runs. Returns 0, or 2 after an error message."""
-    parser = argparse.ArgumentParser(
-        prog="python -m iql_torchrl.report",
-        description="Draw runs side by side; those that differ only in their seed are one line.",
-    )
-    add = parser.add_argument
-    add("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, or of several runs")
-    add("--output", type=Path, default=Path("comparison.png"), metavar="FILE.png")
-    add("--metrics", nargs="+", default=(), metavar="NAME", help="columns of metrics.csv to draw")
-    add("--each", action="store_true", help="one line per run, also where only the seed differs")
-    options = parser.parse_args(arguments)
+    import tyro  # takes a moment, and is not needed for training
+
+    line = Annotated[Options, tyro.conf.PositionalRequiredArgs]
+    options: Options = tyro.cli(line, prog="python -m iql_torchrl.report", args=arguments)
     try:
+        if not options.runs:
+            raise ValueError("no runs are given; give the folder of a run, or of several runs.")
         if options.output.suffix.lower() != ".png":
             raise ValueError(f"--output is {options.output}; expected a name that ends in .png.")
         runs = [read_run(folder) for folder in find_runs(options.runs)]
@@ -151,9 +164,12 @@ def table(groups: Sequence[Group]) -> str:
     last for comparisons.
     """
     rows = [["", "runs", "updates", "evaluated at", "return", "score", "best evaluation"]]
+    lines = {name: all_series(groups, name) for name in EVALUATED}
+    places = {name: _places(each) for name, each in lines.items()}
     for group in groups:
         shown = {name: series(group, name) for name in EVALUATED}
-        evaluated = shown["score_mean"] or shown["return_mean"]
+        used = EVALUATED[shown["score_mean"] is not None]
+        evaluated = shown[used]
         first, last = min(r.updates for r in group.runs), max(r.updates for r in group.runs)
         rows.append(
             [
@@ -161,8 +177,8 @@ def table(groups: Sequence[Group]) -> str:
                 str(len(group.runs)),
                 f"{last:,.0f}" if first == last else f"{first:,.0f} to {last:,.0f}",
                 "-" if evaluated is None else f"{evaluated.updates[-1]:,.0f}",
-                *("-" if line is None else _last(line) for line in shown.values()),
-                "-" if evaluated is None else _best(evaluated),
+                *("-" if each is None else _last(each, places[n]) for n, each in shown.items()),
+                "-" if evaluated is None else _best(evaluated, places[used]),
             ]
         )
     if all(row[5] == "-" for row in rows[1:]):
@@ -170,24 +186,24 @@ def table(groups: Sequence[Group]) -> str:
     return text_table(rows)
 
 
-def _last(line: Series) -> str:
+def _last(line: Series, places: int) -> str:
     value = line.values[-1]
     if line.low is None or line.high is None or not np.isfinite(line.low[-1] + line.high[-1]):
-        return _numbers(value)[0]
-    return "{} [{}, {}]".format(*_numbers(value, line.low[-1], line.high[-1]))
+        return f"{value:,.{places}f}"
+    return f"{value:,.{places}f} [{line.low[-1]:,.{places}f}, {line.high[-1]:,.{places}f}]"
 
 
-def _best(line: Series) -> str:
+def _best(line: Series, places: int) -> str:
     if np.isnan(line.values).all():
         return "-"
     at = int(np.nanargmax(line.values))
-    return f"{_numbers(line.values[at])[0]} at {line.updates[at]:,.0f}"
+    return f"{line.values[at]:,.{places}f} at {line.updates[at]:,.0f}"
 
 
-def _numbers(*values: float) -> list[str]:
-    size = max(map(abs, values))
-    places = 1 if size >= 100 else 2 if size >= 10 else 3 if size >= 1 else 4
-    return [f"{value:,.{places}f}" for value in values]
+def _places(lines: Sequence[Series]) -> int:
+    """Decimal places of all numbers of a column, by the largest of them."""
+    largest = np.nanmax([np.abs(line.values[-1]) for line in lines] or [0.0])
+    return 1 if largest >= 100 else 2 if largest >= 10 else 3 if largest >= 1 else 4
 
 
 # -- methods over several tasks ----------------------------------------------------------------------

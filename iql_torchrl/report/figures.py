@@ -155,8 +155,10 @@ def comparison_figure(panels: Mapping[str, Sequence[Series]], *, note: str = "")
     end = max((float(s.updates.max()) for ss in panels.values() for s in ss), default=0.0)
     handles = {}
     for axes, (name, lines) in zip(grid, panels.items(), strict=True):
-        for line in lines:
-            handles[line.label] = _plot(axes, line, *looks[line.label])
+        for number, line in enumerate(lines):
+            handle = handles[line.label] = _plot(axes, line, *looks[line.label])
+            if under := sum(_coincide(line, other) for other in lines[:number]):
+                handle.set_linestyle((0, (4, 4 * under)))  # those below show in the gaps
         _dress(axes, _quantity(name), lines, end)
     across = int(figure.get_figwidth() * 13)  # characters in one line
     texts = [textwrap.fill(_safe(label), across - 8) for label in labels]
@@ -167,6 +169,14 @@ def comparison_figure(panels: Mapping[str, Sequence[Series]], *, note: str = "")
     shown = [handles[label] for label in labels]
     _plain(figure.legend(shown, texts, loc="outside lower center", title=note or None, **look))
     return figure
+
+
+def _coincide(line: Series, other: Series) -> bool:
+    """Whether the lines differ by less than their width."""
+    if line.values.shape != other.values.shape or not np.array_equal(line.updates, other.updates):
+        return False
+    spread = float(np.ptp(other.values)) if len(other.values) else 0.0
+    return np.allclose(line.values, other.values, rtol=0.0, atol=0.01 * spread, equal_nan=True)
 
 
 def _plain(legend: Legend) -> None:

@@ -150,7 +150,8 @@ def labelled(groups: Sequence[Sequence[Run]], *, apart_from: Sequence[str]) -> l
 
     A folder is given by its name, or by its path where another group has that name.
 
-    The settings ``apart_from`` are not named: runs of one group may differ in them.
+    The settings ``apart_from`` are not named: runs of one group may differ in them. Where all groups
+    have the settings that differ, they are sorted by them, numbers as numbers.
     """
     settings = [runs[0].settings_without(*apart_from) for runs in groups]
     saved = [each for each in settings if each]
@@ -170,10 +171,20 @@ def labelled(groups: Sequence[Sequence[Run]], *, apart_from: Sequence[str]) -> l
     for folder, each in zip(folders, settings, strict=True):
         named = [f"{key.replace('_', ' ')} {_shown(each[key])}" for key in differing if key in each]
         labels.append(", ".join(named) or folder)
-    return [
+    made = [
         Group(label if labels.count(label) == 1 else f"{label}, {folder}", tuple(runs))
         for label, folder, runs in zip(labels, folders, groups, strict=True)
     ]
+    keys = [[_order(each.get(key)) for key in differing] for each in settings]
+    if all(each.keys() >= set(differing) for each in settings):
+        return [made[number] for number in sorted(range(len(made)), key=keys.__getitem__)]
+    return made
+
+
+def _order(value: object) -> tuple[bool, float, str]:
+    """What sorts numbers by their value, and before texts."""
+    number = float(value) if isinstance(value, int | float) else math.inf
+    return number == math.inf, number, str(value)
 
 
 def _shown(value: object) -> str:

@@ -303,7 +303,9 @@ class OfflineTrainer(ResumableTrainer):
     def _notice_slowness(self) -> None:
         """Say once that updates have become much slower, and what mostly causes it."""
         self._fastest = max(self._fastest, self.updates_per_second)
-        if self.updates_per_second * MUCH_SLOWER < self._fastest and not self._said_slow:
+        one_thread = os.environ.get("OMP_NUM_THREADS") == "1"  # then there is nothing to set
+        slow = self.updates_per_second * MUCH_SLOWER < self._fastest and not one_thread
+        if slow and not self._said_slow:
             self._said_slow = True
             torchrl_logger.warning(
                 f"updates have become slow: {self.updates_per_second:.3g} a second, and "

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from iql_torchrl.losses.parameters import TARGET_CRITICS
 from small_agents import (
     HIGH,
     LOW,

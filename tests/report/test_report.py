@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from iql_torchrl.losses.loss import POLICY_VALUE_GAP
 from scipy import stats
 from small_agents import log as small_log
 
@@ -293,6 +292,19 @@ def test_runs_that_differ_only_in_seed_are_one_group(make_run):
     assert labels(group_runs(runs, each=True)) == each
 
 
+def test_settings_are_sorted_as_numbers(make_run):
+    """By name, 10 comes before 3."""
+    runs = [make_run(f"t{t}", [1.0], temperature=t) for t in (10.0, 3.0, 0.5)]
+    assert labels(group_runs(runs)) == ["temperature 0.5", "temperature 3", "temperature 10"]
+
+
+def test_of_lines_that_coincide_both_are_seen():
+    points = np.arange(5.0)
+    lines = [Series(name, points, points + shift) for name, shift in (("a", 0), ("b", 0), ("c", 1))]
+    (axes,) = comparison_figure({"loss_value": lines}).axes
+    assert [line.is_dashed() for line in axes.get_lines()] == [False, True, False]
+
+
 def test_one_group_is_named_by_its_folders(make_run):
     runs = [make_run(name, [1.0], seed=i) for i, name in enumerate("xyz")]
     assert labels(group_runs(runs)) == ["x and 2 more"]
@@ -385,7 +397,7 @@ def test_the_closing_table(make_run):
     assert cells[1:] == [
         ["a and 1 more", "2", "10", "10", "-", "31.00 [18.29, 43.71]", "50.00 at 0"],
         ["c", "1", "2,500", "-", "-", "-", "-"],
-        ["d", "1", "0", "0", "-", "5.000 [4.000, 6.000]", "5.000 at 0"],
+        ["d", "1", "0", "0", "-", "5.00 [4.00, 6.00]", "5.00 at 0"],
     ]
 
 
@@ -534,8 +546,8 @@ def test_runs_that_differ_in_task_and_seed_are_one_method(make_seed, capsys):
         "temperature 3 is better:"
     )
     # hop: 4 beats two, 5 beats two and equals one, 9 beats three; walk: 7 two, 8 two and a half twice
-    better = ["-", f"{(7.5 / 9 + 7 / 9) / 2:.3g} ["]
-    for line, t, shown in zip(lines, (3.0, 0.0), better, strict=True):
+    better = [f"{(7.5 / 9 + 7 / 9) / 2:.3g} [", "-"]
+    for line, t, shown in zip(lines, (0.0, 3.0), better, strict=True):
         cells = re.split(" {2,}", line)
         expected = stats.trim_mean(SCORES["hop", t] + SCORES["walk", t], 0.25)
         assert cells[:2] == [f"temperature {t:g}", "6"]
@@ -547,7 +559,7 @@ def test_runs_that_differ_in_task_and_seed_are_one_method(make_seed, capsys):
 def test_a_method_without_a_task_is_left_out(make_seed, capsys):
     runs = runs_of(make_seed)
     _, scores = method_scores(group_runs([*runs, make_seed("hop", 9.0, 0, 1.0)]))
-    assert list(scores) == ["temperature 3", "temperature 0"]
+    assert list(scores) == ["temperature 0", "temperature 3"]
     assert "note: temperature 9 is not compared over tasks" in capsys.readouterr().err
     _, scores = method_scores(group_runs(runs[::3]))  # one run of each
     assert not scores

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -115,7 +117,10 @@ def _stacked(values: list[Any]) -> Any:
 
 def import_for_recipe(module: str, dataset: str) -> None:
     """Import an optional package of the datasets. ``ImportError`` says how to install it."""
-    package(module, f"making {dataset!r}", "datasets")
+    with contextlib.redirect_stderr(
+        io.StringIO()
+    ):  # gym, which icu_sepsis imports, prints a notice
+        package(module, f"making {dataset!r}", "datasets")
 
 
 def swing_up_torque(observation: NDArray[Any]) -> NDArray[np.float32]:

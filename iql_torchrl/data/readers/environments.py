@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import io
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -90,7 +91,8 @@ def recorded_env(stored: EnvSpec) -> gym.Env[Any, Any]:
         )
     package = str(stored.entry_point).partition(".")[0].partition(":")[0]
     if stored.id not in gym.registry and package in PACKAGES:
-        with contextlib.suppress(ImportError):
+        # gym, which some of them import, prints a notice
+        with contextlib.suppress(ImportError), contextlib.redirect_stderr(io.StringIO()):
             importlib.import_module(package)
     if stored.id not in gym.registry:
         raise DatasetError(f"{subject} is not registered; {INSTALL}")
