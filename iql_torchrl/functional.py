@@ -88,7 +88,7 @@ def gumbel_loss(
     error: Tensor,
     *,
     alpha: float | Tensor,
-    ceiling: float | None = None,
+    ceiling: float | Tensor | None = None,
     largest: Tensor | None = None,
 ) -> Tensor:
     """``exp(z) - z - 1`` of ``z = min(error / alpha, ceiling)``, times ``exp(-m)`` (EQL and XQL).
@@ -119,7 +119,7 @@ def _positive(alpha: float | Tensor) -> float | Tensor:
     return alpha
 
 
-def pessimistic_value(values: Tensor, *, pessimism: float | None) -> Tensor:
+def pessimistic_value(values: Tensor, *, pessimism: float | Tensor | None) -> Tensor:
     """One value from those of K critics: ``(K, *B)`` -> ``(*B,)``.
 
     ``mean - pessimism * std`` over the critics, or the minimum where ``pessimism`` is None. ``std``

@@ -375,7 +375,7 @@ def build_agent(config: IQLConfig, task: Task, encoders: Encoders | None = None)
     loss.make_value_estimator(gamma=config.discount)
     optimizer, scheduler = _make_optimizer(config, loss)
     step = make_step(config, loss, optimizer, scheduler)
-    policy = loss.averaged_actor if config.actor_ema else actor
+    policy: Any = loss.averaged_actor if config.actor_ema else actor
     if config.num_samples > 1:
         policy = policies.best_of(policy, LossCritics(loss), config.num_samples)
     if encoder is not None:

@@ -89,7 +89,8 @@ class SharedEncoder:
                 "moved out of sight; DrQ uses 4 for 84 x 84."
             )
         own = {id(parameter) for parameter in encoder.parameters()}
-        written = {unravel_key(key) for key in encoder.out_keys}
+        out_keys = list(self.network.out_keys)
+        written = {unravel_key(key) for key in out_keys}
         read: set[NestedKey] = set()
         for name, modules in networks.items():
             for module in modules:
@@ -97,10 +98,10 @@ class SharedEncoder:
                 if any(id(parameter) in own for parameter in module.parameters()):
                     raise ValueError(
                         f"{name} holds parameters of encoder_network; let it read the encoder's output "
-                        f"{list(encoder.out_keys)} instead: the loss evaluates the encoder itself."
+                        f"{out_keys} instead: the loss evaluates the encoder itself."
                     )
         if not written & read:
             raise ValueError(
-                f"encoder_network writes {list(encoder.out_keys)}, which no other network reads; they "
-                f"read {sorted(map(str, read))}. Give them in_keys={list(encoder.out_keys)}."
+                f"encoder_network writes {out_keys}, which no other network reads; they "
+                f"read {sorted(map(str, read))}. Give them in_keys={out_keys}."
             )

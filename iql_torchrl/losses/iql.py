@@ -148,7 +148,11 @@ class IQLLoss(NetworkLoss):
             raise TypeError(f"{type(self).__name__} has no argument {_advice(next(iter(unknown)))}")
         _check_form(num_qvalue_nets, value_network, reduction, scalar_output_mode, gamma)
         check_choice("loss_function", loss_function, tuple(F.REGRESSION_LOSSES))
-        settings = {"expectile": expectile, "temperature": temperature, "max_weight": max_weight}
+        settings: dict[str, Any] = {
+            "expectile": expectile,
+            "temperature": temperature,
+            "max_weight": max_weight,
+        }
         Objective(**settings)  # checks those that the chosen objectives do not read
         of_value = _value_objective(value_objective, settings)
         settings["weight"] = of_value.advantage_weight
@@ -432,14 +436,14 @@ class IQLLoss(NetworkLoss):
     @property
     def settings(self) -> dict[str, Any]:
         """What identifies this loss in a checkpoint: its choices, and hyperparameters at first."""
-        choices = {
+        choices: dict[str, Any] = {
             kind: names.get(type(objective), type(objective).__name__)
             for kind, objective, names in (
                 ("value_objective", self.value_objective, _names(VALUE_OBJECTIVES)),
                 ("actor_objective", self.actor_objective, _names(ACTOR_OBJECTIVES)),
             )
         }
-        initial = self.value_objective.settings
+        initial: dict[str, Any] = dict(self.value_objective.settings)
         for name, value in self.actor_objective.settings.items():
             initial[name if name not in initial else f"actor_objective.{name}"] = value
         encoder = self.encoder

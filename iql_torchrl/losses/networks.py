@@ -230,7 +230,7 @@ class NetworkLoss(LossModule):
 
     def _pairs(self, followers: Mapping[str, str]) -> tuple[list[Tensor], list[Tensor]]:
         pairs = [
-            (leaf, self._modules[follower].get(key))  # type: ignore[union-attr, operator]
+            (leaf, self._modules[follower].get(key))
             for name, follower in followers.items()
             if follower in self._modules
             for key, leaf in getattr(self, name).items(True, True)
@@ -253,7 +253,7 @@ class NetworkLoss(LossModule):
             if params is None:  # an encoder without parameters and buffers
                 continue
             network = getattr(self, name)
-            self.slots[name] = Slots(network, params)  # type: ignore[arg-type]
+            self.slots[name] = Slots(network, params)
             for attribute in (f"{name}_params", f"target_{name}_params"):
                 if attribute in self._modules:
                     leaves: Any = self._modules[attribute]
@@ -276,17 +276,17 @@ class NetworkLoss(LossModule):
         """Let tensors that are one share their storage again, after a copy, a cast or a load."""
         self.shared.tie()
         for key in self._tied_buffers:
-            target: Any = self._modules[TARGET_CRITICS].get(key)  # type: ignore[union-attr, operator]
+            target: Any = self._modules[TARGET_CRITICS].get(key)
             target.data = self.qvalue_network_params.get(key).data
         if self.averaged_actor is not None:
             held = self.actor_network_params.data.copy()
-            for key, average in self._modules[AVERAGE].items(True, True):  # type: ignore
+            for key, average in self._modules[AVERAGE].items(True, True):
                 held.set(key, nn.Parameter(average.data, requires_grad=False))
             held.to_module(self.averaged_actor)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> NetworkLoss:
         super()._apply(fn, *args, **kwargs)
-        averaged = [] if self.averaged_actor is None else [self.averaged_actor]
+        averaged: list[Any] = [] if self.averaged_actor is None else [self.averaged_actor]
         for network in (*(getattr(self, name) for name in self.network_names), *averaged):
             network._apply(fn)  # tensors and dtypes that are neither parameters nor buffers
             for module in network.modules():

@@ -72,7 +72,8 @@ def _check_stackable(loss: IQLLoss) -> None:
 
 def _stacked(each: Sequence[Any]) -> TensorDictParams:
     """The members' parameters and buffers, ``(P, ...)`` in each entry."""
-    stacked: Any = torch.stack([params.data for params in each]).contiguous().unlock_()
+    rows: Any = torch.stack([params.data for params in each])
+    stacked = rows.contiguous().unlock_()
     for key, leaf in list(each[0].items(True, True)):
         if isinstance(leaf, nn.Parameter):
             stacked.set(key, nn.Parameter(stacked.get(key), leaf.requires_grad))
@@ -186,7 +187,7 @@ class Lift:
         loss.tensors.update(given["tensors"])
         for name, value in given["hyperparameters"].items():
             kind, _, short = name.partition(".")
-            loss._modules[kind]._buffers[short] = value  # type: ignore[union-attr]
+            loss._modules[kind]._buffers[short] = value
         loss.value_estimator._buffers["gamma"] = given["gamma"]
 
     # -- the batch, and what is returned ---------------------------------------------------------------
