@@ -78,8 +78,8 @@ def compiled(step: Step, **torch_compile_kwargs: Any) -> Step:
 
     Raises ``ValueError`` on a mode or option of ``torch.compile`` that records CUDA graphs by itself
     (``mode="reduce-overhead"`` and ``"max-autotune"``): what one update returned would be overwritten
-    by the next. :func:`captured` records CUDA graphs. Raises ``TypeError`` on ``torch.nn.LSTM``, ``GRU``
-    and ``RNN``, which cannot be traced.
+    by the next. :func:`captured` records CUDA graphs. Raises ``TypeError`` on ``torch.nn.LSTM``,
+    ``GRU`` and ``RNN``, which cannot be traced.
     """
     if not isinstance(step, Step):
         raise TypeError(f"step is {type(step).__name__}; expected an IQLStep, such as agent.step.")
