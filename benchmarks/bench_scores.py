@@ -673,7 +673,7 @@ def with_interval(value: float, interval: Sequence[float], digits: int = 1) -> s
 def table(content: Mapping[str, Any]) -> str:
     """Markdown: a row a log, with the interquartile mean of the scores of each method."""
     methods = [m for m in CONTINUOUS if any(line["method"] == m for line in content["summary"])]
-    head = ["log", "updates", "of the log", *methods, "processor"]
+    head = ["log", "updates", "of the dataset", *methods, "processor"]
     text = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 2) + "|---|"]
     for name, updates in dict.fromkeys((e["log"], e["updates"]) for e in content["summary"]):
         lines = {

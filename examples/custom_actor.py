@@ -87,7 +87,9 @@ def main(updates: int = 5000, seed: int = 0) -> float:
         returns = [env.rollout(200, actor)["next", "reward"].sum() for _ in range(20)]
     env.close()
     mean = torch.stack(returns).mean().item()
-    print(f"mean return of 20 episodes: {mean:.1f} (the log: {dataset.episode_returns.mean():.1f})")
+    print(
+        f"mean return of 20 episodes: {mean:.1f} (the dataset: {dataset.episode_returns.mean():.1f})"
+    )
     return mean
 
 

@@ -1,6 +1,6 @@
-"""Learn from a log, then continue in the environment: the fine-tuning of the IQL paper.
+"""Learn from a dataset, then continue in the environment: the fine-tuning of the IQL paper.
 
-First come updates on the log alone. Then a sampled action in the environment and an update on the
+First come updates on the dataset alone. Then a sampled action in the environment and an update on the
 log and the new steps alternate (arXiv:2110.06169, section 5.3). The loss, the optimizer's state and
 the target critics continue: only the data changes.
 """
@@ -27,9 +27,9 @@ class Options:
     dataset: str = "pendulum/mixed-v0"
     """Minari id, file, or one of the built-in datasets (python -m iql_torchrl.data)"""
     limit: int | None = None
-    """learn from the first transitions of the log, so many"""
+    """learn from the first transitions of the dataset, so many"""
     offline_updates: int = 2_000
-    """updates on the log alone"""
+    """updates on the dataset alone"""
     online_steps: int = 8_000
     """steps in the environment, each with an update"""
     eval_every: int = 250
@@ -46,12 +46,12 @@ def check(config):
         raise ValueError(
             f"action_chunk is {config.action_chunk} and history is {config.history}: online collection "
             "with action chunks or histories is not available, because their batches are windows of "
-            "the log's rows. Use 1 for both here, or learn from the log alone with iql_offline.py."
+            "the dataset's rows. Use 1 for both here, or learn offline alone with iql_offline.py."
         )
 
 
 def as_logged(frames, dataset):
-    """Collected steps ``(n,)`` as rows of the log: its keys, its reward map, new episode numbers."""
+    """Collected steps ``(n,)`` as rows of the dataset: its keys and reward scaling, new episodes."""
     log = dataset.transitions
     for key in log.keys(True, True):
         new, logged = (
@@ -60,8 +60,8 @@ def as_logged(frames, dataset):
         )
         if new != logged:
             raise ValueError(
-                f"{key!r} is {new} in the environment and {logged} in the log: wrap the environment "
-                "(env= of load_dataset) so that both agree, or leave that column out of the log."
+                f"{key!r} is {new} in the environment and {logged} in the data: wrap the environment "
+                "(env= of load_dataset) so that both agree, or leave that column out of the dataset."
             )
     rows = frames.select(*log.keys(True, True))
     rows["next", "reward"] = dataset.reward_map(rows["next", "reward"])
@@ -70,7 +70,7 @@ def as_logged(frames, dataset):
 
 
 def act_online(agent, dataset, steps):
-    """Steps ``(1,)`` in the environment with sampled actions, as rows of the log."""
+    """Steps ``(1,)`` in the environment with sampled actions, as transitions of the dataset."""
     env = GymWrapper(dataset.make_env(), categorical_action_encoding=True)
     # Not collector.set_seed: it resets the environment after the collector has its observation.
     env.set_seed(agent.config.seed)
@@ -139,8 +139,8 @@ def main(arguments: list[str] | None = None) -> None:
         write_csv(options.output / "metrics.csv", history)
     log = float(dataset.episode_returns.mean())
     title = f"In the environment from update {options.offline_updates:,} on"
-    draw(options.output / "finetune.png", history, title=title, reference=("the log", log))
-    print(f"The log: {log:.1f}. Written to {options.output}/")
+    draw(options.output / "finetune.png", history, title=title, reference=("the dataset", log))
+    print(f"The dataset: {log:.1f}. Written to {options.output}/")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 A random MDP of six states. An action is a number in [-1, 1], of which only the third it lies in has an
 effect, so the exact value of every policy follows from its probabilities of the three thirds in each
-state. The log's policy takes each third with a random probability. One flow learns from the log; then
-only w changes: 0 imitates the log, 1 its actions of positive advantage, more extrapolates.
+state. The behaviour policy takes each third at random. A flow learns from the data, then
+only w changes: 0 imitates the dataset, 1 its actions of positive advantage, more extrapolates.
 """
 
 from dataclasses import replace
@@ -28,7 +28,7 @@ CONFIG = IQLConfig(
     actor_objective="conditioned_flow",
     condition_dropout=0.2,
     flow_steps=20,
-    expectile=0.5,  # V is the value of the log's policy, so that advantages are those over it
+    expectile=0.5,  # V is the value of the behaviour policy, so that advantages are those over it
     discount=DISCOUNT,
     hidden=(64, 64),
     reward="raw",
@@ -61,7 +61,7 @@ class MDP:
         return self.state_values(policy).mean()
 
     def positive(self):
-        """The log's policy given that the exact advantage over itself is positive."""
+        """The behaviour policy given that the exact advantage over itself is positive."""
         better = self.action_values(self.logged) > self.state_values(self.logged)[:, None]
         return self.logged * better / (self.logged * better).sum(1, keepdims=True)
 
@@ -83,7 +83,7 @@ class MDP:
             "reward": self.reward[state, third].astype(np.float32),
             "next_observation": np.eye(STATES, dtype=np.float32)[after.sum(1)],
             "terminated": (ended := draw.random(ROWS) < ENDING),
-            "truncated": ~ended,  # the states of a log of single steps are drawn
+            "truncated": ~ended,  # the states of a dataset of single steps are drawn
         }
         return load_dataset(columns, action_space=Box(-1.0, 1.0, (1,), np.float32))
 
@@ -115,7 +115,7 @@ def main(updates: int = 4_000, seed: int = 0, picture: Path = Path("guidance.png
 
     Args:
         updates: number of gradient updates.
-        seed: seed of the MDP, the log, the initial weights and the batches.
+        seed: seed of the MDP, the dataset, the initial weights and the batches.
         picture: the file that the picture is written to.
     """
     torch.set_num_threads(1)  # the networks are small: a second thread costs more than it gives
@@ -137,7 +137,7 @@ def main(updates: int = 4_000, seed: int = 0, picture: Path = Path("guidance.png
             deterministic=False,
         )
         gaps.append(gap.mean)
-    references = {"the log's policy": mdp.value(mdp.logged)}
+    references = {"the behaviour policy": mdp.value(mdp.logged)}
     references["it, given a positive advantage"] = mdp.value(mdp.positive())
     references["best possible"] = mdp.value(mdp.best())
     table = [["w", "exact value", "value gap"]]

@@ -1,4 +1,4 @@
-"""Learn from a log without velocities: Pendulum, of which only the angle is seen.
+"""Learn from a dataset without velocities: Pendulum, of which only the angle is seen.
 
 One observation does not say in which direction the pendulum swings, so no policy that reads one can
 swing it up reliably. Compared, over several seeds: a policy that reads one observation, one that reads
@@ -19,7 +19,7 @@ from gymnasium.wrappers import TransformObservation
 
 
 def without_velocity(dataset):
-    """The same log with the first two columns of the observations: cosine and sine of the angle."""
+    """The same dataset with the first two columns of the observations: cosine and sine of the angle."""
     rows = dataset.transitions.clone()
     for side in (("observation",), ("next", "observation")):
         rows[side] = rows[side][:, :2].contiguous()
@@ -46,7 +46,7 @@ def main(updates: int = 5_000, seeds: int = 3, episodes: int = 50) -> None:
     one = replace(PRESETS["quick"], updates=updates)
     four = replace(one, history=4, history_encoder="stack")
     table = [["policy reads", "mean return", "worst seed", "best seed"]]
-    table.append(["(the log)", f"{full.episode_returns.mean():.0f}", "", ""])
+    table.append(["(the dataset)", f"{full.episode_returns.mean():.0f}", "", ""])
     for name, config, dataset in (
         ("angle", one, angles),
         ("last 4 angles", four, angles),

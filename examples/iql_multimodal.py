@@ -1,7 +1,7 @@
-"""One log, seven policies: an obstacle that the log passes on both sides, and whose middle is a hit.
+"""One dataset, seven policies: an obstacle is passed on both sides, and its middle is a hit.
 
 An action is a point in the plane through which one goes from the left to the right. Each observation
-is a wind in [-1, 1], which makes one of the sides better. The log passes above and below equally
+is a wind in [-1, 1], which makes one of the sides better. The dataset passes above and below equally
 often in every wind. A policy with one mode that imitates it goes through the middle, where the
 obstacle is. Each policy is scored exactly, as it draws its actions and without randomness.
 """
@@ -85,11 +85,11 @@ def make_log(seed):
 
 @cli.errors_in_one_line()
 def main(updates: int = 1_500, seed: int = 0) -> None:
-    """Make the log, train all policies, and print how they score.
+    """Make the dataset, train all policies, and print how they score.
 
     Args:
         updates: number of gradient updates of each policy.
-        seed: seed of the log, the initial weights and the batches.
+        seed: seed of the dataset, the initial weights and the batches.
     """
     torch.set_num_threads(1)  # the networks are small: a second thread costs more than it gives
     log = make_log(seed)

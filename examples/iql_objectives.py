@@ -1,6 +1,6 @@
-"""What V becomes with each objective of V, beside the exact values, on a log of a small world.
+"""What V becomes with each objective of V, beside the exact values, on a dataset of a small world.
 
-An observation is a number x in [0, 1]; the log chose one of five actions, each equally often; every
+An observation is a number x in [0, 1]; the dataset chose one of five actions, each equally often; every
 episode has one step, so Q(x, a) is the reward. The exact V at x then is the minimiser of the mean loss
 over the five rewards, which SciPy finds without gradients. Draws objectives.png in the current folder.
 """
@@ -90,7 +90,7 @@ def main(updates: int = 2_000, seed: int = 0) -> None:
 
     Args:
         updates: number of gradient updates.
-        seed: of the log, the initial weights and the batches.
+        seed: of the dataset, the initial weights and the batches.
     """
     log = make_log(seed)
     log.print_notes()

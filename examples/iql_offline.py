@@ -1,6 +1,6 @@
-"""Learn a policy from a fixed log with IQL; compare it with the log and with behaviour cloning.
+"""Learn a policy from a fixed dataset with IQL; compare it with the dataset and with behaviour cloning.
 
-Without arguments: makes a small Pendulum log once, trains behaviour cloning and IQL on it, runs
+Without arguments: makes a small Pendulum dataset once, trains behaviour cloning and IQL on it, runs
 both in the environment, and writes tables, pictures, checkpoints and the policies to runs/.
 Under torchrun, all its processes train each run together (torchrun --nproc-per-node 2 ...); with
 --max-restarts, processes that were started again continue the run.
@@ -112,7 +112,7 @@ def run(arguments: list[str], ranks: Ranks) -> int:
             return 130
     picture = folder / "learning_curve.png"
     if ranks.is_main:
-        compare(picture, runs, reference=(f"the log ({mean:.0f})", mean))
+        compare(picture, runs, reference=(f"the dataset ({mean:.0f})", mean))
     print(f"\n{results_table(dataset, results)}\n\nPicture: {picture}")
     return 0
 

@@ -1,6 +1,6 @@
-"""Learn from a log of camera images: drive a point to a mark that is seen in a picture of 16 x 16.
+"""Learn from a dataset of camera images: drive a point to a mark that is seen in a picture of 16 x 16.
 
-The log holds the pictures and the actions of drivers who take turns at every step: each heads for
+The dataset holds the pictures and the actions of drivers who take turns at every step: each heads for
 the mark with a skill between -0.5 (away from it) and 1 (straight to it), with noise. Compared are the
 log; behaviour cloning and IQL from pictures, with one convolutional encoder for policy, critics and V;
 and IQL from the coordinates that the pictures show, with the same actions, as a reference.
@@ -79,7 +79,7 @@ def seen():
 
 
 def make_logs(episodes, seed):
-    """The same log with pictures and with coordinates."""
+    """The same dataset with pictures and with coordinates."""
     generator = np.random.default_rng(seed)
     env = Drive()
     steps = []
@@ -102,12 +102,12 @@ def make_logs(episodes, seed):
 
 @cli.errors_in_one_line()
 def main(updates: int = 2_000, episodes: int = 2_000, seed: int = 0) -> None:
-    """Make the log, train three policies, and print a table.
+    """Make the dataset, train three policies, and print a table.
 
     Args:
         updates: number of gradient updates of each policy.
-        episodes: episodes of the log, >= 2.
-        seed: seed of the log, the initial weights and the batches.
+        episodes: episodes of the dataset, >= 2.
+        seed: seed of the dataset, the initial weights and the batches.
     """
     if episodes < 2:
         raise ValueError(f"episodes is {episodes}; expected at least 2.")

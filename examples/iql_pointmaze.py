@@ -1,9 +1,9 @@
 """Reach a distant corner of a maze by joining parts of drives that each cover only a part of the way.
 
-In the log a point drives to one random target after another. Here the task is one fixed goal, far
-from one fixed start, and the observation is position and velocity only: the log's targets are not
+In the dataset a point drives to one random target after another. Here the task is one fixed goal, far
+from one fixed start, and the observation is position and velocity only: the dataset's targets are not
 used, and every drive that passes within 1 of both start and goal is dropped. The remaining drives
-connect start and goal only in parts. Cloning averages over the log's targets and turns back; dynamic
+connect start and goal only in parts. Cloning averages over its targets and turns back; dynamic
 programming joins the parts.
 
 The reward is 1 within 0.45 of the goal, where the episode ends, and 0 elsewhere. For training, 1 is
@@ -32,7 +32,7 @@ FIXED = replace(
     hidden=(128, 128),
     polyak=0.05,  # values propagate through hundreds of backups, each with the target critics
     discount=0.995,  # 0.99 has a horizon of 100 steps; the way through the medium maze takes 300
-    expectile=0.9,  # few of the log's actions lead to this goal: V must follow the best of them
+    expectile=0.9,  # few of the dataset's actions lead to this goal: V must follow the best of them
     schedule="cosine",
     reward="minus_one",
 )
@@ -57,7 +57,7 @@ class FixedGoal(gymnasium.ObservationWrapper[Any, Any, Any]):
 
 
 def fixed_goal(log, maze):
-    """The log relabelled for the fixed goal, without drives that join it to the start.
+    """The dataset relabelled for the fixed goal, without drives that join it to the start.
 
     Also the results of the complete log: the fraction of its episodes through the start that later
     reach the goal, and their mean number of steps.
@@ -119,7 +119,7 @@ def main(
     episodes: int = 20,
     seed: int = 0,
 ) -> None:
-    """Train cloning and IQL in a maze, and compare them with the log.
+    """Train cloning and IQL in a maze, and compare them with the dataset.
 
     Args:
         maze: of D4RL.

@@ -1,15 +1,15 @@
 """Treatment of sepsis from clinicians' logs: discrete IQL, with survival computed exactly.
 
-The log (``icu-sepsis/clinician-v0``): 20,000 stays of about 9 steps, 716 patient states, 25
+The dataset (``icu-sepsis/clinician-v0``): 20,000 stays of about 9 steps, 716 patient states, 25
 treatments of which about 3 are admissible in a state, reward 1 for survival at the end and 0 else.
 The simulator's dynamics are known, so a policy's probability of survival is a linear solve, without
 sampling; training never sees them.
 
-How the reward map and the temperature were chosen. One treatment changes survival little: over the
+How the reward scaling and the temperature were chosen. One treatment changes survival little: over the
 log, advantages have a standard deviation of 0.016. The paper's temperature of 3 would give such a
 treatment the weight exp(3 * 0.016) = 1.05, which is cloning. Rewards times 100 make values
 percentage points of survival, of a size that Adam's usual rates suit, and advantages 1.6 points.
-The temperature, 2 per point, comes from the log alone: solve IQL's equations on the counts of half
+The temperature, 2 per point, comes from the dataset alone: solve IQL's equations on the counts of half
 of the stays, and estimate the policy's survival from the counts of the other half. That estimate is
 0.783 at temperature 0, 0.810 at 0.5, 0.816 at 1, 0.817 at 2 and 0.818 beyond;
 benchmarks/bench_sepsis.py prints it.

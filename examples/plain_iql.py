@@ -46,7 +46,7 @@ class IQL:
         pair = torch.cat([state, action], -1)
         with torch.no_grad():
             target_q = torch.minimum(*(critic(pair) for critic in self.targets))
-        # Equation 5: V(s) regresses on the expectile of Q(s, a) over the actions of the log.
+        # Equation 5: V(s) regresses on the expectile of Q(s, a) over the actions of the dataset.
         error = target_q - self.value(state)
         side = torch.where(error < 0, 1 - EXPECTILE, EXPECTILE)
         loss_value = (side * error.square()).mean()
@@ -101,7 +101,7 @@ def main(updates: int = 5000, episodes: int = 20) -> float:
         if update % 1000 == 0:
             print("update {}: value {:.4f}, actor {:.4f}, critics {:.4f}".format(update, *losses))
     mean = evaluate(agent, episodes)
-    print(f"mean return {mean:.1f} (the log: {log.episode_returns.mean():.1f})")
+    print(f"mean return {mean:.1f} (the dataset: {log.episode_returns.mean():.1f})")
     return mean
 
 

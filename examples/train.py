@@ -21,7 +21,7 @@ def main(updates: int = 5000, episodes: int = 20) -> float:
     OfflineTrainer(agent=agent, dataset=dataset, evaluation=evaluation, folder=folder).train()
 
     result = evaluation().summary()
-    print(f"the log: mean return {dataset.episode_returns.mean():.1f}. Written to {folder}/")
+    print(f"the dataset: mean return {dataset.episode_returns.mean():.1f}. Written to {folder}/")
     print(f"IQL: {result['return_mean']:.1f}, standard error {result['return_standard_error']:.1f}")
     return result["return_mean"]
 

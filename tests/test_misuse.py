@@ -186,7 +186,7 @@ def test_arguments_of_act():
     tensor = torch.zeros(3, requires_grad=True)
     np.testing.assert_array_equal(agent.act(tensor), agent.act(one))
     for seed in ("a", 1.5, -1, 2**70, True):
-        with pytest.raises(ValueError, match=f"seed is {seed!r}; expected a whole number"):
+        with pytest.raises(ValueError, match=f"seed is {seed!r}; expected an integer"):
             agent.act(one, seed=seed, deterministic=False)
     masked = discrete_agent(masked=True)
     for mask in ([0, 1, 2, 3], [0, np.nan, 1, 0]):  # indices of actions, say

@@ -24,7 +24,7 @@ from torchrl.modules import ProbabilisticActor
 from iql_torchrl import IQLConfig, IQLPopulation, OfflineDataset, load_dataset, rank_policies
 
 FAILURE = np.array([0.0, 0.02, 0.08, 0.25, 0.5])  # probability of a failure, by wear
-REPAIR = 0.2  # of the policy that makes the log
+REPAIR = 0.2  # of the policy that makes the dataset
 DISCOUNT = 0.95
 TEMPERATURES = (0.0, 1.0, 3.0, 10.0)
 CONFIG = IQLConfig(
@@ -118,7 +118,7 @@ def main() -> None:
             fontsize=10,
         )
         axes.set_yticks(range(len(names)), names)
-        axes.set_xlabel("gain over the log")
+        axes.set_xlabel("gain over the dataset")
     panels[1].plot(
         [], [], "o-", color="0.45", lw=5, alpha=0.6, label="estimate, 95 % for all at once"
     )

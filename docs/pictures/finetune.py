@@ -25,7 +25,7 @@ def main() -> None:
         axes.axvline(switch, color="0.4", linestyle=":", linewidth=1)
         axes.text(switch, -1720, " environment from here", fontsize=8, color="0.3")
         axes.set_ylim(-1750, -60)
-        axes.axhline(level, color="0.4", linestyle="--", linewidth=1, label="the log")
+        axes.axhline(level, color="0.4", linestyle="--", linewidth=1, label="the dataset")
         for method, colour in LOOKS.items():
             runs = [r["curve"] for r in record["runs"] if (r["log"], r["method"]) == (log, method)]
             values = np.array([run["return_mean"] for run in runs])

@@ -184,7 +184,7 @@ def cloning_and_q() -> None:
 
 
 def flow() -> None:
-    """Straight lines from noise to the actions of a log with two modes."""
+    """Straight lines from noise to the actions of a dataset with two modes."""
     axes, save = picture("flow", 2, 3.2)
     torch.manual_seed(1)
     noise, side = torch.randn(60, 1), torch.randint(0, 2, (60, 1)) * 2.0 - 1

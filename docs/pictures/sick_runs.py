@@ -3,7 +3,7 @@
     python docs/pictures/sick_runs.py          # three minutes on one core
     python docs/pictures/sick_runs.py --draw   # only draws the curves in sick_runs.json again
 
-Five runs learn from the Pendulum log, two from CartPole episodes, and two from a problem of one
+Five runs learn from the Pendulum dataset, two from CartPole episodes, and two from a problem of one
 number, whose returns are exact. Each sick run differs from its healthy run in what RUNS says, and in
 nothing else. Writes sick_runs.json and the pictures beside this file.
 """
@@ -48,7 +48,7 @@ REWARDS_TIMES = 1_000
 LARGEST_FORCE = 0.3
 
 
-# -- the logs --------------------------------------------------------------------------------------
+# -- the datasets --------------------------------------------------------------------------------------
 
 
 @cache
@@ -109,7 +109,7 @@ def reward_of_force(force: float) -> float:
 
 
 def push() -> OfflineDataset:
-    """200 episodes of careful pushes: the log has no force above ``LARGEST_FORCE``."""
+    """200 episodes of careful pushes: the dataset has no force above ``LARGEST_FORCE``."""
     generator = np.random.default_rng(0)
     seen = generator.uniform(-1, 1, (200, 11, 1)).astype(np.float32)
     force = generator.uniform(-LARGEST_FORCE, LARGEST_FORCE, (200, 10, 1)).astype(np.float32)
@@ -219,7 +219,7 @@ PICTURES: dict[str, tuple[str, str, str, str, tuple[Panel, ...]]] = {
         ),
     ),
     "sick_outside": (
-        "healthy push", "healthy", "outside", "policy outside of the log",
+        "healthy push", "healthy", "outside", "policy outside of the dataset",
         (
             Panel("policy_value_gap"),
             Panel("action_mean", title="mean action of the policy",
@@ -266,7 +266,7 @@ def draw_panel(axes: Any, panel: Panel, lines: list[tuple[dict[str, Any], str, s
     levels = panel.levels
     if panel.metric == "return_mean":
         log = lines[0][0]["log"]
-        levels = ((f"the log: {log:.0f}" if abs(log) > 10 else f"the log: {log:.2f}", log),)
+        levels = ((f"the dataset: {log:.0f}" if abs(log) > 10 else f"the dataset: {log:.2f}", log),)
     if panel.scale == "symlog":
         axes.set_yscale("symlog", linthresh=10)
     else:
@@ -309,7 +309,7 @@ def main() -> None:
     parser.add_argument("--draw", action="store_true", help="draw the recorded curves again")
     parser.add_argument("--only", nargs="+", choices=sorted(RUNS), help="make these runs again")
     options = parser.parse_args()
-    logger.setLevel("ERROR")  # the reward map of "scale" is not the config's, on purpose
+    logger.setLevel("ERROR")  # the reward scaling of "scale" is not the config's, on purpose
     record = HERE / "sick_runs.json"
     runs = json.loads(record.read_text()) if record.exists() else {}
     for name in [] if options.draw else options.only or RUNS:

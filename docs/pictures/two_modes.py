@@ -1,10 +1,10 @@
-"""Where seven policies act that learned from one log with two modes: two_modes.png.
+"""Where seven policies act that learned from one dataset with two modes: two_modes.png.
 
     python docs/pictures/two_modes.py
 
 The observation is one number s in [-1, 1], the action one number a in [-1, 1]. An action with
 ``|a| < 0.35`` hits an obstacle, and the reward is -2. Past the obstacle the reward is ``s * sign(a)``:
-the upper side is better where s > 0, the lower one where s < 0. The log passes on both sides equally
+the upper side is better where s > 0, the lower one where s < 0. It passes on both sides equally
 often, everywhere. It takes about a minute on one core.
 """
 
@@ -115,7 +115,7 @@ def main() -> None:
     log = make_log()
     state = np.random.default_rng(1).uniform(-1, 1, DRAWN)
     logged = (log.transitions[key][:DRAWN, 0].double().numpy() for key in ("observation", "action"))
-    drawn = {"the log": tuple(logged)}
+    drawn = {"the dataset": tuple(logged)}
     torch.manual_seed(0)
     drawn |= {name: (state, act(policy, state)) for name, policy in trained(log).items()}
     for name, (states, actions) in drawn.items():

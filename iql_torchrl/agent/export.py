@@ -77,7 +77,7 @@ class ProgramInput:
         low, high = (
             int(np.min(x)) if np.unique(x).size == 1 else torch.as_tensor(x) for x in limits
         )
-        words = f"whole numbers in {bounds_in_words(*limits)}"
+        words = f"integers in {bounds_in_words(*limits)}"
         return words, lambda values: (values >= low) & (values <= high)
 
     def described(self) -> dict[str, Any]:
@@ -86,7 +86,7 @@ class ProgramInput:
         return {"name": self.name, "key": list(self.leaf), **form}
 
     def examples(self, size: int, task: Task) -> Tensor:
-        """``size`` plausible values: near the log's statistics, or near zero, inside bounds."""
+        """``size`` plausible values: near the dataset's statistics, or near zero, inside bounds."""
         generator, shape = np.random.default_rng(size), (size, *self.shape)
         limits = whole_limits(self.space)
         if limits is None:

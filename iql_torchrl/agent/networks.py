@@ -156,7 +156,7 @@ def _first_layers(
     logged = [task.statistics[key] for key in keys]
     mean, std = torch.cat([s.mean for s in logged]), torch.cat([s.std for s in logged])
     first: Callable[[], nn.Module] = partial(networks.Standardise, mean, std)
-    if not config.standardise:  # joined with floats, whole numbers become floats
+    if not config.standardise:  # joined with floats, integers become floats
         floats = any(task.observation_spec[key].dtype.is_floating_point for key in keys)
         first = nn.Identity if floats else partial(networks.Flatten, (len(mean),))
     return None, keys, len(mean), first

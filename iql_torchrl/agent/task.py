@@ -29,7 +29,7 @@ ATTRIBUTES = {
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """Observations and actions as the environment has them, and the log's statistics.
+    """Observations and actions as the environment has them, and the dataset's statistics.
 
     Attributes:
         observation_space, action_space: Gymnasium's.
@@ -40,7 +40,7 @@ class Task:
         reference_scores: raw returns (random, expert), or None.
         reward_map: the reward scaling of the dataset, in whose units the critics' values are; None
             where unknown.
-        episodes: digests of some of the log's episodes (``data.digests``). With them an
+        episodes: digests of some of the dataset's episodes (``data.digests``). With them an
             estimate of this agent's value recognises episodes that it was trained on. None where
             unknown.
     """
@@ -57,7 +57,7 @@ class Task:
 
     @classmethod
     def of(cls, dataset: DatasetSummary) -> Task:
-        """The task that ``dataset`` is a log of; ``TypeError`` on anything but a dataset."""
+        """The task of ``dataset``; ``TypeError`` on anything but a dataset."""
         if not isinstance(dataset, DatasetSummary):
             raise TypeError(
                 f"dataset is {type(dataset).__name__}; expected what load_dataset(...) returns."
@@ -144,7 +144,7 @@ def space_state(space: gym.Space[Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> str | int | Tensor:
-    """A space's attribute: a dtype as its name, whole numbers, several numbers as a tensor."""
+    """A space's attribute: a dtype as its name, integers, several numbers as a tensor."""
     if isinstance(value, np.dtype):
         return str(value)
     several = isinstance(value, np.ndarray | tuple)

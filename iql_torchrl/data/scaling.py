@@ -31,7 +31,7 @@ class RewardMap:
     def __post_init__(self) -> None:
         if not (np.isfinite(self.scale) and np.isfinite(self.shift)) or self.scale == 0:
             raise DatasetError(
-                f"a reward map needs a finite non-zero scale and a finite shift, got scale="
+                f"a reward scaling needs a finite non-zero scale and a finite shift, got scale="
                 f"{self.scale}, shift={self.shift}"
             )
 
@@ -46,7 +46,7 @@ class RewardMap:
     __call__ = forward
 
 
-#: The reward maps that a name describes, whatever the data are.
+#: The reward scalings that a name describes, whatever the data are.
 NAMED_MAPS = {"raw": RewardMap(), "minus_one": RewardMap(shift=-1.0)}
 
 

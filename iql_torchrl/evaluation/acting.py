@@ -158,7 +158,7 @@ def check_seed(seed: Any) -> None:
     """Raise ``ValueError`` unless ``seed`` is one that torch's generators accept."""
     whole = isinstance(seed, int | np.integer) and not isinstance(seed, bool)
     if not whole or not 0 <= seed < 2**63:
-        raise ValueError(f"seed is {seed!r}; expected a whole number in [0, 2**63).")
+        raise ValueError(f"seed is {seed!r}; expected an integer in [0, 2**63).")
 
 
 def check_policy(policy: Any) -> None:

@@ -251,7 +251,7 @@ def _fitted(
 
 
 def whole_limits(space: spaces.Space[Any]) -> tuple[Any, Any] | None:
-    """The smallest and the largest value of a space of whole numbers, inclusive; None for floats.
+    """The smallest and the largest value of a space of integers, inclusive; None for floats.
 
     Numbers, or arrays of the space's shape.
     """

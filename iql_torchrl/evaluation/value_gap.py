@@ -62,7 +62,7 @@ def value_gap(
 
     Args:
         policy: a TensorDict module that writes ``action``.
-        transitions: the log, ``(rows,)``: ``OfflineDataset.transitions``.
+        transitions: the dataset, ``(rows,)``: ``OfflineDataset.transitions``.
         critics: TensorDict modules that read ``action`` and write ``value_key``, ``(*B, 1)``; by
             default those of a ``policies.best_of``. For a loss: ``losses.LossCritics(loss)``.
         rows: how many transitions are used, drawn without replacement from ``seed``; at most all.
@@ -71,7 +71,7 @@ def value_gap(
     The caller's random generators do not change.
 
     Raises ``ValueError`` on ``rows < 1``, no critics, critics that do not read ``action``, or an entry
-    that the log lacks; ``TypeError`` on a policy of another kind.
+    that the dataset lacks; ``TypeError`` on a policy of another kind.
     """
     check_policy(policy)
     check_whole(rows=rows)

@@ -72,7 +72,7 @@ QUANTITIES = {
     "value_mean": Quantity("V", "mean value, scaled reward"),
     "advantage_mean": Quantity("Advantage", "mean of min Q' - V"),
     "weight_mean": Quantity("Weights of the policy", "mean weight", logarithmic=True),
-    "weight_at_ceiling": Quantity("Weights at the ceiling", "share of the batch", share=True),
+    "weight_at_ceiling": Quantity("Clipped weights", "share of the batch", share=True),
     "effective_sample_size": Quantity("Effective sample size", "transitions of the batch"),
     "entropy": Quantity("Negative log-likelihood of logged actions", "mean of -log pi(a|s), nats"),
     "length_mean": Quantity("Episode length", "mean steps per episode"),
@@ -114,7 +114,7 @@ def run_figure(
     """One panel per kind of quantity in the rows of one run, which may be in any order.
 
     Known columns come in the order evaluation, losses, values, weights, then every other column
-    that is none of ``EVALUATION``. ``reference`` is a label and a mean return, drawn as a level
+    that is not one of ``EVALUATION``. ``reference`` is a label and a mean return, drawn as a level
     line. Values that are not finite are left out, and the panel gives their number.
     """
     present = {name for row in rows for name in row if name != "update"}

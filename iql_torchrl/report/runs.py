@@ -112,7 +112,7 @@ def group_runs(runs: Sequence[Run], *, each: bool = False) -> list[Group]:
 
     Runs with the same settings, seed and data are not independent: only the one with the most
     updates (the last of equals) is kept, with a note on stderr. Where they have other data (rows or
-    reward map, by the digest in ``config.json``), the runs of each data are a group. A run without
+    reward scaling, by the digest in ``config.json``), the runs of each data are a group. A run without
     settings or without a seed is a group of its own.
     """
     if each:

@@ -42,12 +42,12 @@ def text_table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def results_table(dataset: OfflineDataset, results: Mapping[str, Evaluation]) -> str:
-    """One line for the log, then one for each entry of ``results``, by name.
+    """One line for the dataset, then one for each entry of ``results``, by name.
 
     Columns: mean of the undiscounted returns, its standard error (``-`` for one episode), number of
     episodes; and the normalised score of the mean, 0 to 100, if the dataset has reference scores.
     """
-    returns = {"the log": dataset.episode_returns}
+    returns = {"the dataset": dataset.episode_returns}
     returns |= {name: result.returns for name, result in results.items()}
     scored = dataset.reference_scores is not None
     rows = [["", "mean return", "std. error", "episodes", *["score 0..100"] * scored]]

@@ -32,7 +32,7 @@ MOST_LISTED = 5  # differences in one message
 
 
 def data_state(replay_buffer: Any, dataset: DatasetSummary | None) -> dict[str, Any]:
-    """What identifies the data: digests (None for a buffer that can grow), reward map, name."""
+    """What identifies the data: digests (None for a buffer that can grow), reward scaling, name."""
     if dataset is None and isinstance(replay_buffer, ShardedReplay):
         dataset = replay_buffer.dataset
     if dataset is not None:
@@ -47,7 +47,7 @@ def data_state(replay_buffer: Any, dataset: DatasetSummary | None) -> dict[str, 
 
 
 def data_digest(data: Mapping[str, Any]) -> str:
-    """Eight hexadecimal digits of ``data_state``: equal for equal rows with an equal reward map."""
+    """Eight hexadecimal digits of ``data_state``: equal for equal rows with an equal reward scaling."""
     text = json.dumps([data["fingerprint"], data["reward_map"]], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
 
@@ -118,7 +118,9 @@ def _compared(states: Mapping[str, Any], config: type[IQLConfig]) -> dict[str, d
     groups: dict[str, dict[str, Any]] = {}
     data = states.get("data", {})
     if data.get("reward_map") is not None:
-        groups["reward"] = {"the reward map (reward= of load_dataset)": list(data["reward_map"])}
+        groups["reward"] = {
+            "the reward scaling (reward= of load_dataset)": list(data["reward_map"])
+        }
     if data.get("fingerprint") is not None:
         groups["data"] = {f"{key} of the dataset": v for key, v in data["fingerprint"].items()}
     if "settings" in states:
@@ -345,7 +347,7 @@ class ResumableTrainer(Trainer):
         Never runs code from the file; ``kwargs`` are not used.
 
         Raises ``CheckpointError`` with a sentence, and changes nothing, if the file is truncated,
-        damaged or from another version, or of another dataset, reward map, settings or shapes; and
+        damaged or from another version, or of another dataset, reward scaling, settings or shapes; and
         ``ValueError`` if the run has made more updates than this trainer's ``total_updates``.
         """
         self.load_state_dict(self.ranks.from_main(lambda: files.read_components(Path(file))))

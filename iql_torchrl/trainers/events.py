@@ -32,7 +32,7 @@ def whole_updates(name: str, value: Any, least: int = 1) -> int:
     """``value`` as an integer, also where it is a whole float such as ``1e3``; else ``ValueError``."""
     number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
     if not number or int(value) != value or value < least:
-        raise ValueError(f"{name} is {value!r}; it counts updates: a whole number >= {least}.")
+        raise ValueError(f"{name} is {value!r}; it counts updates: an integer >= {least}.")
     return int(value)
 
 

@@ -51,7 +51,7 @@ class RunFolder:
                     "trainer.resume().train() to continue it, choose another folder, or delete this "
                     "one."
                 )
-            self._delete_leftovers({self.aside(update) for update in pending})
+            self._delete_leftovers({self.pending_checkpoint(update) for update in pending})
             if config is not None:
                 write_json(self.path / "config.json", config, indent=2)
             yield
@@ -101,7 +101,7 @@ class RunFolder:
         return self.path.resolve() in path.resolve().parents
 
     def write(self, rows: Sequence[Mapping[str, float]], *, log_return: float, now: bool) -> None:
-        """Write the table, and draw the curves with a line at the mean return of the log unless NaN.
+        """Write the table, and draw the curves with a line at the dataset's mean return unless NaN.
 
         The table at each event while that is fast, and less often when it is long; the curves once a
         minute, because drawing takes half a second; both ``now``. After a crash, missing rows are
@@ -113,17 +113,19 @@ class RunFolder:
             ended = time.monotonic()
             self._write_again = ended + (ended - began) / TABLE_SHARE
         if rows and (now or began - self._drawn > SECONDS_BETWEEN_PICTURES):
-            level = None if math.isnan(log_return) else (f"the log ({log_return:.0f})", log_return)
+            level = (
+                None if math.isnan(log_return) else (f"the dataset ({log_return:.0f})", log_return)
+            )
             draw(self.path / "curves.png", rows, title=self.path.name, reference=level)
             self._drawn = time.monotonic()
 
-    def aside(self, update: int) -> Path:
+    def pending_checkpoint(self, update: int) -> Path:
         """Where the checkpoint of ``update`` is kept until its evaluation in the background ends."""
         return self.rotation.directory / f".aside-{update:012d}{SUFFIX}"
 
-    def judge(self, update: int, *, improves: bool) -> None:
+    def promote_or_delete(self, update: int, *, improves: bool) -> None:
         """Make the checkpoint that was set aside the best one if it ``improves``, or delete it."""
-        aside = self.aside(update)
-        if improves and aside.exists():
-            os.replace(aside, self.best)
-        aside.unlink(missing_ok=True)
+        pending = self.pending_checkpoint(update)
+        if improves and pending.exists():
+            os.replace(pending, self.best)
+        pending.unlink(missing_ok=True)

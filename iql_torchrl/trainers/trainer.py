@@ -72,7 +72,7 @@ class OfflineTrainer(ResumableTrainer):
             step.
         replay_buffer: has ``sample()``; see also ``OfflineDataset.replay_buffer``. With ``agent``
             and ``dataset``, by default a buffer with the settings of the agent's config.
-        dataset: the data of the buffer, whole or in shards; its digest, reward map and returns are
+        dataset: the data of the buffer, whole or in shards; its digest, reward scaling and returns are
             recorded.
         seed: as TorchRL's; seeds torch's and NumPy's global generators in the constructor.
         ranks: the processes that train this run together, with a step that ``data_parallel`` made for
@@ -429,7 +429,9 @@ class OfflineTrainer(ResumableTrainer):
             self._collect(wait=True)
             if not self.evaluation.pending:  # otherwise interrupted: it follows after a resume
                 self.evaluation.submit(self.updates)
-                self._keep_as = None if self.folder is None else self.folder.aside(self.updates)
+                self._keep_as = (
+                    None if self.folder is None else self.folder.pending_checkpoint(self.updates)
+                )
         elif self.evaluation is not None and self._enter(self.updates, self.evaluation()):
             self._keep_as = None if self.folder is None else self.folder.best
         agent, log = self.agent, self.dataset
@@ -449,13 +451,13 @@ class OfflineTrainer(ResumableTrainer):
                 )
             except EvaluationTimeout as error:
                 if self.folder is not None:
-                    self.folder.judge(error.number, improves=False)
+                    self.folder.promote_or_delete(error.number, improves=False)
                 warnings.warn(f"Training continues: {error}", RuntimeWarning, stacklevel=2)
                 continue
             for update, evaluation in results:
                 improves = self._enter(update, evaluation)
                 if self.folder is not None:
-                    self.folder.judge(update, improves=improves)
+                    self.folder.promote_or_delete(update, improves=improves)
             return
 
     def _enter(self, update: int, evaluation: Evaluation | Mapping[str, float]) -> bool:

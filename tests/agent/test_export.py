@@ -269,8 +269,8 @@ def test_programs_refuse_what_the_agent_refuses(tmp_path):
         ("masked", (x, forbidden), "action_mask must hold at least one True in every row."),
         ("masked", (hole, mask), "observation must hold finite numbers."),
         ("masked", (x, mask.float()), "dtype mismatch"),
-        ("category", (torch.tensor([0, 5]),), "observation must hold whole numbers in [0, 4]."),
-        ("category", (torch.tensor([-1]),), "observation must hold whole numbers in [0, 4]."),
+        ("category", (torch.tensor([0, 5]),), "observation must hold integers in [0, 4]."),
+        ("category", (torch.tensor([-1]),), "observation must hold integers in [0, 4]."),
         ("category", (torch.tensor(3),), "number of dimensions in input at *args[0].shape"),
         ("category", (torch.tensor([1.0]),), "dtype mismatch"),
         ("dict", (torch.zeros(2, 1), hole[:, :2][3:5]), "goal must hold finite numbers."),
@@ -330,7 +330,7 @@ def test_the_description_of_inputs_and_output(tmp_path):
     assert (output["low"], output["high"]) == (LOW.tolist(), HIGH.tolist())
     described = [(i["name"], i["shape"]) for i in notes["dict"]["inputs"]]
     assert described == [("at", ["B", 1]), ("goal", ["B", 2])]
-    assert notes["category"]["inputs"][0]["values"] == "whole numbers in [0, 4]"
+    assert notes["category"]["inputs"][0]["values"] == "integers in [0, 4]"
     assert "RuntimeError" in notes["double"]["use"]
     assert notes["double"]["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert sorted(p.suffix for p in tmp_path.iterdir()) == [".json"] * 5 + [".pt2"] * 5
@@ -502,7 +502,7 @@ def test_an_actor_of_the_users_own(tmp_path):
     assert (expected[:, 0].abs() == 1).any()
     torch.testing.assert_close(program(picture, kind), expected)
     for wrong in ((picture, kind - 1), (picture, kind + 1)):
-        with pytest.raises(RuntimeError, match=r"kind must hold whole numbers in \[1, 3\]"):
+        with pytest.raises(RuntimeError, match=r"kind must hold integers in \[1, 3\]"):
             program(*wrong)
     note = json.loads((tmp_path / "own.json").read_text())
     described = [(i["name"], i["dtype"]) for i in note["inputs"]]
@@ -590,17 +590,17 @@ def test_whole_numbers_have_limits_of_their_own(tmp_path):
     right.append(torch.tensor([[0, 255]], dtype=torch.uint8))
     assert program(*right).tolist() == [[0, 1]]
     for place, wrong, text in (
-        (0, [[0, 2]], r"bits must hold whole numbers in \[0, 1\]"),
-        (1, [[0, 4]], r"choices must hold whole numbers in low \[1, 0\], high \[2, 4\]"),
+        (0, [[0, 2]], r"bits must hold integers in \[0, 1\]"),
+        (1, [[0, 4]], r"choices must hold integers in low \[1, 0\], high \[2, 4\]"),
         (1, [[2, 5]], "choices must hold"),
-        (2, [[-4, 0]], r"count must hold whole numbers in \[-3, 3\]"),
+        (2, [[-4, 0]], r"count must hold integers in \[-3, 3\]"),
     ):
         inputs = list(right)
         inputs[place] = torch.tensor(wrong)
         with pytest.raises(RuntimeError, match=text):
             program(*inputs)
     note = json.loads((tmp_path / "p.json").read_text())
-    assert note["inputs"][3]["values"] == "whole numbers in [0, 255]"
+    assert note["inputs"][3]["values"] == "integers in [0, 255]"
 
 
 T = 3
@@ -671,7 +671,7 @@ def test_the_description_and_the_refusals_of_windows(programs):
     at, kind, mask = json.loads(path.with_suffix(".json").read_text())["inputs"]
     assert (at["name"], at["shape"], at["dtype"]) == ("at", ["B", T, 3], "float32")
     assert (kind["name"], kind["shape"], kind["dtype"]) == ("kind", ["B", T], "int64")
-    assert kind["values"] == "whole numbers in [3, 7]"
+    assert kind["values"] == "integers in [3, 7]"
     assert (mask["name"], mask["shape"], mask["dtype"]) == ("history_mask", ["B", T], "bool")
     assert "False at padding" in mask["values"]
     program = torch.export.load(path).module()
@@ -681,7 +681,7 @@ def test_the_description_and_the_refusals_of_windows(programs):
         *(((at, kind, torch.tensor([m]).bool()), "history_mask must hold in every row False")
           for m in ([1, 0, 1], [1, 1, 0], [0, 0, 0])),
         ((at, kind, full), "at must hold finite numbers"),
-        ((at.nan_to_num(), kind, full), "kind must hold whole numbers"),
+        ((at.nan_to_num(), kind, full), "kind must hold integers"),
     ):  # fmt: skip
         with pytest.raises(RuntimeError, match=words):
             program(*inputs)

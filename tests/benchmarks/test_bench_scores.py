@@ -249,7 +249,7 @@ def test_summary_and_table():
     # pairs in which ours is better: 1 of 5 (and an equal one), then 2 with 3 equal, then all
     assert content["summary"][1]["ours_better"] == pytest.approx((1.5 + 3.5 + 15) / 25)
     text = bench_scores.table(content)
-    assert text.splitlines()[0] == "| log | updates | of the log | cloning | ours | processor |"
+    assert text.splitlines()[0] == "| log | updates | of the dataset | cloning | ours | processor |"
     cells = f"1.7<br>(0.3 to 2.0) | 3.0<br>({low:.1f} to {high:.1f})"
     on = "Make Chip5000, family 6"
     assert text.splitlines()[-1] == f"| pendulum | 5,000 | 31.5 | {cells} | {on} |"

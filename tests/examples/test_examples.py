@@ -35,7 +35,7 @@ def test_the_main_example_writes_everything(capsys):
     folder = Path("runs/first")
     assert Path("runs/first-2").is_dir(), "an earlier run must be kept"
     out = capsys.readouterr().out
-    for line in ("the log", "behaviour cloning", "IQL", "score 0..100"):
+    for line in ("the dataset", "behaviour cloning", "IQL", "score 0..100"):
         assert line in out
     for method, temperature in zip(METHODS, (0.0, 3.0), strict=True):
         run_folder = folder / method

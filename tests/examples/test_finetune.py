@@ -220,7 +220,7 @@ def test_a_whole_run(pendulum, capsys, tmp_path):
         arguments = [*TINY, "--temperature", "2", "--limit", "400", "--output", tmp_path / name]
         assert run(example, *arguments) == 0
     out = capsys.readouterr().out
-    for words in ("(offline)", "(online)", "The log: -"):
+    for words in ("(offline)", "(online)", "The dataset: -"):
         assert words in out
     folder = tmp_path / "a"
     assert (folder / "finetune.png").read_bytes().startswith(b"\x89PNG")

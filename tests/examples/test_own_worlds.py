@@ -49,7 +49,7 @@ def test_a_driver_moves_and_is_rewarded_by_the_distance():
         (
             "iql_history",
             ("--updates", 2, "--seeds", 1, "--episodes", 1),
-            ("(the log)", "angle", "last 4 angles", "angle and velocity"),
+            ("(the dataset)", "angle", "last 4 angles", "angle and velocity"),
             -2000,
         ),
     ],
@@ -114,7 +114,7 @@ def test_guidance_has_exact_values_and_a_picture(capsys, monkeypatch, tmp_path):
     values = {row.split()[0]: float(row.split()[1]) for row in printed.splitlines()[1:10]}
     assert [float(w) for w in values] == list(guidance.WEIGHTS)
     assert max(values.values()) <= mdp.value(mdp.best()) + 1e-9
-    assert f"the log's policy                {mdp.value(mdp.logged):.3f}" in printed
+    assert f"the behaviour policy            {mdp.value(mdp.logged):.3f}" in printed
 
 
 def test_a_walker_arrives_and_the_log_ends_there():

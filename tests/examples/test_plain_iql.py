@@ -93,7 +93,7 @@ def test_it_runs_by_itself_and_prints_a_result(empty_folder, capsys):
     make_dataset("pendulum/mixed-v0", episodes=8, progress=False)
     returned = example.main(updates=10, episodes=2)
     assert -2000 < returned < 0
-    assert f"mean return {returned:.1f} (the log: -" in capsys.readouterr().out
+    assert f"mean return {returned:.1f} (the dataset: -" in capsys.readouterr().out
 
 
 def test_it_fits_on_a_screen():

@@ -263,7 +263,7 @@ def test_what_is_no_population_is_refused():
         IQLPopulation(BASE, data)
     with pytest.raises(IndexError, match="there is no run 4: the runs are 0 to 3"):
         IQLPopulation(configs(), data).member(4)
-    with pytest.raises(ValueError, match=r"is -1; .*whole number"):
+    with pytest.raises(ValueError, match=r"is -1; .*an integer"):
         next(IQLPopulation([BASE], data).train(-1))
     with pytest.raises(ValueError, match="members is 0; expected a whole number >= 1"):
         MemberSampler(data.transitions, 4, members=0)
@@ -393,7 +393,7 @@ def test_the_error_names_what_cannot_be_loaded(tmp_path):
     mapped = type(data.reward_map)(2.0, 0.0)
     with pytest.raises(CheckpointError, match="of the dataset was"):
         IQLPopulation.load(path, replace(dataset("discrete"), reward_map=mapped))
-    with pytest.raises(CheckpointError, match=r"the reward map .* was"):
+    with pytest.raises(CheckpointError, match=r"the reward scaling .* was"):
         IQLPopulation.load(path, replace(data, reward_map=mapped))
     states = read_components(path)
     for config in states["population"]["configs"]:

@@ -599,7 +599,7 @@ def test_means_standard_errors_and_counts():
     head, *lines = results_table(made, results).splitlines()
     assert re.split(" {2,}", head)[-3:] == ["mean return", "std. error", "episodes"]
     # log: deviation sqrt(8), over sqrt(2); IQL: deviation sqrt(20 / 3), over 2
-    assert lines[0].split() == ["the", "log", "3.0", "2.0", "2"]
+    assert lines[0].split() == ["the", "dataset", "3.0", "2.0", "2"]
     assert lines[1].split() == ["IQL", "5.0", "1.3", "4"]
     assert lines[2].split() == ["once", "7.0", "-", "1"]
 

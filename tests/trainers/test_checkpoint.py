@@ -317,7 +317,9 @@ def test_another_reward_map_or_other_settings_are_refused_by_name(tmp_path):
     trainer = of_agent(tmp_path)
     trainer.train()
     path, state = newest(tmp_path / "checkpoints"), trainer.state_dict()
-    words = r"the reward map \(reward= of load_dataset\) was \[1\.0, 0\.0\] and is \[2\.0, 1\.0\]"
+    words = (
+        r"the reward scaling \(reward= of load_dataset\) was \[1\.0, 0\.0\] and is \[2\.0, 1\.0\]"
+    )
     refuses(of_agent(reward=(2.0, 1.0)), path, f"{words}; next.reward of the dataset was")
     words = r"expectile was 0\.7 and is 0\.9; temperature was 3\.0 and is 1\.0"
     refuses(of_agent(expectile=0.9, temperature=1.0), path, words)

@@ -121,7 +121,7 @@ def test_a_checkpoint_of_other_shards_rewards_or_settings_is_refused(log, tmp_pa
     for run, words in (
         (trainer(other, 8, folder), "another run: shard-00000 of the dataset was"),
         (trainer(other, 8, folder), r"Resume with the dataset \(log.npz\), "),
-        (trainer(mapped, 8, folder), r"the reward map \(reward= of load_dataset\) was"),
+        (trainer(mapped, 8, folder), r"the reward scaling \(reward= of load_dataset\) was"),
         (trainer(log, 8, folder, loaded=3), "loaded = 2, and this one has 3"),
         (trainer(log, 8, folder, replace_every=9), "replace_every = 3, and this one has 9"),
         (in_memory, "the kind of replay buffer was 'of shards' and is 'growing'"),

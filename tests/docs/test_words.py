@@ -1,0 +1,78 @@
+"""The words of the package and its pages are those of the field, not private ones.
+
+Each pattern has its exceptions: files that use the word in another meaning, and ``LATER``, rooms whose
+words are not changed yet.
+"""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from snippets import ROOT
+
+#: To be emptied: rooms that are being rewritten.
+LATER = tuple(
+    f"iql_torchrl/{room}"
+    for room in (
+        "config", "distributed", "functional", "losses", "networks", "policies", "population",
+        "private_apis", "selection", "update",
+    )
+)  # fmt: skip
+
+#: What is not written, what is written in its place, and files where the word means something else.
+WORDS = {
+    r"\b(?:the|a|this|one) logs?\b(?![-.]\w)(?! of| is| file)|\blog's\b": ("dataset", ()),
+    r"\bmarks of (?:the )?ends?\b": ("done flags", ()),
+    r"\breward maps?\b": ("reward scaling", ()),
+    r"\bknobs?\b": (
+        "setting",
+        # the functions of config, until they are renamed
+        ("docs/conf.py", "docs/extending.md", "iql_torchrl/evaluation", "iql_torchrl/trainers",
+         "examples/iql_objectives.py"),
+    ),
+    r"\bwhole numbers?\b": ("integer", ()),
+    r"\b(?:live|detached) critics?\b": ("online critics", ()),
+    r"\bsick\b": ("failing", ()),
+    r"\bdoubts?\b": ("caveat", ()),
+    r"\b(?:rank_members|open_ended|made_actions|settle_products|put_into_networks|mean_of_all)\b": (
+        "rank_policies, never_terminated, valid_action_mask, ...", (),
+    ),
+    r"\b(?:largest_of_all|coming_rates|packed_call|whole_file|leads_below|surroundings|crew)\b": (
+        "all_reduce_max, upcoming_lrs, serialize_call, atomic_write, ...", (),
+    ),
+    r"\b(?:perform|judge|aside)\(": ("run_task, promote_or_delete, pending_checkpoint", ()),
+    r"\bis none of\b|\bthat is none\b": ("is not one of", ()),
+}  # fmt: skip
+FILES = sorted(
+    path.relative_to(ROOT).as_posix()
+    for pattern in ("iql_torchrl/**/*.py", "docs/*.md", "docs/*.py", "examples/*", "*.md")
+    for path in ROOT.glob(pattern)
+    if path.is_file()
+)
+
+
+def found(pattern: str) -> list[str]:
+    """Each place in which the pattern occurs, its exceptions left out."""
+    exceptions = (*LATER, *WORDS[pattern][1])
+    places = []
+    for name in FILES:
+        if not name.startswith(exceptions):
+            lines = (ROOT / name).read_text().splitlines()
+            places += [f"{name}:{n}: {x}" for n, x in enumerate(lines, 1) if re.search(pattern, x)]
+    return places
+
+
+@pytest.mark.parametrize("pattern", WORDS)
+def test_private_words_are_not_used(pattern):
+    places = found(pattern)
+    word = WORDS[pattern][0]
+    assert not places, f"{len(places)} lines; write {word!r}:\n" + "\n".join(places[:20])
+
+
+@pytest.mark.parametrize("pattern", WORDS)
+def test_exceptions_are_needed(pattern):
+    """An exception of a file that no longer has the word is to be removed."""
+    for exception in WORDS[pattern][1]:
+        texts = [(ROOT / name).read_text() for name in FILES if name.startswith(exception)]
+        assert any(re.search(pattern, text) for text in texts), exception
