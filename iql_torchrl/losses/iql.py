@@ -463,6 +463,8 @@ class IQLLoss(NetworkLoss):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("temperature", "expectile", "max_weight"):
             setattr(self._objective_with(name), name, value)
+        elif isinstance(value, Objective):  # hyperparameters are where the networks are
+            super().__setattr__(name, value.to(next(self.parameters()).device))
         else:
             super().__setattr__(name, value)
 

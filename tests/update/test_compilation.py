@@ -330,7 +330,7 @@ def test_another_mode_of_the_policys_actions_is_followed():
     loss = IQLLoss(actor, *make_networks()[1:], actor_objective=squared, temperature=0.0)
     fast = traced(IQLStep(loss, optim.Adam(loss.parameters(), lr=0.0), None))
     batch = make_batch()
-    dist = actor.get_dist(batch)
+    dist = actor.get_dist(batch.clone())
     for mode, action in (
         (ExplorationType.MODE, dist.base_dist.mode),
         (ExplorationType.MEAN, dist.mean),

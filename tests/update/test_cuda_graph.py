@@ -198,6 +198,10 @@ def test_what_a_graph_has_fixed_makes_another_and_replays_are_right(cuda):
     changes = dict(CHANGES)
     del changes["a group's rate"]  # the schedule sets it
     del changes["estimator"]  # of trajectories: eagerly it reads on the host where they end
+    for name in ("ceiling", "temperature"):  # hyperparameters are tensors, which a replay reads
+        pair.both(changes.pop(name))
+        pair.run(1)
+    assert cuda.captures() == 1
     changes["no schedule"] = lambda step: setattr(step, "lr_schedulers", ())
     for name, change in changes.items():
         start, captures = len(cuda.events), cuda.captures()

@@ -44,9 +44,8 @@ def categories():
 
 
 def on_meta(settings: IQLConfig, data: Any) -> Any:
-    agent = make_agent(replace(settings, device="meta"), data)
-    with values_are_assumed(), agent.step.plain.setting():
-        return agent
+    with values_are_assumed():
+        return make_agent(replace(settings, device="meta"), data)
 
 
 def batch_of(data: Any, *shape: int) -> Any:
