@@ -6,6 +6,7 @@ for a call that hangs, and a process that ends takes the calls that wait with it
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import io
 import multiprocessing
@@ -98,6 +99,8 @@ class ProcessExecutor:
         """
         if self._thread.ident is None:
             self._thread.start()
+            # called before multiprocessing's own function, which waits for the process
+            atexit.register(self.shutdown)
         future: Future[Any] = Future()
         self._tasks.put((future, task, timeout))
         return future
@@ -106,6 +109,7 @@ class ProcessExecutor:
         """End the process, also during a call; futures stay as they are."""
         if os.getpid() == self._owner and not self._closed:  # not in a forked copy
             self._closed = True
+            atexit.unregister(self.shutdown)
             self._tasks.put(None)
             self._end()
 
@@ -166,7 +170,10 @@ def serve(pipe: Connection, parent: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_follow, args=(parent,), daemon=True).start()
     while True:
-        task = pipe.recv_bytes()
+        try:
+            task = pipe.recv_bytes()
+        except EOFError:  # the parent process has ended
+            return
         try:
             reply = pickle.dumps((True, run_task(task)))
         except Exception as error:

@@ -358,6 +358,25 @@ def test_a_script_that_ends_without_closing(end, code, tmp_path):
     assert time.monotonic() - began < 55, "it does not wait for the 60 seconds of a step"
 
 
+EARLY = (
+    """
+import tempfile
+first = tempfile.TemporaryDirectory()  # its finalizer makes weakref register with atexit
+"""
+    + SCRIPT
+)
+
+
+@pytest.mark.slow
+def test_an_interpreter_that_exits_ends_the_process_whatever_was_registered_before(tmp_path):
+    """multiprocessing waits at exit for its processes, so it must be ended before."""
+    (tmp_path / "script.py").write_text(f"{EARLY}\nprint(returns(1))\n")
+    command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path)]
+    ended = subprocess.run(command, timeout=100, capture_output=True, text=True)
+    assert ended.returncode == 0
+    assert ended.stdout.splitlines()[0] == "the script runs"
+
+
 @pytest.mark.slow
 def test_a_process_that_an_environment_ends_and_one_killed_at_rest(tmp_path):
     code, lines = run(
