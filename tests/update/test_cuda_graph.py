@@ -198,7 +198,8 @@ def test_what_a_graph_has_fixed_makes_another_and_replays_are_right(cuda):
     changes = dict(CHANGES)
     del changes["a group's rate"]  # the schedule sets it
     del changes["estimator"]  # of trajectories: eagerly it reads on the host where they end
-    for name in ("ceiling", "temperature"):  # hyperparameters are tensors, which a replay reads
+    # tensors that are written to in place, which a replay reads
+    for name in ("ceiling", "temperature", "loaded weights"):
         pair.both(changes.pop(name))
         pair.run(1)
     assert cuda.captures() == 1
