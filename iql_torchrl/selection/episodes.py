@@ -1,13 +1,16 @@
-"""A log as arrays of its rows and episodes, and the scores that estimators give its episodes."""
+"""A dataset as arrays of its transitions and episodes, and scores of its episodes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 from gymnasium import spaces
+from numpy.typing import NDArray
 
 from iql_torchrl import functional as F
 from iql_torchrl.data import OfflineDataset
@@ -16,27 +19,37 @@ from iql_torchrl.selection.bounds import FloatArray, mean_bounds
 
 
 class Episodes:
-    """A log of N rows and E episodes as arrays.
+    """N transitions of a dataset as arrays of E episodes, with the discount of their values.
 
     Attributes:
-        log: the dataset.
-        lengths, first, last: of each episode the number of rows, the first and the last row ``(E,)``.
-        number: of the episode of each row, counted from 0 ``(N,)``.
-        reward: of each row, before the dataset's ``reward_map``, float64 ``(N,)``.
-        terminated: which rows terminated ``(N,)``; in some logs the episode continues afterwards.
-        never_terminated: which episodes never terminate ``(E,)``.
+        dataset: the transitions.
+        discount: in [0, 1].
+        lengths, first, last: number of transitions, first and last one of each episode ``(E,)``.
+        number: the episode of each transition, counted from 0 ``(N,)``.
+        step: the number of the transition in its episode, from 0 ``(N,)``.
+        reward: before reward scaling, float64 ``(N,)``.
+        terminated: ``(N,)``; in some datasets the episode continues afterwards.
+        never_terminated: ``(E,)``.
+        truncation_weight: ``discount**T`` of episodes of T steps that never terminate, else 0.
+        horizon: mean of ``sum_t discount**t`` over the episodes: how many steps a value adds up.
+        continuous: True for continuous actions.
     """
 
-    def __init__(self, log: OfflineDataset) -> None:
-        self.log, self.lengths = log, np.asarray(log.episode_lengths)
+    def __init__(self, dataset: OfflineDataset, discount: float) -> None:
+        self.dataset, self.discount = dataset, float(discount)
+        self.lengths = np.asarray(dataset.episode_lengths)
         self.last = np.cumsum(self.lengths) - 1
         self.first = self.last - self.lengths + 1
         self.number = np.repeat(np.arange(len(self)), self.lengths)
-        after = log.transitions["next"]
-        mapped = after["reward"].reshape(-1).double().cpu().numpy()
-        self.reward: FloatArray = np.asarray(log.reward_map.inverse(mapped), np.float64)
+        self.step = np.arange(len(self.number)) - self.first[self.number]
+        after = dataset.transitions["next"]
+        scaled = after["reward"].reshape(-1).double().cpu().numpy()
+        self.reward: FloatArray = np.asarray(dataset.reward_map.inverse(scaled), np.float64)
         self.terminated = after["terminated"].reshape(-1).cpu().numpy()
         self.never_terminated = ~np.logical_or.reduceat(self.terminated, self.first)
+        self.truncation_weight = self.discount**self.lengths * self.never_terminated
+        self.horizon = float((self.discount**self.step).sum()) / len(self)
+        self.continuous = not isinstance(dataset.action_space, spaces.Discrete)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -46,24 +59,16 @@ class Episodes:
         return np.asarray(np.bincount(self.number, values, len(self)), np.float64)
 
     def effective(self, weight: FloatArray) -> float:
-        """Kish's effective number of episodes from the weights of the rows ``(N,)``."""
+        """Kish's effective number of episodes from the weights of the transitions ``(N,)``."""
         return float(F.effective_sample_size(torch.from_numpy(self.sums(weight))))
 
-    def truncation_weight(self, discount: float) -> FloatArray:
-        """``discount**T`` of episodes of T rows that never terminate, 0 of others, ``(E,)``."""
-        return np.asarray(float(discount) ** self.lengths * self.never_terminated)
-
-    def horizon(self, discount: float) -> float:
-        """How many steps a value adds up: the mean of ``sum_t discount**t`` over the episodes."""
-        step = np.arange(len(self.number)) - self.first[self.number]
-        return float((float(discount) ** step).sum()) / len(self)
-
-    def returns_to_go(self, discount: float) -> FloatArray:
+    @cached_property
+    def returns_to_go(self) -> FloatArray:
         """``sum_k discount**k r_{t+k}`` to the next termination, ``(N,)``.
 
-        Without one, to the episode's last row; rewards after a truncation are not estimated.
+        Without one, to the episode's last transition; later rewards are not estimated.
         """
-        result, going = self.reward.copy(), discount * ~self.terminated
+        result, going = self.reward.copy(), self.discount * ~self.terminated
         for step in range(int(self.lengths.max()) - 2, -1, -1):
             rows = self.first[self.lengths > step + 1] + step
             result[rows] += going[rows] * result[rows + 1]
@@ -89,10 +94,10 @@ def read_datasets(
         raise ValueError(
             f"the actions are {describe_space(space)}; expected Discrete, or a Box of shape (A,)."
         )
-    return Episodes(train), Episodes(held_out)
+    return Episodes(train, discount), Episodes(held_out, discount)
 
 
-def return_range(discount: float, *logs: Episodes) -> tuple[float, float]:
+def return_range(*parts: Episodes) -> tuple[float, float]:
     """Smallest and largest return from any logged state.
 
     The minimum and maximum over returns-to-go of episodes that terminated, and over the returns of
@@ -100,10 +105,10 @@ def return_range(discount: float, *logs: Episodes) -> tuple[float, float]:
     without end.
     """
     every = []
-    for log in logs:
-        returns = log.returns_to_go(discount)
-        every.append(returns[log.first] / np.maximum(1 - log.truncation_weight(discount), 1e-12))
-        every.append(returns[~log.never_terminated[log.number]])
+    for part in parts:
+        returns = part.returns_to_go
+        every.append(returns[part.first] / np.maximum(1 - part.truncation_weight, 1e-12))
+        every.append(returns[~part.never_terminated[part.number]])
     joined = np.concatenate(every)
     return float(joined.min()), float(joined.max())
 
@@ -114,65 +119,90 @@ class EpisodeScores:
 
     Attributes:
         scores: ``(P, E)``; their mean estimates the candidate's value, their spread shows the error.
-            Unknown returns, where the log has no data, count as the smallest of ``return_range``.
-        behaviour_scores: scores of the policy that made the log, ``(E,)``.
+            Unknown returns, where the dataset has no data, count as the smallest of ``return_range``.
+        behaviour_scores: scores of the behaviour policy, ``(E,)``.
         scores_high, behaviour_scores_high: scores with the largest return in place of unknown ones.
         initial_values: the model's value of each episode's first state, ``(P, E)``.
-        max_score_deviation: largest distance of one more episode's score from the mean,
-            ``(P,)``: the largest weight of a step times the range of returns.
+        max_score_deviation: largest distances of one more episode's score below and above the mean,
+            ``(P, 2)``; see :func:`estimators.candidate_scores`.
         behaviour_max_deviation: that of ``behaviour_scores``, 0 where no episode was truncated.
         unsupported: for finite states the discounted probability that an episode of the candidate
-            reaches an action that the log lacks in that state; for vectors the share of its steps,
-            ``(P,)`` in [0, 1]. behaviour_unsupported: that of the log.
-        worst_unsupported: the largest probability of such an action, minus the log's own, in one
-            state that the candidate visits at least once in a hundred episodes (for vectors: the mean
-            over the worst 5 % of its steps), ``(P,)``.
-        uncovered_ends: discounted weight of truncated ends in states that the log lacks.
+            reaches an action that the dataset lacks in that state; for vectors the share of its steps,
+            ``(P,)`` in [0, 1]. behaviour_unsupported: that of the behaviour policy.
+        worst_unsupported: the largest probability of such an action, minus the behaviour policy's, in
+            one state that the candidate visits at least once in a hundred episodes (for vectors: the
+            mean over the worst 5 % of its steps), ``(P,)``.
+        uncovered_ends: discounted weight of truncated ends in states that the dataset lacks.
         return_range: smallest and largest return from any logged state.
         effective_episodes: effective number of held-out episodes in the correction (Kish), ``(P,)``.
+        exact: where scores have exact weights from known propensities, ``(P,)``.
         history: t statistics of the dependence of outcomes on earlier steps, by the name of what
             was tested; empty without a test.
     """
 
     scores: FloatArray
-    behaviour_scores: FloatArray
     scores_high: FloatArray
-    behaviour_scores_high: FloatArray
-    initial_values: FloatArray
     max_score_deviation: FloatArray
+    effective_episodes: FloatArray
+    behaviour_scores: FloatArray
+    behaviour_scores_high: FloatArray
     behaviour_max_deviation: float
+    initial_values: FloatArray
     unsupported: FloatArray
     behaviour_unsupported: float
     worst_unsupported: FloatArray
     uncovered_ends: float
     return_range: tuple[float, float]
-    effective_episodes: FloatArray
+    exact: NDArray[np.bool_]
     history: Mapping[str, float]
+
+    @classmethod
+    def joined(
+        cls,
+        candidates: Sequence[tuple[FloatArray, FloatArray, tuple[float, float], float]],
+        *behaviour: Any,
+        **rest: Any,
+    ) -> EpisodeScores:
+        """From ``estimators.CandidateScores`` of each candidate and the behaviour policy's three."""
+        columns: list[Any] = [np.array(column) for column in zip(*candidates, strict=True)]
+        return cls(*columns, *behaviour, **rest)
 
     def __repr__(self) -> str:
         candidates, episodes = self.scores.shape
         return f"EpisodeScores({candidates} candidates, {episodes} episodes)"
 
     def value_bounds(self, confidence: float, seed: int) -> tuple[FloatArray, FloatArray]:
-        """Bounds of each candidate's value by itself, ``(P,)``; see :func:`bounds.mean_bounds`."""
-        return _score_bounds(
+        """Bounds of each candidate's value by itself, ``(P,)``; see :func:`bounds.mean_bounds`.
+
+        Those from exact weights are clipped to ``return_range``.
+        """
+        low, high = _score_bounds(
             self.scores, self.scores_high, self.max_score_deviation,
             together=False, confidence=confidence, seed=seed,
         )  # fmt: skip
+        clipped = (np.clip(bound, *self.return_range) for bound in (low, high))
+        least, most = (
+            np.where(self.exact, *each) for each in zip(clipped, (low, high), strict=True)
+        )
+        return least, most
 
     def gain_bounds(self, confidence: float, seed: int) -> tuple[FloatArray, FloatArray]:
-        """Bounds ``(P,)`` of the candidates' gains over the log that hold for all at once.
+        """Bounds ``(P,)`` of the gains over the behaviour policy that hold for all at once.
 
-        Unknown returns count as the smallest for the candidates and the largest for the log in the
-        lower bounds, and the reverse in the upper bounds.
+        Unknown returns count as the smallest for the candidates and the largest for the behaviour
+        policy in the lower bounds, and the reverse in the upper bounds.
         """
+        deviation = self.max_score_deviation + self.behaviour_max_deviation
+        # one more episode may have weight 0 and any return of the behaviour policy
+        span = self.return_range[1] - self.return_range[0]
+        deviation = np.where(self.exact[:, None], np.maximum(deviation, span), deviation)
         return _score_bounds(
             self.scores - self.behaviour_scores_high, self.scores_high - self.behaviour_scores,
-            self.max_score_deviation + self.behaviour_max_deviation, confidence=confidence, seed=seed,
+            deviation, confidence=confidence, seed=seed,
         )  # fmt: skip
 
     def behaviour_value(self, confidence: float, seed: int) -> tuple[float, float, float]:
-        """Value of the policy that made the log, and its bounds."""
+        """Value of the behaviour policy, and its bounds."""
         low, high = self.return_range
         bounds = mean_bounds(
             self.behaviour_scores[None], np.array([low - self.behaviour_max_deviation]),
@@ -183,7 +213,7 @@ class EpisodeScores:
 
 
 def _score_bounds(
-    least: FloatArray, most: FloatArray, max_score_deviation: FloatArray, **options: bool | float
+    least: FloatArray, most: FloatArray, deviation: FloatArray, **options: Any
 ) -> tuple[FloatArray, FloatArray]:
-    lowest, highest = least.mean(1) - max_score_deviation, most.mean(1) + max_score_deviation
-    return mean_bounds(least, lowest, highest, upper_samples=most, **options)  # type: ignore[arg-type]
+    lowest, highest = least.mean(1) - deviation[:, 0], most.mean(1) + deviation[:, 1]
+    return mean_bounds(least, lowest, highest, upper_samples=most, **options)

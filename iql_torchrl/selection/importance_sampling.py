@@ -1,28 +1,39 @@
-"""Weighted per-decision importance sampling: the log's rewards reweighted to another policy.
-
-Precup, Sutton, Singh 2000, "Eligibility traces for off-policy policy evaluation", section 2; the
-weighted per-decision form. No model is fitted, so the estimate does not depend on generalisation;
-but a few episodes may have nearly all the weight.
-"""
+"""Values of policies from logged rewards and propensities alone, without a fitted model."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from gymnasium import spaces
+from numpy.typing import NDArray
 from torch import Tensor
 
 from iql_torchrl import functional as F
 from iql_torchrl.data import OfflineDataset
 from iql_torchrl.selection.bounds import FloatArray, mean_bounds
-from iql_torchrl.selection.candidates import logged_log_prob, resolve_candidate, resolve_candidates
+from iql_torchrl.selection.candidates import (
+    Candidate,
+    has_density,
+    logged_log_prob,
+    resolve_candidate,
+    resolve_candidates,
+)
 from iql_torchrl.selection.episodes import Episodes, read_datasets, return_range
+from iql_torchrl.selection.estimators import (
+    LoggedLogProb,
+    episode_weights,
+    largest_weight,
+    per_decision,
+    propensities_are_wrong,
+)
 
-LARGEST_LOG_WEIGHT = 600.0  # exp of it times a return is a number
+LOG_PROB = "action_log_prob"
+ENOUGH, ENOUGH_SHARE = 100.0, 0.1
+TINY = 1e-300
 
 
 @dataclass(frozen=True)
@@ -33,9 +44,12 @@ class Importance:
         names: of the candidates, ``(P,)``.
         discount: of the values.
         values: estimates, ``(P,)``; NaN where at some step no episode has weight.
-        low, high: bounds of each single value, ``(P,)``: :func:`value_bounds`.
+        low, high: bounds of each single value, ``(P,)``; the whole range of returns for NaN, and
+            where the mean weight shows that the propensities are wrong.
         effective_sample_size: Kish's, of the weights of complete episodes, ``(P,)``, in
             [0, episodes].
+        mean_weight: mean weight of complete episodes, ``(P,)``; 1 but for chance.
+        wrong: where ``mean_weight`` is so far above 1 that the propensities are wrong, ``(P,)``.
         episodes: number of episodes.
     """
 
@@ -45,12 +59,14 @@ class Importance:
     low: FloatArray
     high: FloatArray
     effective_sample_size: FloatArray
+    mean_weight: FloatArray
+    wrong: NDArray[np.bool_]
     episodes: int
 
 
 def importance_sampling(
     candidates: Mapping[str, Any],
-    log: OfflineDataset,
+    dataset: OfflineDataset,
     *,
     behaviour: Any,
     discount: float,
@@ -59,11 +75,11 @@ def importance_sampling(
     return_limits: tuple[float, float] | None = None,
     seed: int = 0,
 ) -> Importance:
-    """Value of each candidate's policy from ``log``'s rewards alone: :func:`pdwis` per candidate.
+    """Value of each candidate from logged rewards alone: :func:`estimators.per_decision`.
 
     Args:
         candidates: name to ``Agent`` or TorchRL actor; continuous ones need a density.
-        log: episodes that the candidates were not trained on.
+        dataset: episodes that the candidates were not trained on.
         behaviour: the policy that chose the logged actions: a key of its log-probabilities in the
             data (``"action_log_prob"``; exact if these are correct), or a model of it: an ``Agent``
             or actor, such as behaviour cloning trained on other episodes.
@@ -71,7 +87,7 @@ def importance_sampling(
         deterministic: evaluate the policy that takes the most probable discrete action, instead of
             the policy that samples. Continuous policies always sample.
         confidence: of each candidate's interval, in (0, 1).
-        return_limits: smallest and largest possible return; None takes both from the log,
+        return_limits: smallest and largest possible return; None takes both from the dataset,
             :func:`episodes.return_range`.
         seed: of the bounds' draws.
 
@@ -81,115 +97,65 @@ def importance_sampling(
             ``behaviour``.
     """
     resolved = resolve_candidates(candidates)
-    episodes, _ = read_datasets(log, log, discount)
-    logged = _behaviour_log_prob(behaviour, log)
-    limits = return_range(discount, episodes) if return_limits is None else return_limits
-    values, weights, sizes = [], [], []
+    episodes, _ = read_datasets(dataset, dataset, discount)
+    logged = behaviour_log_prob(behaviour, dataset)
+    limits = return_range(episodes) if return_limits is None else return_limits
+    weights, scores = [], []
     for candidate in resolved:
-        ratio = logged_log_prob(candidate, log, deterministic=deterministic) - logged
-        ratios, rewards, alive = padded(ratio.numpy(), episodes)
-        values.append(pdwis(ratios, rewards, alive, discount))
-        whole = ratios.sum(axis=1)
-        weights.append(np.exp(np.minimum(whole, LARGEST_LOG_WEIGHT)))
-        sizes.append(float(F.effective_sample_size(torch.from_numpy(_relative(whole)))))
-    low, high = value_bounds(
-        np.array(weights), episodes, discount, limits, confidence=confidence, seed=seed
+        policy = logged_log_prob(candidate, dataset, deterministic=deterministic).numpy()
+        weights.append(episode_weights(episodes, policy, logged))
+        scores.append(
+            [per_decision(episodes, policy, logged, continued=c) for c in (None, *limits)]
+        )
+    value, least, most = np.array(scores).swapaxes(0, 1)
+    values, mean = value.mean(1), np.mean(weights, axis=1)
+    reach = np.array(
+        [
+            largest_weight(weight / max(each, 1.0), weight / max(each, TINY))
+            for weight, each in zip(weights, mean, strict=True)
+        ]
     )
-    names = tuple(candidate.name for candidate in resolved)
-    return Importance(names, discount, np.array(values), low, high, np.array(sizes), len(episodes))
-
-
-def pdwis(log_ratio: FloatArray, reward: FloatArray, alive: FloatArray, discount: float) -> float:
-    """``sum_t discount**t * sum_e w_et r_et / sum_e w_et``, ``w_et = prod_{k<=t} pi/b(a_ek|s_ek)``.
-
-    All ``(E, T)``: logarithms of the ratios per step, rewards, and which steps count (1 or 0).
-    After a termination an episode continues with ratio 1 and reward 0, as in an absorbing state;
-    after a truncation it no longer counts. Consistent, biased for few episodes,
-    and within the range of the log's returns per step. Weights are formed as differences of
-    logarithms, so long episodes do not overflow. NaN when at some step no weight is left.
-    """
-    weight = _relative(np.where(alive > 0, np.cumsum(log_ratio, axis=1), -np.inf))
-    total = weight.sum(axis=0)
-    if bool((total <= 0).any()):
-        return float("nan")
-    powers = float(discount) ** np.arange(reward.shape[1])
-    return float((powers * (weight * reward).sum(axis=0) / total).sum())
-
-
-def _relative(logs: FloatArray) -> FloatArray:
-    """``exp(logs)`` of E episodes ``(E, ...)`` over the largest; 0 where none has weight."""
-    largest = logs.max(axis=0)
-    return np.exp(logs - np.where(np.isfinite(largest), largest, 0.0))
-
-
-def padded(log_ratio: FloatArray, log: Episodes) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Rows ``(N,)`` as ``(E, T)``: log-ratios, raw rewards, and which steps count; see pdwis.
-
-    Rows that an episode holds after its first termination have ratio 1 and reward 0.
-    """
-    steps, lengths = np.arange(int(log.lengths.max())), log.lengths[:, None]
-    rows = log.first[:, None] + np.minimum(steps, lengths - 1)
-    ended = np.cumsum(log.terminated[rows] & (steps < lengths), axis=1)
-    inside = (steps < lengths) & (np.pad(ended, ((0, 0), (1, 0)))[:, :-1] == 0)
-    alive = inside | ~log.never_terminated[:, None]
-    ratios, rewards = (np.where(inside, values[rows], 0.0) for values in (log_ratio, log.reward))
-    return ratios, rewards, alive.astype(np.float64)
-
-
-def value_bounds(
-    weights: FloatArray,
-    log: Episodes,
-    discount: float,
-    limits: tuple[float, float],
-    *,
-    confidence: float = 0.95,
-    seed: int = 0,
-) -> tuple[FloatArray, FloatArray]:
-    """Bounds of each policy's value from the weights ``(P, E)`` of the log's complete episodes.
-
-    With returns within ``limits`` and weights of mean 1, a value is ``low + mean(w (G - low))`` and
-    ``high - mean(w (high - G))``. Both means are of quantities of at least 0, so their lower bounds
-    (:func:`bounds.mean_bounds`) need no bound of the weights: where the log has few of a policy's
-    episodes, the interval widens to the limits (compare Thomas, Theocharous, Ghavamzadeh 2015,
-    "High-confidence off-policy evaluation", AAAI). The return after a truncation is taken as the
-    lowest or the highest. If the behaviour probabilities are wrong and the mean weight is much
-    larger than 1, the lower bound may be above the upper one.
-    """
-    low, high = limits
-    returns, left = log.returns_to_go(discount)[log.first], log.truncation_weight(discount)
-    above = weights * np.maximum(returns + left * low - low, 0)
-    below = weights * np.maximum(high - returns - left * high, 0)
-    parts = np.concatenate([above, below])
-    least, _ = mean_bounds(
-        parts, np.zeros(len(parts)), np.full(len(parts), np.inf),
-        together=False, confidence=confidence, seed=seed,
+    low, high = mean_bounds(
+        least, values - reach * (values - limits[0]), values + reach * (limits[1] - values),
+        upper_samples=most, together=False, confidence=confidence, seed=seed,
     )  # fmt: skip
-    gain, loss = np.split(least, 2)
-    return np.minimum(low + gain, high), np.maximum(high - loss, low)
+    wrong = np.array([propensities_are_wrong(weight) for weight in weights])
+    unknown = np.isnan(values) | wrong
+    return Importance(
+        names=tuple(candidate.name for candidate in resolved),
+        discount=discount,
+        values=values,
+        low=np.where(unknown, limits[0], np.clip(low, *limits)),
+        high=np.where(unknown, limits[1], np.clip(high, *limits)),
+        effective_sample_size=np.array([kish(weight) for weight in weights]),
+        mean_weight=mean,
+        wrong=wrong,
+        episodes=len(episodes),
+    )
 
 
-def _behaviour_log_prob(behaviour: Any, log: OfflineDataset) -> Tensor:
+def behaviour_log_prob(behaviour: Any, dataset: OfflineDataset) -> FloatArray:
     """log b(a|s) of the logged actions, float64 ``(N,)``, from a key of the data or a model."""
     if isinstance(behaviour, (str, tuple)):
-        source = f"{behaviour!r} of {log.name}"
-        values = log.transitions.get(behaviour, None)
+        source = f"{behaviour!r} of {dataset.name}"
+        values = dataset.transitions.get(behaviour, None)
         if not isinstance(values, Tensor):
-            keys = sorted(map(str, log.transitions.keys(include_nested=True, leaves_only=True)))
+            keys = sorted(map(str, dataset.transitions.keys(include_nested=True, leaves_only=True)))
             raise ValueError(
                 f"the data have no {behaviour!r}; they have {keys}. Give the key of the logged "
                 "actions' log-probabilities, or a behaviour model: an agent of temperature 0."
             )
-        if values.numel() != len(log):
+        if values.numel() != len(dataset):
             raise ValueError(
                 f"{source} has shape {tuple(values.shape)}; expected one number for each of the "
-                f"{len(log)} steps."
+                f"{len(dataset)} steps."
             )
-        result = values.reshape(-1).double()
+        result = values.reshape(-1).double().cpu()
     else:
         source = "the behaviour model"
-        result = logged_log_prob(resolve_candidate("behaviour", behaviour), log)
+        result = logged_log_prob(resolve_candidate("behaviour", behaviour), dataset)
     impossible = ~result.isfinite()
-    if isinstance(log.action_space, spaces.Discrete):
+    if isinstance(dataset.action_space, spaces.Discrete):
         impossible |= result > 1e-6
     if bool(impossible.any()):
         row = int(impossible.nonzero()[0])
@@ -198,4 +164,37 @@ def _behaviour_log_prob(behaviour: Any, log: OfflineDataset) -> Tensor:
             f"{row}, and there are {int(impossible.sum())} such rows; expected finite logarithms, at "
             "most 0 for discrete actions, because a logged action has a probability above 0."
         )
+    return np.asarray(result.numpy())
+
+
+def kish(weight: FloatArray) -> float:
+    """Kish's effective number of episodes from their weights ``(E,)``; 0 where all are 0."""
+    relative = torch.from_numpy(weight / max(float(weight.max()), TINY))
+    return float(F.effective_sample_size(relative))
+
+
+def exact_weights(
+    candidates: Sequence[Candidate], held_out: Episodes, behaviour: Any, *, deterministic: bool
+) -> list[LoggedLogProb]:
+    """Log-probabilities of the held-out actions where values rest on known propensities.
+
+    They do for episodes of one step. For longer ones the product of ratios must leave at least 100
+    effective episodes and a tenth of all; otherwise the model's weights, which need no products,
+    have smaller errors. Continuous actions need a density, so they must be sampled.
+    """
+    dataset = held_out.dataset
+    if behaviour is None and LOG_PROB in dataset.transitions:
+        behaviour = LOG_PROB
+    unknown = LoggedLogProb(np.empty(0), None)
+    discrete = isinstance(dataset.action_space, spaces.Discrete)
+    if not isinstance(behaviour, (str, tuple)) or (deterministic and not discrete):
+        return [unknown] * len(candidates)
+    logged, result = behaviour_log_prob(behaviour, dataset), []
+    for candidate in candidates:
+        result.append(unknown)
+        if discrete or has_density(candidate, dataset):
+            policy = logged_log_prob(candidate, dataset, deterministic=deterministic).numpy()
+            size = kish(episode_weights(held_out, policy, logged))
+            if held_out.lengths.max() == 1 or size >= max(ENOUGH, ENOUGH_SHARE * len(held_out)):
+                result[-1] = LoggedLogProb(policy, logged)
     return result

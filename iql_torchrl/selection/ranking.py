@@ -20,9 +20,15 @@ from iql_torchrl.files import atomic_write
 from iql_torchrl.selection.candidates import Candidate, bc_distance, has_density, resolve_candidates
 from iql_torchrl.selection.episodes import Episodes, read_datasets
 from iql_torchrl.selection.fitted_q import FittedQ, fitted_q_evaluation
-from iql_torchrl.selection.importance_sampling import importance_sampling
-from iql_torchrl.selection.recommendation import Evidence, caveats_of, recommendation
-from iql_torchrl.selection.tabular import LOG_PROB
+from iql_torchrl.selection.importance_sampling import LOG_PROB, importance_sampling
+from iql_torchrl.selection.recommendation import (
+    Evidence,
+    blocking_warnings,
+    candidate_warnings,
+    caveats_of,
+    general_warnings,
+    recommendation,
+)
 
 MIN_COMPARED = 3
 IMPORTANCE = {  # a column, and the field of ``Importance`` that it has
@@ -30,6 +36,7 @@ IMPORTANCE = {  # a column, and the field of ``Importance`` that it has
     "importance_low": "low",
     "importance_high": "high",
     "effective_episodes": "effective_sample_size",
+    "mean_weight": "mean_weight",
 }
 COLUMNS = {
     "value": "value",
@@ -216,10 +223,8 @@ def rank_policies(
             is not a candidate; ``fitted_q`` is of other candidates, episodes or another
             discount; a number out of range.
     """
-    resolved, (fit, fresh) = (
-        resolve_candidates(candidates),
-        read_datasets(train, held_out, discount),
-    )
+    resolved = resolve_candidates(candidates)
+    fit, fresh = read_datasets(train, held_out, discount)
     for name, share in (("max_extrapolation", max_extrapolation), ("confidence", confidence)):
         ends = name == "confidence" and share in (0, 1)
         if isinstance(share, bool) or not 0 <= share <= 1 or ends:
@@ -227,39 +232,45 @@ def rank_policies(
     baseline = _bc_baseline(resolved, bc_baseline)
     if behaviour is None and LOG_PROB in held_out.transitions:
         behaviour = LOG_PROB
-    continuous = not isinstance(held_out.action_space, spaces.Discrete)
     chosen = deterministic if fitted_q is None else fitted_q.deterministic
-    unchecked = _unchecked(resolved, held_out, behaviour, continuous and bool(chosen))
+    unchecked = _unchecked(resolved, held_out, behaviour, fresh.continuous and bool(chosen))
     if fitted_q is None:
-        if chosen is None and continuous:
+        if chosen is None and fresh.continuous:
             chosen = bool(unchecked)
         fitted_q = fitted_q_evaluation(
             candidates, train, held_out, discount=discount, min_count=min_count, seed=seed,
-            deterministic=chosen, progress=progress,
+            behaviour=behaviour, deterministic=chosen, progress=progress,
         )  # fmt: skip
     _check_fitted(fitted_q, resolved, fresh, discount)
     known = Evidence(
-        candidates=resolved, bc_baseline=baseline, fitted_q=fitted_q, train=fit, held_out=fresh,
-        unchecked=unchecked, sampled=continuous and not fitted_q.deterministic,
+        candidates=resolved, fitted_q=fitted_q, train=fit, held_out=fresh, unchecked=unchecked,
         max_extrapolation=max_extrapolation, min_effective_episodes=min_effective_episodes,
-        confidence=confidence, seed=seed,
     )  # fmt: skip
-    rows = _rows(known, behaviour)
+    rows = _rows(known, behaviour, baseline, confidence, seed)
     agreement = _agreement(rows)
-    recommended, sentence, warnings = recommendation(rows, known, agreement[0])
+    value = fitted_q.episodes.behaviour_value(confidence, seed)
+    blocking = [*blocking_warnings(rows, known)]
+    warnings = (
+        *candidate_warnings(rows, known),
+        *blocking,
+        *general_warnings(rows, known, agreement[0], baseline, value),
+    )
+    recommended, sentence = recommendation(rows, bool(blocking), confidence)
     return Ranking(
-        tuple(rows), *known.log, fitted_q.episodes.behaviour_unsupported, *agreement, recommended,
+        tuple(rows), *value, fitted_q.episodes.behaviour_unsupported, *agreement, recommended,
         sentence, warnings, discount, len(fresh),
     )  # fmt: skip
 
 
-def _rows(known: Evidence, behaviour: Any) -> list[dict[str, Any]]:
+def _rows(
+    known: Evidence, behaviour: Any, baseline: Candidate | None, confidence: float, seed: int
+) -> list[dict[str, Any]]:
     """What is estimated of each candidate, best value first; NaN is last."""
-    fitted_q, episodes, candidates = known.fitted_q, known.fitted_q.episodes, known.candidates
-    baseline, log = known.bc_baseline, known.held_out.log
-    value_low, value_high = episodes.value_bounds(known.confidence, known.seed)
-    gain_low, gain_high = episodes.gain_bounds(known.confidence, known.seed)
-    columns = {
+    fitted_q, candidates = known.fitted_q, known.candidates
+    episodes, dataset = fitted_q.episodes, known.held_out.dataset
+    value_low, value_high = episodes.value_bounds(confidence, seed)
+    gain_low, gain_high = episodes.gain_bounds(confidence, seed)
+    columns: dict[str, Any] = {
         "temperature": [candidate.temperature for candidate in candidates],
         "value": fitted_q.values,
         "value_low": value_low,
@@ -267,39 +278,36 @@ def _rows(known: Evidence, behaviour: Any) -> list[dict[str, Any]]:
         "gain": (episodes.scores - episodes.behaviour_scores).mean(1),
         "gain_low": gain_low,
         "gain_high": gain_high,
+        "exact": episodes.exact,
         "td_error": fitted_q.td_error,
         "td_error_training": fitted_q.td_error_training,
-        **_importance(known, behaviour),
+        **dict.fromkeys(IMPORTANCE, np.full(len(candidates), math.nan)),
+        "wrong_propensities": np.zeros(len(candidates), bool),
         "extrapolation": episodes.unsupported,
         "worst_extrapolation": episodes.worst_unsupported,
         "correcting_episodes": episodes.effective_episodes,
         "bc_distance": [
-            math.nan if baseline is None else bc_distance(candidate, baseline, log)
+            math.nan if baseline is None else bc_distance(candidate, baseline, dataset)
             for candidate in candidates
         ],
         "seen": known.seen(known.held_out),
     }
+    if not known.unchecked:
+        # Intervals that hold for all candidates at once (Bonferroni), in the range of logged returns.
+        result = importance_sampling(
+            {candidate.name: candidate.policy for candidate in candidates}, dataset,
+            behaviour=behaviour, discount=fitted_q.discount, seed=seed,
+            deterministic=fitted_q.deterministic,
+            confidence=1 - (1 - confidence) / len(candidates), return_limits=episodes.return_range,
+        )  # fmt: skip
+        columns |= {column: getattr(result, name) for column, name in IMPORTANCE.items()}
+        columns["wrong_propensities"] = result.wrong
     rows: list[dict[str, Any]] = []
     for rank, number in enumerate(np.argsort(-fitted_q.values, kind="stable").tolist(), 1):
         row = {"rank": rank, "candidate": candidates[number].name}
-        row |= {key: float(values[number]) for key, values in columns.items()}
+        row |= {key: np.asarray(values)[number].item() for key, values in columns.items()}
         rows.append(row | {"caveats": caveats_of(row, known)})
     return rows
-
-
-def _importance(known: Evidence, behaviour: Any) -> dict[str, Any]:
-    """Importance sampling's columns of :func:`_rows`, NaN where there is none."""
-    if known.unchecked:
-        return dict.fromkeys(IMPORTANCE, np.full(len(known.candidates), math.nan))
-    # Intervals that hold for all candidates at once (Bonferroni), in the range of logged returns.
-    result = importance_sampling(
-        {candidate.name: candidate.policy for candidate in known.candidates}, known.held_out.log,
-        behaviour=behaviour, discount=known.fitted_q.discount,
-        deterministic=known.fitted_q.deterministic, seed=known.seed,
-        confidence=1 - (1 - known.confidence) / len(known.candidates),
-        return_limits=known.fitted_q.episodes.return_range,
-    )  # fmt: skip
-    return {column: getattr(result, name) for column, name in IMPORTANCE.items()}
 
 
 def _bc_baseline(candidates: Sequence[Candidate], name: str | None) -> Candidate | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,12 +18,13 @@ from iql_torchrl.data import OfflineDataset
 from iql_torchrl.selection.bounds import FloatArray
 from iql_torchrl.selection.candidates import Candidate, log_probabilities, states
 from iql_torchrl.selection.episodes import Episodes, EpisodeScores, return_range
+from iql_torchrl.selection.estimators import LoggedLogProb, ModelValues, candidate_scores
+from iql_torchrl.selection.importance_sampling import LOG_PROB
 
 IntArray = NDArray[np.int64]
 
-LOG_PROB = "action_log_prob"
 MAX_STATES, MAX_CATEGORIES = 5_000, 20_000
-VISITS_PER_STATE = 10
+ROWS_PER_PAIR = 10
 PROBED_ROWS = 2_000
 OFTEN_VISITED, VISITS_CONFIDENCE = 0.01, 0.95
 LARGEST_DISCOUNT = 1 - 1e-9  # finite values also of a policy that never terminates in the model
@@ -42,16 +44,17 @@ class FiniteStates(NamedTuple):
 
 
 def finite_states(train: OfflineDataset, held_out: OfflineDataset) -> FiniteStates | None:
-    """The states of the logs if they are few and actions are discrete; otherwise None.
+    """The states of the datasets if actions are discrete and a table can be filled; otherwise None.
 
-    Few means at most 5,000, each with 10 rows on average, or at most 20,000 categories. States
-    differ if any observation key or the action mask differs.
+    A table can be filled if there are at most 5,000 states, or 20,000 categories, and at least half
+    of all transitions belong to a pair of state and action with 10 transitions or more. States differ
+    if any observation key or the action mask differs.
     """
     if not isinstance(train.action_space, spaces.Discrete):
         return None
     tables = [
-        states(log.transitions, following=following)
-        for log in (train, held_out)
+        states(part.transitions, following=following)
+        for part in (train, held_out)
         for following in (False, True)
     ]
     most = MAX_CATEGORIES
@@ -59,14 +62,19 @@ def finite_states(train: OfflineDataset, held_out: OfflineDataset) -> FiniteStat
         probed = _columns(tables[0][torch.linspace(0, len(train) - 1, PROBED_ROWS).long()])
         if len(np.unique(probed, axis=0)) > max(PROBED_ROWS // 2, 2):
             return None
-        most = min(MAX_STATES, (len(train) + len(held_out)) // VISITS_PER_STATE)
+        most = MAX_STATES
     columns = np.concatenate([_columns(table) for table in tables])
     every, first, index = np.unique(columns, axis=0, return_index=True, return_inverse=True)
-    if len(every) > most:
+    index, ends = index.reshape(-1), np.cumsum([len(table) for table in tables])[:-1]
+    taken = np.concatenate([part.transitions["action"].reshape(-1) for part in (train, held_out)])
+    state = np.concatenate(np.split(index, ends)[::2])
+    _, pair, count = np.unique(
+        state * int(train.action_space.n) + taken, return_inverse=True, return_counts=True
+    )
+    if len(every) > most or np.median(count[pair.reshape(-1)]) < ROWS_PER_PAIR:
         return None
-    ends = np.cumsum([len(table) for table in tables])[:-1]
     representatives = torch.cat(tables)[torch.from_numpy(first)]
-    return FiniteStates(representatives, *np.split(index.reshape(-1), ends))
+    return FiniteStates(representatives, *np.split(index, ends))
 
 
 def _columns(table: TensorDictBase) -> FloatArray:
@@ -81,8 +89,8 @@ def table_scores(
     train: Episodes,
     held_out: Episodes,
     finite: FiniteStates,
+    logged: Sequence[LoggedLogProb],
     *,
-    discount: float,
     min_count: int,
     deterministic: bool,
 ) -> EpisodeScores:
@@ -91,37 +99,40 @@ def table_scores(
     The model's values are the fixed point of fitted Q evaluation with one number per state and
     action, solved exactly. Where a candidate would take an action that ``train`` contains fewer than
     ``min_count`` times in that state, or ``held_out`` never, its episode stops with the smallest
-    return from any state of either log (the filter of Liu, Swaminathan, Agarwal,
+    return from any state of either dataset (the filter of Liu, Swaminathan, Agarwal,
     Brunskill 2020, "Provably good batch reinforcement learning without great exploration",
     arXiv:2007.08202).
 
-    The score of a held-out episode is ``V(s_0) + sum_t w(s_t, a_t) (r + discount V(s') - Q(s, a))``
-    with w the candidate's discounted visits of (s, a) in the model over those held out (Kallus and
-    Uehara 2022, "Efficiently breaking the curse of horizon in off-policy evaluation with double
-    reinforcement learning", arXiv:1909.05850): the held-out steps correct the model's errors
-    and, since each episode corrects them differently, show how large they may be.
+    Where ``logged`` has no propensities, the weight of a step (:func:`estimators.doubly_robust`) is
+    the candidate's discounted visits of (s, a) in the model over those held out: the held-out steps
+    correct the model's errors and, since each episode corrects them differently, show how large they
+    may be.
     """
-    model = _Model(train, held_out, finite, min(discount, LARGEST_DISCOUNT), min_count)
-    count = model.count.shape[1]
-    policies = [
-        log_probabilities(candidate, finite.representatives, count, deterministic=deterministic)
-        for candidate in candidates
-    ]
-    columns = [model.candidate(policy.exp().numpy() * model.supported) for policy in policies]
-    scores, scores_high, initial, max_score_deviation, share, worst, effective = map(
-        np.array, zip(*columns, strict=True)
-    )
-    behaviour_scores, behaviour_scores_high, behaviour_max_deviation = model.log()
+    model = _Model(train, held_out, finite, min_count)
+    scores, rest = [], []
+    for candidate, known in zip(candidates, logged, strict=True):
+        policy = log_probabilities(
+            candidate, finite.representatives, model.count.shape[1], deterministic=deterministic
+        )
+        models, shares = model.candidate(policy.exp().numpy() * model.supported)
+        largest = float(models[0].weight.max())
+        scores.append(candidate_scores(held_out, known, models, model.limits, largest))
+        rest.append((models[0].initial, *shares))
+    initial, share, worst = map(np.array, zip(*rest, strict=True))
     visits = model.factors(model.frequency * model.supported).solve(model.start, trans="T")
-    log_share = float(np.clip(visits @ model.usual, 0, 1))
     ends = model.well_known[finite.held_out_next[held_out.last]]
-    unlogged = float((held_out.truncation_weight(model.discount) * ~ends).mean())
-    return EpisodeScores(
-        scores, behaviour_scores, scores_high, behaviour_scores_high, initial,
-        max_score_deviation, behaviour_max_deviation,
-        np.clip(share, 0, 1), log_share, np.clip(worst, 0, 1), unlogged, model.limits, effective,
-        model.history(),
-    )  # fmt: skip
+    return EpisodeScores.joined(
+        scores,
+        *model.behaviour(),
+        initial_values=initial,
+        unsupported=np.clip(share, 0, 1),
+        behaviour_unsupported=float(np.clip(visits @ model.usual, 0, 1)),
+        worst_unsupported=np.clip(worst, 0, 1),
+        uncovered_ends=float((held_out.truncation_weight * ~ends).mean()),
+        return_range=model.limits,
+        exact=np.array([known.behaviour is not None for known in logged]),
+        history=model.history(),
+    )
 
 
 class _Model:
@@ -132,14 +143,16 @@ class _Model:
     """
 
     def __init__(
-        self, train: Episodes, held_out: Episodes, finite: FiniteStates, discount: float, least: int
+        self, train: Episodes, held_out: Episodes, finite: FiniteStates, least: int
     ) -> None:
-        self.held_out, self.discount, self.episodes = held_out, discount, len(train)
+        self.held_out, self.episodes = held_out, len(train)
+        self.discount = min(train.discount, LARGEST_DISCOUNT)
         self.state, self.next_state = finite.held_out, finite.held_out_next
-        self.limits = return_range(discount, train, held_out)
-        shape = (len(finite.representatives), int(train.log.action_space.n))  # type: ignore[attr-defined]
+        self.limits = return_range(train, held_out)
+        shape = (len(finite.representatives), int(train.dataset.action_space.n))  # type: ignore[attr-defined]
         taken, self.action = (
-            part.log.transitions["action"].reshape(-1).cpu().numpy() for part in (train, held_out)
+            part.dataset.transitions["action"].reshape(-1).cpu().numpy()
+            for part in (train, held_out)
         )
         pair, size = finite.train * shape[1] + taken, shape[0] * shape[1]
         count = np.bincount(pair, minlength=size).astype(np.float64)
@@ -152,7 +165,7 @@ class _Model:
         self.start = np.bincount(finite.train[train.first], minlength=shape[0]) / len(train)
         # The states in which episodes were truncated, discounted.
         ends = finite.train_next[train.last]
-        self.cut = np.bincount(ends, train.truncation_weight(discount), shape[0]) / len(train)
+        self.cut = np.bincount(ends, train.truncation_weight, shape[0]) / len(train)
         self.pair = finite.held_out * shape[1] + self.action
         self.fresh = np.bincount(self.pair, minlength=size).astype(np.float64)
         visited = self.count.sum(1, keepdims=True)
@@ -188,37 +201,30 @@ class _Model:
 
     def candidate(
         self, policy: FloatArray
-    ) -> tuple[FloatArray, FloatArray, FloatArray, float, float, float, float]:
-        """The columns of ``EpisodeScores`` of one policy, given its supported part."""
+    ) -> tuple[tuple[ModelValues, ModelValues], tuple[float, float]]:
+        """Values of one policy, given its supported part, for both limits of unknown returns.
+
+        Also the discounted probability that an episode reaches an unsupported action, and the
+        largest such probability in one state.
+        """
         first, factors = self.state[self.held_out.first], self.factors(policy)
         visits = factors.solve(self.start, trans="T")
         weight = (visits[:, None] * policy * len(first)).reshape(-1) / np.maximum(self.fresh, 1)
-        weight = weight[self.pair]
-        initial, scores = [], []
+        models = []
         for limit in self.limits:
             value = self.values(policy, factors, limit)
             action_value = self.reward.reshape(-1) + self.discount * (self.following @ value)
-            initial.append(value[first])
-            correction = weight * (self.outcomes(value) - action_value[self.pair])
-            scores.append(initial[-1] + self.held_out.sums(correction))
+            logged = np.where(self.supported.reshape(-1), action_value, limit)[self.pair]
+            td_error = self.outcomes(value) - logged
+            models.append(ModelValues(value[first], logged, td_error, weight[self.pair]))
         stop = 1 - policy.sum(1)
-        # upper confidence bound of the number of visits, because a finite log has few of rare states
+        # upper confidence bound of the number of visits: a finite dataset has few of rare states
         most = scipy.stats.chi2.ppf(VISITS_CONFIDENCE, 2 * (visits * self.episodes + 1)) / 2
         often = (visits > 0) & (most >= OFTEN_VISITED * self.episodes)
         worst = float(((stop - self.usual) * often).max())
-        max_score_deviation = float(weight.max()) * (self.limits[1] - self.limits[0])
-        effective = self.held_out.effective(weight)
-        return (
-            scores[0],
-            scores[1],
-            initial[0],
-            max_score_deviation,
-            float(visits @ stop),
-            worst,
-            effective,
-        )
+        return (models[0], models[1]), (float(visits @ stop), worst)
 
-    def log(self) -> tuple[FloatArray, FloatArray, float]:
+    def behaviour(self) -> tuple[FloatArray, FloatArray, float]:
         """Scores of the log's own policy ``(E,)``, low and high, and their ``max_score_deviation``.
 
         An episode's return, and where it was truncated the value of its last state under the log's
@@ -229,13 +235,11 @@ class _Model:
         factors, fresh = self.factors(policy), np.bincount(self.state, minlength=len(policy))
         visits = factors.solve(self.cut, trans="T")
         weight = visits * len(held_out) / np.maximum(fresh, 1) * self.well_known
-        returns = held_out.returns_to_go(self.discount)[held_out.first]
+        returns = held_out.returns_to_go[held_out.first]
         scores = []
         for limit in self.limits:
             value = self.values(policy, factors, limit)
-            after = (
-                held_out.truncation_weight(self.discount) * value[self.next_state[held_out.last]]
-            )
+            after = held_out.truncation_weight * value[self.next_state[held_out.last]]
             correction = weight[self.state] * (self.outcomes(value) - value[self.state])
             scores.append(returns + after + held_out.sums(correction))
         return scores[0], scores[1], float(weight.max()) * (self.limits[1] - self.limits[0])
@@ -266,7 +270,7 @@ class _Model:
             "the actions before": so_far - so_far[first][number],
             "the number of the episode": number,
         }
-        rows = self.held_out.log.transitions
+        rows = self.held_out.dataset.transitions
         if LOG_PROB in rows:
             logged = rows[LOG_PROB].reshape(-1).double().cpu().numpy()
             earlier["the logged probability of the action"] = np.exp(np.minimum(logged, 0))

@@ -114,7 +114,7 @@ BAD = [
     (keep, "limit|'9'", {"limit": "9"}),
     (keep, "limit|7.5", {"limit": 7.5}),
     (keep, "max_episode_steps|0", {"max_episode_steps": 0}),
-    (keep, "reward|None", {"reward": None}),
+    (keep, "reward|7", {"reward": 7}),
     (keep, "scale, shift", {"reward": ("1", "0")}),
     (keep, "reference_scores|random, expert", {"reference_scores": 3.0}),
     (keep, "action_space|str", {"action_space": "Box"}),

@@ -29,43 +29,48 @@ def three_episodes(going_on=False, **options):
 
 
 def test_rows_of_episodes():
-    log = Episodes(three_episodes())
+    log = Episodes(three_episodes(), 0.5)
     assert (log.first.tolist(), log.last.tolist()) == ([0, 3, 5], [2, 4, 5])
-    for each in (log, Episodes(three_episodes(going_on=True))):
+    for each in (log, Episodes(three_episodes(going_on=True), 0.5)):
         assert each.never_terminated.tolist() == [False, True, False]
-    assert log.horizon(0.5) == pytest.approx((1.75 + 1.5 + 1) / 3)
-    assert (log.horizon(0.0), log.horizon(1.0)) == (1, 2)
+    assert log.horizon == pytest.approx((1.75 + 1.5 + 1) / 3)
+    assert [Episodes(three_episodes(), d).horizon for d in (0, 1)] == [1, 2]
+    assert log.truncation_weight.tolist() == [0, 0.25, 0]
+    assert log.step.tolist() == [0, 1, 2, 0, 1, 0]
     assert log.effective(np.array([1.0, 0, 0, 2, 0, 0])) == pytest.approx(9 / 5)
     assert log.effective(np.zeros(6)) == 0
 
 
 def test_returns_to_go():
     for options in ({}, {"reward": (-7.0, 0.5)}):
-        log = Episodes(three_episodes(**options))
+        log = Episodes(three_episodes(**options), 0.5)
         np.testing.assert_allclose(log.reward, [1, 2, 4, -1, 3, 5], atol=1e-5)
-        np.testing.assert_allclose(log.returns_to_go(0.5), [3, 4, 4, 0.5, 3, 5], atol=1e-5)
-    going_on = Episodes(three_episodes(going_on=True))
-    assert going_on.returns_to_go(0.5).tolist() == [2, 2, 4, 0.5, 3, 5]
+        np.testing.assert_allclose(log.returns_to_go, [3, 4, 4, 0.5, 3, 5], atol=1e-5)
+    going_on = Episodes(three_episodes(going_on=True), 0.5)
+    assert going_on.returns_to_go.tolist() == [2, 2, 4, 0.5, 3, 5]
     log = random_mdp().log(uniform(), episodes=100)
-    returns = Episodes(log).returns_to_go(DISCOUNT)[Episodes(log).first]
+    episodes = Episodes(log, DISCOUNT)
+    returns = episodes.returns_to_go[episodes.first]
     np.testing.assert_allclose(returns, plain_returns(log))
 
 
 def test_the_range_of_returns_continues_truncated_episodes_as_they_went():
     # The second episode returns -1 + 1.5 = 0.5 over two steps: 0.5 / (1 - 0.25) in all.
-    log = Episodes(three_episodes())
-    for each in (log, Episodes(three_episodes(going_on=True))):
-        assert return_range(0.5, each) == pytest.approx((0.5 / 0.75, 5))
-    assert return_range(0.9, log)[1] == pytest.approx((-1 + 2.7) / (1 - 0.81))
-    halves = [Episodes(part) for part in three_episodes().split(0.34, 0)]
-    parts = [return_range(0.9, part) for part in halves]
+    for going_on in (False, True):
+        each = Episodes(three_episodes(going_on), 0.5)
+        assert return_range(each) == pytest.approx((0.5 / 0.75, 5))
+    assert return_range(Episodes(three_episodes(), 0.9))[1] == pytest.approx(
+        (-1 + 2.7) / (1 - 0.81)
+    )
+    halves = [Episodes(part, 0.9) for part in three_episodes().split(0.34, 0)]
+    parts = [return_range(part) for part in halves]
     both = min(low for low, _ in parts), max(high for _, high in parts)
-    assert return_range(0.9, *halves) == both
+    assert return_range(*halves) == both
     closed = steps_log(
         2, observation=np.array([0, 1]), next_observation=np.array([1, 0]),
         reward=np.array([-4, 3]), terminated=np.array([False, True]),
     )  # fmt: skip
-    assert return_range(1.0, Episodes(closed)) == (-1, 3)
+    assert return_range(Episodes(closed, 1.0)) == (-1, 3)
 
 
 def test_masks_that_forbid_everything_after_a_termination_become_all_true():

@@ -29,11 +29,12 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 
 from iql_torchrl import load_dataset
-from iql_torchrl.selection import fitted_q, fitted_q_evaluation
+from iql_torchrl.selection import critics as critics_file
+from iql_torchrl.selection import fitted_q_evaluation
 from iql_torchrl.selection.candidates import resolve_candidates
 from iql_torchrl.selection.coverage import Coverage
+from iql_torchrl.selection.critics import Critics, Steps
 from iql_torchrl.selection.episodes import Episodes
-from iql_torchrl.selection.fitted_q import Critics, Steps
 
 FAST = {"hidden": (), "lr": 0.1, "updates": 600, "batch_size": 512, "polyak": 0.1}
 # of a mean: what the choice of batches still moves; 3,000 updates of 1,024 rows leave 0.007
@@ -51,7 +52,7 @@ def candidates(policies=POLICIES):
 
 
 def evaluated(who, train, held_out, model="network", **options):
-    options = {"discount": DISCOUNT, **FAST, **options}
+    options = {"discount": DISCOUNT, "behaviour": False, **FAST, **options}
     return fitted_q_evaluation(who, train, held_out, model=model, **options)
 
 
@@ -167,7 +168,7 @@ def test_held_out_steps_correct_what_the_fit_believes(model):
     assert estimate.values[0] == pytest.approx(exact, abs=off)
     raised = counted_value(wrong, uniform()) - counted_value(train, uniform())
     assert (
-        raised.min() * Episodes(held_out).truncation_weight(DISCOUNT).mean()
+        raised.min() * Episodes(held_out, DISCOUNT).truncation_weight.mean()
         > (model == "network") * 2
     )
     assert raised.min() > 1  # what the wrong rewards would add to each open end
@@ -321,7 +322,7 @@ def test_td_errors_against_q_of_the_counted_mdp(parts, fitted):
 
 def test_critics_begin_as_the_mean_of_the_log(few):
     begun = evaluated(candidates(), *few, hidden=(8,), updates=1, lr=1e-9)
-    mean = Episodes(few[0]).returns_to_go(DISCOUNT).mean()
+    mean = Episodes(few[0], DISCOUNT).returns_to_go.mean()
     np.testing.assert_allclose(begun.initial_values, mean, atol=1e-4)
 
 
@@ -379,7 +380,7 @@ def test_with_many_actions_visits_are_linear_in_features_and_probabilities(
     parts, fitted, monkeypatch
 ):
     """Instead of in their products, of which there would be too many; a short fit is corrected."""
-    monkeypatch.setattr(fitted_q, "MAX_FEATURES", 1)
+    monkeypatch.setattr(critics_file, "MAX_FEATURES", 1)
     estimate, values = evaluated(candidates(), *parts, updates=60), fitted["table"].values
     gaps = [np.abs(v - values) for v in (estimate.values, estimate.initial_values.mean(1))]
     assert gaps[0].mean() < 0.5 * gaps[1].mean()
@@ -415,7 +416,7 @@ def test_continuous_samples_leave_the_caller_s_random_state_as_it_is():
 
 def test_first_states_have_draws_of_their_own_however_many_there_are(monkeypatch):
     """Each part of them had the draws of the first part."""
-    monkeypatch.setattr(fitted_q, "ROWS_AT_ONCE", 4)
+    monkeypatch.setattr(critics_file, "ROWS_AT_ONCE", 4)
     step = (np.arange(80) % 10).astype(np.float32)  # all episodes of 10 steps look alike
     dataset = load_dataset(small_log(80, observation=step[:, None] * np.ones(3, np.float32)))
     how = {"discount": 0.9, "deterministic": False, **BRIEF}
@@ -438,12 +439,12 @@ def test_dict_observations_with_a_category():
 @pytest.mark.parametrize("make", [box_agent, discrete_agent])
 def test_training_on_a_device_waits_for_nothing(make, monkeypatch):
     """On ``meta`` in place of a GPU; row numbers are copied there once for many updates."""
-    monkeypatch.setattr(fitted_q, "DRAWN_TOGETHER", 4)
+    monkeypatch.setattr(critics_file, "DRAWN_TOGETHER", 4)
     more = {} if make is box_agent else {"action": np.arange(40) % 4}
     log = load_dataset(small_log(**more))
     if more:
         log = replace(log, action_space=spaces.Discrete(4))
-    who, episodes = resolve_candidates({"one": make()}), Episodes(log)
+    who, episodes = resolve_candidates({"one": make()}), Episodes(log, DISCOUNT)
     critics = Critics(who, episodes, torch.device("meta"), DISCOUNT, (0.0, 1.0))
     steps, counts = Steps(critics, episodes, Coverage(log, log)), {}
     for updates in (1, 4, 5):

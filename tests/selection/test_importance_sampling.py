@@ -24,7 +24,7 @@ from small_mdp import (
 from iql_torchrl import load_dataset
 from iql_torchrl.selection import importance_sampling
 from iql_torchrl.selection.episodes import Episodes
-from iql_torchrl.selection.importance_sampling import padded, pdwis, value_bounds
+from iql_torchrl.selection.estimators import padded, per_decision
 
 LOGGED = "action_log_prob"
 MDP = random_mdp()
@@ -122,10 +122,14 @@ def test_it_is_consistent():
 
 
 def test_long_episodes_neither_overflow_nor_vanish():
-    ratios = np.array([[10.0] * 400, [9.99] * 400])
-    rewards, alive = np.ones((2, 400)), np.ones((2, 400))
-    assert pdwis(ratios, rewards, alive, 1.0) == pytest.approx(400)
-    assert pdwis(-ratios, rewards, alive, 1.0) == pytest.approx(400)
+    ratio = np.concatenate([np.full(400, 10.0), np.full(400, 9.99)])
+    ended = np.arange(800) % 400 == 399
+    episodes = Episodes(
+        steps_log(800, action=np.arange(800) % 2, reward=np.ones(800), terminated=ended), 1.0
+    )
+    for sign in (1, -1):
+        scores = per_decision(episodes, sign * ratio, np.zeros(800))
+        assert scores.mean() == pytest.approx(400)
     # 2,000 steps under log-probabilities that are too low by 0.5 each: weights of exp(1000)
     rows = 2000
     log = steps_log(
@@ -163,40 +167,29 @@ def test_bounds_of_a_policy_far_from_the_log_hold_the_truth():
     assert np.median(wide) > 5
 
 
-def test_bounds_by_hand_for_one_episode():
-    """Weight w, return G: low + q w (G - low) and high - q w (high - G) with q the quantile."""
-    log = two_steps().split(0.34, 0)[0]
-    returns = plain_returns(log, 0.5)
-    assert returns.shape == (1,)
-    low, high = value_bounds(np.array([[1.6], [0.1]]), Episodes(log), 0.5, (-2.0, 6.0))
-    quantile = 0.025  # of the weight of one episode beside another, as bad as can be
-    for number, weight in enumerate((1.6, 0.1)):
-        gain = quantile * weight * (returns[0] + 2)
-        loss = quantile * weight * (6 - returns[0])
-        assert low[number] == pytest.approx(-2 + gain, abs=0.1)
-        assert high[number] == pytest.approx(6 - loss, abs=0.1)
-    assert low[0] > low[1] > -2
-
-
 def test_what_follows_a_truncation_may_be_the_least_or_the_greatest_return():
-    closed, cut = (Episodes(two_steps(truncated)) for truncated in (False, True))
-    ones = np.ones((1, 3))
+    closed, cut = two_steps(), two_steps(truncated=True)
+    half = [[0.5, 0.5], [0.5, 0.5]]
     for limits in ((-10.0, 10.0), (0.0, 30.0)):
-        closed_low, closed_high = value_bounds(ones, closed, 0.5, limits)
-        low, high = value_bounds(ones, cut, 0.5, limits)
-        assert (low < closed_low) == (limits[0] < 0)
-        assert (high > closed_high).all()
+        one, other = (evaluated(half, log, return_limits=limits) for log in (closed, cut))
+        assert (other.low[0] < one.low[0] - 1e-6) == (limits[0] < 0)
+        assert other.high[0] > one.high[0]
 
 
-def test_weights_too_large_to_have_mean_one_cross_the_bounds():
-    """Then the behaviour probabilities are wrong; a ranking says that the estimators contradict."""
+@pytest.mark.parametrize("factor", [0.5, 3.0])
+def test_wrong_propensities_give_the_whole_range_and_never_crossed_bounds(factor):
+    """Weights of mean above 1 once gave a lower bound above the upper one."""
     log = MDP.log(uniform(), episodes=50)
-    episodes = Episodes(log)
-    for factor in (50.0, 1e250):
-        low, high = value_bounds(np.full((1, 50), factor), episodes, DISCOUNT, (-10.0, 10.0))
-        assert (low[0], high[0]) == (10, -10)
-    low, high = value_bounds(np.ones((1, 50)), episodes, DISCOUNT, (-10.0, 10.0))
-    assert -10 < low[0] < plain_returns(log).mean() < high[0] < 10
+    rows = log.transitions.clone()
+    rows[LOGGED] = rows[LOGGED] - factor
+    result = evaluated(uniform(), replace(log, transitions=rows), DISCOUNT, return_limits=(-9, 8))
+    assert result.wrong[0]
+    assert result.mean_weight[0] > 1.5
+    assert (result.low[0], result.high[0]) == (-9, 8)
+    right = evaluated(uniform(), log, DISCOUNT, return_limits=(-9, 8))
+    assert not right.wrong[0]
+    assert right.mean_weight[0] == pytest.approx(1, abs=1e-5)
+    assert -9 < right.low[0] < plain_returns(log).mean() < right.high[0] < 8
 
 
 def test_an_episode_with_rows_after_a_termination_ends_at_the_termination():
@@ -208,11 +201,17 @@ def test_an_episode_with_rows_after_a_termination_ends_at_the_termination():
     )  # fmt: skip
     rows = log.transitions.clone()
     rows["next", "terminated"][1] = True
-    episodes = Episodes(replace(log, transitions=rows))
-    ratios, rewards, alive = padded(np.arange(0.1, 0.8, 0.1), episodes)
+    episodes = Episodes(replace(log, transitions=rows), 0.9)
+    ratios, rewards, inside = padded(np.arange(0.1, 0.8, 0.1), episodes)
     np.testing.assert_allclose(ratios, [[0.1, 0.2, 0, 0], [0.5, 0.6, 0, 0], [0.7, 0, 0, 0]])
     np.testing.assert_allclose(rewards, [[1, 2, 0, 0], [5, 6, 0, 0], [7, 0, 0, 0]])
-    assert alive.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 1]]
+    assert inside.tolist() == [[1, 1, 0, 0], [1, 1, 0, 0], [1, 0, 0, 0]]
+    # after a termination an episode counts on with reward 0, after a truncation it does not
+    weight = np.exp([[0.1, 0.3, 0.3, 0.3], [0.5, 1.1, 0, 0], [0.7, 0.7, 0.7, 0.7]])
+    counts = np.array([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 1]])
+    expected = 0.9 ** np.arange(4) * (weight * counts * rewards).sum(0) / (weight * counts).sum(0)
+    scores = per_decision(episodes, np.arange(0.1, 0.8, 0.1), np.zeros(7))
+    assert scores.mean() == pytest.approx(expected.sum())
 
 
 def test_deterministic_takes_the_most_probable_action():
