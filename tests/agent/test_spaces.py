@@ -253,8 +253,6 @@ def test_runs_of_a_population_share_an_encoder_without_parameters():
         {"one": member}, *dataset.split(0.5, 0), discount=0.9, updates=20, hidden=(8,)
     )
     assert np.isfinite(scores.initial_values).all()
-    with pytest.raises(ValueError, match=r"encoder_network has parameters .* images one by one"):
-        IQLPopulation(configs, dataset_of(camera=True))
 
 
 class Grid(gym.Env):
@@ -477,7 +475,7 @@ def test_what_reads_single_observations_refuses_a_history():
     with pytest.raises(ValueError, match=r"history is 3; the runs of a population read single"):
         IQLPopulation([settings], dataset)
     agent = make_agent(settings, dataset)
-    with pytest.raises(ValueError, match=r"member 'a' reads the last 3 observations"):
+    with pytest.raises(ValueError, match=r"candidate 'a' reads the last 3 observations"):
         fitted_q_evaluation({"a": agent}, *dataset.split(0.5, 0), discount=0.9)
     with pytest.raises(KeyError, match=r"'history_mask' is not in the batch.*dataset\.windows\("):
         agent.step(dataset.transitions[:4])

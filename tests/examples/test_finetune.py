@@ -74,7 +74,7 @@ def test_time_limits_are_truncations_and_learned_through(pendulum):
     last = online[199:200]
     with torch.no_grad(), agent.loss.value_network_params.to_module(agent.loss.value_network):
         after = agent.loss.value_network(last["next"].select("observation"))["state_value"]
-    target = agent.loss.td_target(agent.loss.read(last))
+    target = agent.loss.td_target(agent.loss.prepare_batch(last))
     expected = last["next", "reward"] + CONFIG.discount * after
     torch.testing.assert_close(target.flatten(), expected.flatten())
 

@@ -256,10 +256,10 @@ def check_maze(agent, data, maze):
         side["observation"] = TensorDict({"observation": start, "goal": goal}, [count**2])
     loss, of_actions = agent.loss, []
     with torch.no_grad():
-        value = loss.state_value(loss.read(batch)).view(count, count)
+        value = loss.state_value(loss.prepare_batch(batch)).view(count, count)
         for action in range(4):
             batch["action"] = torch.full_like(start, action)
-            of_actions.append(loss.target_qvalue(loss.read(batch)))
+            of_actions.append(loss.target_qvalue(loss.prepare_batch(batch)))
     greedy = torch.stack(of_actions).argmax(0).view(count, count)
     solved = 0
     for state, goal in np.ndindex(count, count):
