@@ -138,7 +138,9 @@ def test_losses_and_diagnostics_equal_numpy(temperature, expectile, max_weight):
 
 def compare(classes, parts, batch, **options) -> None:
     """Losses, what they write, and gradients of our class and of TorchRL's, of one state."""
-    ours, theirs = (cls(*parts, temperature=2.0, expectile=0.8, **options) for cls in classes)
+    options |= {"temperature": 2.0, "expectile": 0.8}
+    ours, theirs = (cls(*parts, **options).double() for cls in classes)
+    batch = batch.double()
     perturb_targets(ours)
     theirs.load_state_dict(ours.state_dict())  # the layout is the same
     mine, other = batch.clone(), batch.clone()

@@ -49,7 +49,8 @@ def test_layers_and_orthogonal_initialisation():
     after = [nn.Linear, nn.Tanh, nn.LayerNorm, nn.Dropout]
     for expected, more in ((before, {}), (after, {"norm_after_activation": True})):
         mlp = networks.MLP(6, 2, hidden=(8, 4), **options, **more)
-        assert [type(layer) for layer in mlp] == [*expected, *expected, nn.Linear]
+        pairs = zip(mlp, [*expected, *expected, nn.Linear], strict=True)
+        assert all(isinstance(layer, kind) for layer, kind in pairs)
         assert are_orthogonal(mlp)
 
 
