@@ -510,14 +510,16 @@ class NetworkLoss(LossModule):
                 return self._estimated_target(batch)
             keys = estimator.tensor_keys
             shape = batch.data.batch_size
+            mask = batch.data.get(CHUNK_MASK, None)
             reward, terminated = (
-                per_sample(batch.data.get(("next", key)), shape, key)
-                for key in (keys.reward, keys.terminated)
+                batch.data.get(("next", k)) for k in (keys.reward, keys.terminated)
             )
+            reward = per_sample(reward, shape if mask is None else mask.shape, keys.reward)
+            terminated = per_sample(terminated, shape, keys.terminated)
             gamma: Tensor = estimator.gamma
             gamma = per_sample(gamma, shape, "gamma") if gamma.ndim else gamma
             steps = batch.data.get(keys.steps_to_next_obs, None)
-            if (mask := batch.data.get(CHUNK_MASK, None)) is not None:
+            if mask is not None:
                 powers = gamma.unsqueeze(-1) ** torch.arange(mask.shape[-1], device=mask.device)
                 reward = (reward.masked_fill(~mask, 0.0) * powers).sum(-1)
                 gamma = gamma ** mask.sum(-1)

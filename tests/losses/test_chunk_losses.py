@@ -63,22 +63,14 @@ def test_targets_of_chunks_that_meet_ends_by_hand():
         "terminated": np.arange(5) == 2,
         "truncated": np.arange(5) == 4,
     }
-    loss = tabular_loss(4, 3)
-    loss.value_network_params.get(("module", "values")).data.fill_(10)
-    batch = loss.prepare_batch(load_dataset(rows).chunks(3)[:])
-    expected = [
-        1 + 0.9 * 2 + 0.81 * 3,
-        2 + 0.9 * 3,
-        3,
-        4 + 0.9 * 5 + 0.81 * 10,  # two actions were made
-        5 + 0.9 * 10,
-    ]
-    torch.testing.assert_close(loss.td_target(batch), torch.tensor(expected))
-    in_chunks_of_two = tabular_loss(4, 2)
-    in_chunks_of_two.value_network_params.get(("module", "values")).data.fill_(10)
-    batch = in_chunks_of_two.prepare_batch(load_dataset(rows).chunks(2)[:])
-    expected = [1 + 0.9 * 2 + 0.81 * 10, 2 + 0.9 * 3, 3, 4 + 0.9 * 5 + 0.81 * 10, 5 + 0.9 * 10]
-    torch.testing.assert_close(in_chunks_of_two.td_target(batch), torch.tensor(expected))
+    two = [1 + 0.9 * 2 + 0.81 * 10, 2 + 0.9 * 3, 3, 4 + 0.9 * 5 + 0.81 * 10, 5 + 0.9 * 10]
+    three = [1 + 0.9 * 2 + 0.81 * 3, *two[1:]]  # the last two made fewer actions
+    one = [1 + 0.9 * 10, 2 + 0.9 * 10, 3, 4 + 0.9 * 10, 5 + 0.9 * 10]
+    for size, expected in enumerate((one, two, three), 1):
+        loss = tabular_loss(4, size)
+        loss.value_network_params.get(("module", "values")).data.fill_(10)
+        batch = loss.prepare_batch(load_dataset(rows).chunks(size)[:])
+        torch.testing.assert_close(loss.td_target(batch), torch.tensor(expected))
 
 
 STATES = 4
