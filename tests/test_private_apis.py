@@ -42,16 +42,15 @@ spec = importlib.util.spec_from_file_location("iql_torchrl.private_apis", source
 private_apis = importlib.util.module_from_spec(spec)
 sys.modules["iql_torchrl.private_apis"] = private_apis
 spec.loader.exec_module(private_apis)
-find, asked, hidden = private_apis.find, set(), {None}
+asked = set()
 
 def watched(owner, name, default=None):
     asked.add(name)
-    return default if name in hidden or None in hidden else find(owner, name, default)
+    return default
 
 private_apis.find = watched
 import iql_torchrl  # every private name is missing
-assert sys.modules["iql_torchrl.private_apis"] is private_apis and not asked, asked
-hidden.clear()
+assert sys.modules["iql_torchrl.private_apis"] is private_apis
 
 from test_step import make_batch, make_loss, snapshot
 from torch import optim
@@ -66,21 +65,15 @@ def train():
         step(make_batch())
     return snapshot(loss)
 
-expected = train()
-names = sorted(asked)
-for name in (*names, None):
-    hidden.clear()
-    hidden.add(name)
-    weights = train()
-    assert weights.keys() == expected.keys()
-    for key, value in expected.items():
-        torch.testing.assert_close(weights[key], value, rtol=1e-4, atol=1e-5, msg=f"{name}: {key}")
-print(*names)
+weights = train()
+assert weights
+for key, value in weights.items():
+    assert value.isfinite().all(), key
+assert not asked, asked
 """
 
 
-def test_a_hidden_private_name_stops_neither_import_nor_eager_updates():
-    """Each name that training asks for is hidden in turn, then all; the weights are the same."""
+def test_neither_import_nor_eager_updates_ask_for_a_private_name():
     here = Path(__file__).parent
     paths = [str(here), str(here / "update"), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
@@ -89,7 +82,6 @@ def test_a_hidden_private_name_stops_neither_import_nor_eager_updates():
         cwd=here.parent, capture_output=True, text=True,
     )  # fmt: skip
     assert not done.returncode, done.stderr[-3000:]
-    assert not done.stdout.split()  # an eager update asks for none
 
 
 @pytest.mark.parametrize(

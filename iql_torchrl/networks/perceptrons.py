@@ -268,16 +268,15 @@ class AroundPerceptron(nn.Module):
 
     def layers(self, features: Tensor) -> Tensor:
         """``mlp``: ``(*B, in)`` to ``(*B, out)``, of K networks to ``(K, *B, out)``."""
-        weight = getattr(
-            getattr(self.mlp, "first", None), "weight", None
-        )  # not in a module of yours
+        first = getattr(self.mlp, "first", None)  # not in a module of yours
+        weight = getattr(first, "weight", None)
         if weight is not None and features.dtype != weight.dtype:
             _check_dtype(features, weight)
         if weight is None or weight.ndim < 3:
             out: Tensor = self.mlp(features)
             return out
         out = self.mlp(features.reshape(-1, features.shape[-1]))
-        return out.unflatten(-2, features.shape[:-1])
+        return out.reshape(len(out), *features.shape[:-1], out.shape[-1])
 
 
 def _check_dtype(features: Tensor, weight: Tensor) -> None:

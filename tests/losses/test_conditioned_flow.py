@@ -352,7 +352,7 @@ def test_values_of_w_are_ranked_without_retraining(monkeypatch):
         ranking, "fitted_q_evaluation", lambda *args, **options: evaluate(*args, **options | quick)
     )
     result = rank_policies(members, train, held_out, discount=0.9, deterministic=True)
-    found = {row["member"]: row["value"] for row in result.rows}
+    found = {row["candidate"]: row["value"] for row in result.rows}
     assert found == pytest.approx({"w = 0.0": -0.64, "w = 0.5": -0.16, "w = 1.0": 0}, abs=0.12)
     critics = LossCritics(agent.loss)
     for w, member in zip((0.0, 0.5, 1.0), members.values(), strict=True):

@@ -140,7 +140,7 @@ def compare(classes, parts, batch, **options) -> None:
     """Losses, what they write, and gradients of our class and of TorchRL's, of one state."""
     options |= {"temperature": 2.0, "expectile": 0.8}
     ours, theirs = (cls(*parts, **options).double() for cls in classes)
-    batch = batch.double()
+    batch = batch.apply(lambda x: x.double() if x.is_floating_point() else x)
     perturb_targets(ours)
     theirs.load_state_dict(ours.state_dict())  # the layout is the same
     mine, other = batch.clone(), batch.clone()
