@@ -62,7 +62,7 @@ def population(
     sizes: Sizes,
     device: str,
 ) -> Made:
-    # knobs differ between members, so that none is a constant of the program
+    # settings differ between members, so that none is a constant of the program
     configs = [
         config_of(sizes, device, seed=number, temperature=float(number % 4), expectile=expectile)
         for number, expectile in zip(range(count), np.linspace(0.5, 0.9, count), strict=True)

@@ -131,7 +131,7 @@ def gaussian(scale: float) -> Noise:
 def bandit(
     means: list[float], behaviour: list[float], noise: Noise, episodes: int, **more: bool
 ) -> Problem:
-    """One state, one step; the candidates are a clone of the log and each arm."""
+    """One state, one step; the candidates are a BC baseline and each arm."""
     count = len(means)
     candidates = {"clone": np.array([behaviour])}
     candidates |= {f"arm {arm}": always(arm, count=count) for arm in range(count)}
@@ -285,7 +285,7 @@ def poor_clone(_: int) -> Problem:
         start=np.array([1.0, 0.0]), behaviour=np.array([[0.02, 0.98], rest]), discount=0.99,
         candidates={"clone": np.array([[0.2, 0.8], rest]),
                     "better than it": np.array([[0.1, 0.9], rest]),
-                    "near the log": np.array([[0.05, 0.95], rest])},
+                    "near the behaviour": np.array([[0.05, 0.95], rest])},
         noise=gaussian(0.3), horizon=20, episodes=200,
     )  # fmt: skip
 

@@ -82,15 +82,17 @@ intersphinx_mapping = {name: (url, None) for name, url in INVENTORIES.items()} i
 
 def settings_table() -> list[str]:
     """Every setting of ``IQLConfig`` with its default, choices and meaning, from their descriptions."""
-    from iql_torchrl.config import IQLConfig, knobs
+    from iql_torchrl.config import IQLConfig, config_settings
 
     rows = []
-    for name, knob in knobs(IQLConfig).items():
+    for name, setting in config_settings(IQLConfig).items():
         choices = (
-            "; one of " + ", ".join(f"``{c!r}``" for c in knob.choices) if knob.choices else ""
+            "; one of " + ", ".join(f"``{c!r}``" for c in setting.choices)
+            if setting.choices
+            else ""
         )
         default = getattr(IQLConfig, name)
-        rows.append((f"``{name}``", f"``{default!r}``", f"{knob.help_with_range}{choices}"))
+        rows.append((f"``{name}``", f"``{default!r}``", f"{setting.help_with_range}{choices}"))
     return table(("setting", "default", "meaning"), (15, 15, 70), rows)
 
 

@@ -97,17 +97,19 @@ def main(updates: int = 2_000, seed: int = 0) -> None:
     best, mean = rewards(SHOWN).max(1), rewards(SHOWN).mean(1)
     figure, panels = plt.subplots(1, 3, figsize=(10, 3.6), sharey=True, layout="constrained")
     for axis, (name, (levels, loss)) in zip(panels, OBJECTIVES.items(), strict=True):
-        knob = "expectile" if name == "expectile" else "alpha"
+        setting = "expectile" if name == "expectile" else "alpha"
         config = replace(CONFIG, value_objective=name, updates=updates, seed=seed)
-        population = IQLPopulation([replace(config, **{knob: level}) for level in levels], log)
+        population = IQLPopulation([replace(config, **{setting: level}) for level in levels], log)
         population.train_now()
         axis.plot(SHOWN, best, ":", color="0.4", label="best action")
         axis.plot(SHOWN, mean, "--", color="0.4", label="mean over actions")
         for number, (level, colour) in enumerate(zip(levels, plt.cm.tab10.colors, strict=False)):
             exact, learned = exact_values(loss, level), learned_values(population, number)
             error = np.abs(learned - exact)
-            print(f"{name}, {knob} {level}: V off by {error.mean():.3f}, at most {error.max():.3f}")
-            axis.plot(SHOWN, exact, color=colour, label=f"{knob} {level:g}")
+            print(
+                f"{name}, {setting} {level}: V off by {error.mean():.3f}, at most {error.max():.3f}"
+            )
+            axis.plot(SHOWN, exact, color=colour, label=f"{setting} {level:g}")
             axis.plot(SHOWN[::4], learned[::4], "o", color=colour, markersize=4)
         axis.set(title=name, xlabel="x", ylim=(-0.1, 2.2))
         axis.legend(frameon=False, fontsize=8)

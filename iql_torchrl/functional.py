@@ -88,27 +88,27 @@ def gumbel_loss(
     error: Tensor,
     *,
     alpha: float | Tensor,
-    ceiling: float | Tensor | None = None,
+    clip: float | Tensor | None = None,
     largest: Tensor | None = None,
 ) -> Tensor:
-    """``exp(z) - z - 1`` of ``z = min(error / alpha, ceiling)``, times ``exp(-m)`` (EQL and XQL).
+    """``exp(z) - z - 1`` of ``z = min(error / alpha, clip)``, times ``exp(-m)`` (EQL and XQL).
 
     Same shape as ``error`` = target minus prediction. ``m = max(z of the largest error, -1)`` keeps
     ``exp`` finite; it gets no gradient. ``largest``, that broadcasts with ``error``, is by default
     the largest of ``error``. Minimised by ``alpha log(mean(exp(target / alpha)))`` where no ``z``
-    reaches ``ceiling``: a large ``alpha > 0`` gives the mean, and towards 0 the maximum.
+    reaches ``clip``: a large ``alpha > 0`` gives the mean, and towards 0 the maximum.
 
     ``exp(-m)`` multiplies the gradient of a whole batch: its direction is that of the loss without
-    it, and batches with a large error count less. A sample whose ``z`` is above ``ceiling`` has no
+    it, and batches with a large error count less. A sample whose ``z`` is above ``clip`` has no
     gradient: V ignores it.
 
-    Xu et al. 2023, arXiv:2303.15810 (EQL: ceiling 5); Garg et al. 2023, arXiv:2301.02328 (XQL: 7).
+    Xu et al. 2023, arXiv:2303.15810 (EQL: clip 5); Garg et al. 2023, arXiv:2301.02328 (XQL: 7).
     Raises ``ValueError`` on a number ``alpha <= 0``.
     """
     largest = error.detach().amax() if largest is None else largest
     exponent, shift = error / _positive(alpha), largest / alpha
-    if ceiling is not None:
-        exponent, shift = exponent.clamp(max=ceiling), shift.clamp(max=ceiling)
+    if clip is not None:
+        exponent, shift = exponent.clamp(max=clip), shift.clamp(max=clip)
     shift = shift.clamp(min=-1)
     return (exponent - shift).exp() - (exponent + 1) * (-shift).exp()
 
@@ -175,7 +175,7 @@ def exponential_weight(
 ) -> Tensor:
     """Weight of a sample for the policy, ``min(exp(temperature * advantage), max_weight)``.
 
-    Shape of ``advantage``, range ``[0, max_weight]`` (eq. 7; the ceiling, 100, is the official
+    Shape of ``advantage``, range ``[0, max_weight]`` (eq. 7; the clip, 100, is the official
     code's). ``temperature`` is an inverse temperature: 0 gives every sample weight 1 (behaviour
     cloning), a large one keeps only the best actions. The exponent is capped before ``exp``, so
     no advantage overflows and gradients stay finite; ``nan`` stays ``nan``. Raises ``ValueError``
@@ -185,8 +185,8 @@ def exponential_weight(
         raise ValueError(f"max_weight is {max_weight}; it must be > 0 (the paper's is 100).")
     exponent = temperature * advantage
     highest: Any = max_weight
-    ceiling = highest.log() if isinstance(highest, Tensor) else math.log(highest)
-    return torch.where(exponent >= ceiling, highest, exponent.clamp(max=ceiling).exp())
+    clip = highest.log() if isinstance(highest, Tensor) else math.log(highest)
+    return torch.where(exponent >= clip, highest, exponent.clamp(max=clip).exp())
 
 
 def positive_weight(advantage: Tensor, *, max_weight: float | Tensor) -> Tensor:

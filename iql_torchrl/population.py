@@ -1,4 +1,4 @@
-"""Many runs as one: seeds and knobs trained together over stacked parameters."""
+"""Many runs as one: seeds and settings trained together over stacked parameters."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from iql_torchrl.agent.build import (
     rate_factors,
 )
 from iql_torchrl.agent.task import Task
-from iql_torchrl.config import IQLConfig, check_choice, knobs
+from iql_torchrl.config import IQLConfig, check_choice, config_settings
 from iql_torchrl.data import DeviceSampler, OfflineDataset, RelabelledDataset
 from iql_torchrl.data.replay import MemberSampler
 from iql_torchrl.distributed import Ranks
@@ -59,7 +59,7 @@ class IQLPopulation:
         configs: one per run. They may differ in the settings that are described as ``per_run`` in
             ``IQLConfig`` (seed, expectile, temperature, learning rates, ...); nothing else.
         dataset: the log; ``configs[0].reward`` is for ``load_dataset``, as in ``make_agent``.
-        batches: ``"shared"``: every run gets the same batch (a fair comparison of knobs, and the
+        batches: ``"shared"``: every run gets the same batch (a fair comparison of settings, and the
             fastest); ``"own"``: each run gets its own, ``(P, B)``.
         ranks: the processes that divide the runs among them; build the population on each with the
             same arguments. A rank trains its consecutive part of the runs, with the batches and
@@ -365,10 +365,10 @@ def _check_configs(configs: Sequence[IQLConfig]) -> None:
                 f"configs[{number}] is {type(config).__name__} and configs[0] is "
                 f"{type(configs[0]).__name__}; the configs of a population have one class."
             )
-        described = knobs(type(config))
-        for name, knob in described.items():
+        described = config_settings(type(config))
+        for name, setting in described.items():
             first, other = getattr(configs[0], name), getattr(config, name)
-            if not knob.per_run and first != other:
+            if not setting.per_run and first != other:
                 may_differ = [name for name, each in described.items() if each.per_run]
                 raise ValueError(
                     f"{name} is {other} in configs[{number}] and {first} in configs[0]; runs of a "

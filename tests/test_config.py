@@ -32,7 +32,7 @@ from iql_torchrl import (
 )
 from iql_torchrl import functional as F
 from iql_torchrl.agent import build
-from iql_torchrl.config import Knob, knob, knobs
+from iql_torchrl.config import Setting, config_settings, setting
 from iql_torchrl.config.cli import parse, refuse
 from iql_torchrl.data import DeviceSampler
 from iql_torchrl.files import CheckpointError
@@ -62,7 +62,9 @@ OUT_OF_RANGE = {
     "norm_after_activation": (True,),  # without layer_norm
 }
 NO_CHOICE = {
-    n: ("random", None)[: 2 - each.optional] for n, each in knobs(IQLConfig).items() if each.choices
+    n: ("random", None)[: 2 - each.optional]
+    for n, each in config_settings(IQLConfig).items()
+    if each.choices
 }
 WRONG_KIND = {
     "seed": (True, None),
@@ -258,7 +260,7 @@ def test_every_field_is_an_option(preset):
     fit_together |= {"hidden": (9,), "device": "cpu:0", "schedule": "cosine"}
     fit_together |= {"action_chunk": 4, "replan_every": 3}
     fit_together["schedule_steps"] = None if start.schedule_steps else 4
-    rest = {n: each for n, each in knobs(IQLConfig).items() if n not in fit_together}
+    rest = {n: each for n, each in config_settings(IQLConfig).items() if n not in fit_together}
     changed = fit_together | {n: another(each, getattr(start, n)) for n, each in rest.items()}
     typed = [text for name, value in changed.items() for text in option(name, value)]
     assert read("--preset", preset, *typed) == IQLConfig(**changed)
@@ -319,8 +321,8 @@ def test_help_explains_every_option(capsys):
     assert text.startswith("usage: script.py")
     assert "Does 1% of it." in text
     assert "--dataset STR which log (default: mine)" in text
-    assert list(knobs(IQLConfig)) == [field.name for field in fields(IQLConfig)]
-    for name, described in knobs(IQLConfig).items():
+    assert list(config_settings(IQLConfig)) == [field.name for field in fields(IQLConfig)]
+    for name, described in config_settings(IQLConfig).items():
         assert len(described.help_with_range) > 8
         assert f"--{name.replace('_', '-')}" in text
         assert described.help_with_range in text
@@ -349,13 +351,13 @@ def test_own_options_and_settings_are_apart(monkeypatch, capsys):
 class Config(IQLConfig):
     """IQLConfig with four more settings: one of each kind of use."""
 
-    sharpness: float = knob(
+    sharpness: float = setting(
         1.0, "exponent of the weights; 1 leaves them",
         interval="(0, 10]", loss_interval="(0, 20]", per_run=True,
     )  # fmt: skip
-    rounding: Literal["up", "down"] = knob("up", "how weights are rounded")
-    width: int = knob(2, "of the extra head", interval="[1, inf)")
-    verbose: bool = knob(False, "print more", may_change=lambda config: True)
+    rounding: Literal["up", "down"] = setting("up", "how weights are rounded")
+    width: int = setting(2, "of the extra head", interval="[1, inf)")
+    verbose: bool = setting(False, "print more", may_change=lambda config: True)
 
 
 BASE = Config(updates=4, hidden=(8,), batch_size=8, reward="raw", schedule="constant")
@@ -474,7 +476,9 @@ def test_resume_compares_it_and_a_config_from_before_it_existed_has_its_default(
     cosine = replace(BASE, schedule="cosine")
     with pytest.raises(CheckpointError, match="updates was 4 and is 9"):
         compare(replace(cosine, updates=9), cosine)
-    old = {name: value for name, value in BASE.to_dict().items() if name in knobs(IQLConfig)}
+    old = {
+        name: value for name, value in BASE.to_dict().items() if name in config_settings(IQLConfig)
+    }
     compare(BASE, old)
     with pytest.raises(CheckpointError, match=r"sharpness was 1\.0 and is 2\.0"):
         compare(replace(BASE, sharpness=2.0), old)
@@ -507,7 +511,7 @@ def test_equal_names_of_two_objectives_are_told_apart():
 
 
 def test_arguments_of_the_loss_and_of_objectives_have_the_defaults_of_the_settings():
-    described, found = knobs(IQLConfig), set()
+    described, found = config_settings(IQLConfig), set()
     for kind in (IQLLoss, *VALUE_OBJECTIVES.values(), *ACTOR_OBJECTIVES.values()):
         for name, argument in inspect.signature(kind.__init__).parameters.items():
             if name in described and name != "actor_objective":  # "auto" in the config
@@ -518,7 +522,7 @@ def test_arguments_of_the_loss_and_of_objectives_have_the_defaults_of_the_settin
 
 
 def test_every_choice_has_code_that_carries_it_out():
-    described = knobs(IQLConfig)
+    described = config_settings(IQLConfig)
     assert set(described["loss_function"].choices) == set(F.REGRESSION_LOSSES)
     for name in described["policy"].choices:
         assert name == "auto" or callable(getattr(policies, name))
@@ -540,7 +544,7 @@ def test_every_choice_has_code_that_carries_it_out():
     ],
 )
 def test_intervals(interval, inside, outside):
-    described = Knob(name="x", kind=float, help="", interval=interval)
+    described = Setting(name="x", kind=float, help="", interval=interval)
     for value in inside:
         assert described.plain(value) == value
         described.check_in_loss(torch.tensor(value, dtype=torch.float64))

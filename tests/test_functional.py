@@ -144,7 +144,7 @@ def test_values_and_gradients_are_those_of_the_authors_code(name):
         loss = F.sparse_loss(error, alpha=ALPHA) / 4
         theirs = of_authors(name, V) - Q / (4 * ALPHA) - 0.25
     else:
-        loss = F.gumbel_loss(error, alpha=ALPHA, ceiling={"exponential": 5.0, "gumbel": 7.0}[name])
+        loss = F.gumbel_loss(error, alpha=ALPHA, clip={"exponential": 5.0, "gumbel": 7.0}[name])
         theirs = of_authors(name, V)
     np.testing.assert_allclose(loss.detach().numpy(), theirs, rtol=1e-12, atol=1e-14)
     (gradient,) = torch.autograd.grad(loss.sum(), value)
@@ -175,7 +175,7 @@ def test_losses_with_alpha_by_hand():
 def test_huge_errors_stay_finite_and_nan_stays_nan():
     error = torch.tensor([1e20, -1e20, 300.0, 0.0], requires_grad=True)
     for ceiling in (None, 5.0):
-        loss = F.gumbel_loss(error, alpha=1.0, ceiling=ceiling)
+        loss = F.gumbel_loss(error, alpha=1.0, clip=ceiling)
         (gradient,) = torch.autograd.grad(loss.sum(), error)
         assert loss.isfinite().all()
         assert gradient.isfinite().all()

@@ -8,19 +8,19 @@ from iql_torchrl.config.arithmetic import (
     number_dtype,
 )
 from iql_torchrl.config.iql_config import PRESETS, IQLConfig
-from iql_torchrl.config.knobs import Knob, check_choice, check_whole, knob, knobs
+from iql_torchrl.config.settings import Setting, check_choice, check_whole, config_settings, setting
 
 __all__ = [
     "PRESETS",
     "Arithmetic",
     "IQLConfig",
-    "Knob",
+    "Setting",
     "check_choice",
     "check_device",
     "check_usable",
     "check_whole",
-    "knob",
-    "knobs",
+    "config_settings",
     "launches_kernels",
     "number_dtype",
+    "setting",
 ]

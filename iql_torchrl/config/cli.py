@@ -16,7 +16,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 from iql_torchrl.config.arithmetic import check_usable
 from iql_torchrl.config.iql_config import IQLConfig
-from iql_torchrl.config.knobs import knobs
+from iql_torchrl.config.settings import config_settings
 
 Options = TypeVar("Options")
 Config = TypeVar("Config", bound=IQLConfig)
@@ -77,10 +77,10 @@ def parse(
     start, _ = tyro.cli(chosen, **shared, return_unknown_args=True, add_help=False)
     preset = presets[start.preset]
     settings: list[Any] = []
-    for name, knob in knobs(type(preset)).items():
+    for name, setting in config_settings(type(preset)).items():
         if name not in without:
-            shown = tyro.conf.arg(help=knob.help_with_range)
-            settings.append((name, Annotated[knob.kind, shown], getattr(preset, name)))
+            shown = tyro.conf.arg(help=setting.help_with_range)
+            settings.append((name, Annotated[setting.kind, shown], getattr(preset, name)))
     every = make_dataclass("Settings", [(*choice[:2], start.preset), *settings])
     both: Any = make_dataclass("CommandLine", [("script", options), ("settings", every)])
     with _rules:

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any, Literal, NoReturn
 
 from iql_torchrl.config.arithmetic import check_device
-from iql_torchrl.config.knobs import knob, knobs
+from iql_torchrl.config.settings import config_settings, setting
 
 # What advantage_weight="auto" is, by value_objective; with any other it is "exponential".
 OWN_WEIGHTS = {"sparse": "positive", "exponential": "positive"}
@@ -47,27 +47,27 @@ class IQLConfig:
     ``int``. A config may name a ``device`` that this machine lacks, so that it can be read on
     another machine.
 
-    To add a setting, add a field here with :func:`~iql_torchrl.config.knob` and read it where it
+    To add a setting, add a field here with :func:`~iql_torchrl.config.setting` and read it where it
     takes effect: for a hyperparameter in the constructor of an objective, as an argument of that name.
     """
 
-    seed: int = knob(
+    seed: int = setting(
         0, "of the initial weights and the batches", interval="[0, 2147483647]", per_run=True
     )
-    updates: int = knob(
+    updates: int = setting(
         1_000_000,
         "number of gradient updates",
         interval="[1, inf)",
         may_change=lambda config: config["schedule"] == "constant",  # else it decides the rates
     )
-    batch_size: int = knob(256, "transitions per update", interval="[1, inf)")
-    discount: float = knob(
+    batch_size: int = setting(256, "transitions per update", interval="[1, inf)")
+    discount: float = setting(
         0.99,
         "discount factor gamma per environment step; 1 where every episode terminates",
         interval="[0, 1]",
         per_run=True,
     )
-    expectile: float = knob(
+    expectile: float = setting(
         0.7,
         "expectile tau of the value loss: 0.5 gives the value of the log's policy, 0.7 to 0.9 that of "
         "its better actions; below 0.5 V follows the worse actions of the log and the policy learns "
@@ -76,140 +76,140 @@ class IQLConfig:
         loss_interval="(0, 1]",
         per_run=True,
     )
-    temperature: float = knob(
+    temperature: float = setting(
         3.0,
         "inverse temperature beta of the policy's weights, per unit of advantage; 0 is behaviour "
         "cloning, and a negative one would prefer the log's worst actions",
         interval="[0, inf)",
         per_run=True,
     )
-    max_weight: float = knob(
+    max_weight: float = setting(
         100.0,
         "largest weight of a sample in the policy loss; the paper's is 100",
         interval="(0, 3e+38]",  # the largest numbers of float32
         loss_interval="(0, inf]",
         per_run=True,
     )
-    bc_weight: float = knob(
+    bc_weight: float = setting(
         0.3,
         "weight of the cloning error in actor_objective ddpg_bc; 0 only maximises the critics' values, "
         "OGBench's alpha, 0.003 to 3, is twice this",
         interval="[0, 3e+38]",
         per_run=True,
     )
-    polyak: float = knob(
+    polyak: float = setting(
         0.005, "step of the target critics to the critics; 1 copies them", interval="(0, 1]"
     )
-    reward: Literal["raw", "return_range", "minus_one"] | None = knob(
+    reward: Literal["raw", "return_range", "minus_one"] | None = setting(
         None,
         "reward scaling of load_dataset; return_range: 1000 / range of episode returns; none: that of "
         "the dataset, which a script loads with raw rewards",
         may_change=lambda config: True,  # the scaling itself is compared
     )
-    standardise: bool = knob(True, "standardise observations, with the log's statistics")
+    standardise: bool = setting(True, "standardise observations, with the log's statistics")
     policy: Literal[
         "auto", "gaussian", "tanh_normal", "deterministic", "mixture", "flow", "categorical"
-    ] = knob("auto", "auto chooses by the action space; gaussian is the paper's")
+    ] = setting("auto", "auto chooses by the action space; gaussian is the paper's")
     actor_objective: Literal["auto", "log_prob", "mse", "ddpg_bc", "flow", "conditioned_flow"] = (
-        knob(
+        setting(
             "auto",
             "loss of the policy: log_prob, mse or flow (weighted regression), ddpg_bc (maximises Q, "
             "with cloning), or conditioned_flow (a flow with one more input: whether the advantage is "
             "positive); auto is the weighted regression that fits the policy",
         )
     )
-    actor_ema: float = knob(
+    actor_ema: float = setting(
         0.0,
         "decay per update of the moving average of the policy's weights, with which it acts; 0.999 "
         "averages over about 1,000 updates; 0: it acts with the weights themselves",
         interval="[0, 1)",
     )
-    flow_steps: int = knob(
+    flow_steps: int = setting(
         10, "Euler steps from noise to an action of a flow policy", interval="[1, inf)"
     )
-    condition_dropout: float = knob(
+    condition_dropout: float = setting(
         0.1,
         "probability that conditioned_flow does not tell the flow about a sample's advantage; such "
         "samples teach it the log's policy, which guidance extrapolates from",
         interval="(0, 1)",
         per_run=True,
     )
-    guidance: float = knob(
+    guidance: float = setting(
         1.0,
         "weight of the conditional velocity when a conditioned_flow acts: 0 imitates the log, 1 its "
         "actions of positive advantage, more extrapolates; policy.guidance changes it after training",
         interval="[0, 1000]",
     )
-    hidden: tuple[int, ...] = knob(
+    hidden: tuple[int, ...] = setting(
         (256, 256), "widths of the hidden layers of every network", interval="[1, inf)"
     )
-    activation: Literal["relu", "tanh", "gelu", "mish"] = knob(
+    activation: Literal["relu", "tanh", "gelu", "mish"] = setting(
         "relu", "activation of every network; gelu is approximated by tanh"
     )
-    initialisation: Literal["orthogonal", "torch"] = knob(
+    initialisation: Literal["orthogonal", "torch"] = setting(
         "orthogonal",
         "initial weights of every network: orthogonal with gain sqrt(2) and biases of 0 (the "
         "official code) or torch (as torch.nn.Linear draws them)",
         per_run=True,
     )
-    layer_norm: bool = knob(False, "layer normalisation in the critics and in V")
-    norm_after_activation: bool = knob(False, "layer normalisation follows the activation")
-    residual: Literal["none", "policy", "all"] = knob(
+    layer_norm: bool = setting(False, "layer normalisation in the critics and in V")
+    norm_after_activation: bool = setting(False, "layer normalisation follows the activation")
+    residual: Literal["none", "policy", "all"] = setting(
         "none",
         "which networks have residual blocks, one for each of the hidden widths, which must be equal; "
         "blocks have layer normalisation, and in the policy dropout",
     )
-    dropout: float = knob(0.0, "dropout probability in the policy", interval="[0, 1)")
-    image_encoder: Literal["small", "residual"] = knob(
+    dropout: float = setting(0.0, "dropout probability in the policy", interval="[0, 1)")
+    image_encoder: Literal["small", "residual"] = setting(
         "small", "small (three convolutions) or residual (Espeholt et al. 2018)"
     )
-    image_features: int = knob(64, "numbers that each image becomes", interval="[1, inf)")
-    history: int = knob(
+    image_features: int = setting(64, "numbers that each image becomes", interval="[1, inf)")
+    history: int = setting(
         1, "observations that the networks read, the current one included", interval="[1, inf)"
     )
-    history_encoder: Literal["lstm", "transformer", "stack"] = knob(
+    history_encoder: Literal["lstm", "transformer", "stack"] = setting(
         "lstm",
         "what reads several observations; stack joins them to one vector, or images on their channels",
     )
-    history_features: int = knob(64, "width of the lstm or transformer", interval="[1, inf)")
-    action_chunk: int = knob(
+    history_features: int = setting(64, "width of the lstm or transformer", interval="[1, inf)")
+    action_chunk: int = setting(
         1,
         "actions of consecutive steps that the critics value and the policy proposes at once",
         interval="[1, inf)",
     )
-    replan_every: int | None = knob(
+    replan_every: int | None = setting(
         None,
         "actions of a chunk that the policy executes before it proposes the next one; none: all",
         interval="[1, inf)",
         may_change=lambda config: True,
     )
-    encoder_gradient: Literal["critics", "all"] = knob(
+    encoder_gradient: Literal["critics", "all"] = setting(
         "critics", "whose losses train the encoder that the networks share"
     )
-    random_shift: int = knob(
+    random_shift: int = setting(
         0,
         "move the images of a batch at random by up to that many pixels; DrQ has 4 for 84 x 84",
         interval="[0, 64]",
     )
-    num_samples: int = knob(
+    num_samples: int = setting(
         1,
         "actions that the policy draws when it acts, of which the critics choose the best; 1: it "
         "acts without the critics",
         interval="[1, inf)",
     )
-    num_critics: int = knob(2, "number of critics; see pessimism", interval="[1, inf)")
-    pessimism: float | None = knob(
+    num_critics: int = setting(2, "number of critics; see pessimism", interval="[1, inf)")
+    pessimism: float | None = setting(
         None,
         "rho in mean - rho std over the critics, the target of V; 0 is the mean; none: their minimum",
         interval="[0, inf)",
     )
     value_objective: Literal[
         "expectile", "quantile", "sarsa_expectile", "sparse", "exponential", "gumbel"
-    ] = knob(
+    ] = setting(
         "expectile",
         "loss of V; sparse (SQL), exponential (EQL) and gumbel (XQL) read alpha, the others expectile",
     )
-    alpha: float = knob(
+    alpha: float = setting(
         1.0,
         "of value_objective sparse, exponential and gumbel, in units of the values: a large one gives "
         "the value of the log's policy, one near 0 the largest value of a logged action, errors "
@@ -217,47 +217,51 @@ class IQLConfig:
         interval="(0, inf)",
         per_run=True,
     )
-    advantage_weight: Literal["auto", "exponential", "positive", "sparse"] = knob(
+    advantage_weight: Literal["auto", "exponential", "positive", "sparse"] = setting(
         "auto",
         "weight of a sample of advantage A in the policy's loss: exponential (exp(temperature A)), "
         "positive (max(A, 0)) or sparse (max(1 + A / (2 alpha), 0)); auto is positive for "
         "value_objective sparse and exponential, else exponential",
     )
-    loss_function: Literal["l2", "l1", "smooth_l1"] = knob(
+    loss_function: Literal["l2", "l1", "smooth_l1"] = setting(
         "l2", "distance of the critics to their targets"
     )
-    optimizer: Literal["adam", "adamw"] = knob("adam", "of all networks")
-    weight_decay: float = knob(0.0, "decoupled weight decay of adamw", interval="[0, inf)")
-    actor_lr: float = knob(3e-4, "learning rate of the policy", interval="(0, inf)", per_run=True)
-    critic_lr: float = knob(3e-4, "learning rate of the critics", interval="(0, inf)", per_run=True)
-    value_lr: float = knob(3e-4, "learning rate of V", interval="(0, inf)", per_run=True)
-    encoder_lr: float = knob(
+    optimizer: Literal["adam", "adamw"] = setting("adam", "of all networks")
+    weight_decay: float = setting(0.0, "decoupled weight decay of adamw", interval="[0, inf)")
+    actor_lr: float = setting(
+        3e-4, "learning rate of the policy", interval="(0, inf)", per_run=True
+    )
+    critic_lr: float = setting(
+        3e-4, "learning rate of the critics", interval="(0, inf)", per_run=True
+    )
+    value_lr: float = setting(3e-4, "learning rate of V", interval="(0, inf)", per_run=True)
+    encoder_lr: float = setting(
         1e-4, "learning rate of a shared encoder; 1e-4 is that of DrQ-v2", interval="(0, inf)"
     )
-    schedule: Literal["constant", "cosine_actor", "cosine"] = knob(
+    schedule: Literal["constant", "cosine_actor", "cosine"] = setting(
         "cosine_actor",
         "of the learning rates: constant, cosine_actor (the policy's falls to 0 over the run: the "
         "official code) or cosine (all fall)",
     )
-    schedule_steps: int | None = knob(
+    schedule_steps: int | None = setting(
         None, "falling rates change in that many steps; none: at every update", interval="[1, inf)"
     )
-    max_grad_norm: float | None = knob(
+    max_grad_norm: float | None = setting(
         None, "clip the gradient of each network to this L2 norm; none: never", interval="(0, inf)"
     )
-    order: Literal["sequential", "simultaneous"] = knob(
+    order: Literal["sequential", "simultaneous"] = setting(
         "sequential",
         "sequential (V, then policy and critics with the new V: the official code) or simultaneous",
     )
-    precision: Literal["float32", "bfloat16"] = knob(
+    precision: Literal["float32", "bfloat16"] = setting(
         "float32", "of the networks' products: float32 (the dtype they have) or bfloat16 (autocast)"
     )
-    compile: bool = knob(
+    compile: bool = setting(
         False,
         "torch.compile: a minute's start, then faster updates",
         may_change=lambda config: True,
     )
-    device: str = knob(
+    device: str = setting(
         "cpu", "torch device: cpu, cuda, cuda:1, mps, ...", may_change=lambda config: True
     )
 
@@ -274,7 +278,7 @@ class IQLConfig:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        for name, described in knobs(type(self)).items():
+        for name, described in config_settings(type(self)).items():
             object.__setattr__(self, name, described.plain(getattr(self, name)))
         for contradiction in self._contradictions():
             raise ValueError(contradiction)
@@ -400,8 +404,8 @@ FQL: dict[str, Any] = {
 #: (locomotion), ``configs/antmaze_config.py``, ``configs/kitchen_config.py`` (kitchen and, by its
 #: README, Adroit); ``train_offline.py`` (batch size, updates, and the reward maps it applies to
 #: locomotion and AntMaze); ``learner.py`` (Adam, cosine for the policy alone, order of the update);
-#: ``actor.py`` (ceiling 100); ``common.py`` (orthogonal weights). It standardises nothing. Its
-#: default seed is 42.
+#: ``actor.py`` (weights clipped at 100); ``common.py`` (orthogonal weights). It standardises nothing.
+#: Its default seed is 42.
 #:
 #: ``ogbench`` and ``ifql`` are IQL and IFQL for the single-task data of OGBench, with states as
 #: observations: Park, Li, Levine 2025, "Flow Q-Learning" (arXiv:2502.02538), appendix E, and

@@ -79,20 +79,6 @@ def field_of_space(space: gym.Space[Any], dtype: torch.dtype, key: Key) -> Field
     return Field(space.shape, stored)
 
 
-def category_starts(
-    observation_space: gym.Space[Any], action_space: gym.Space[Any]
-) -> dict[Key, NDArray[np.int64]]:
-    """The ``start`` of every leaf whose categories do not start at 0, by key, on both sides of a row.
-
-    Stored categories are the source's values minus ``start``.
-    """
-    starts: dict[Key, NDArray[np.int64]] = {}
-    for key, space in {**leaf_spaces(observation_space), ACTION: action_space}.items():
-        if np.any(start := np.asarray(getattr(space, "start", 0), np.int64)):
-            starts[key] = start
-    return starts | {("next", *key): start for key, start in starts.items() if key != ACTION}
-
-
 def spec_of_space(space: gym.Space[Any], dtype: torch.dtype, key: Key) -> TensorSpec:
     """A leaf's TorchRL spec: categorical, Bounded, or Unbounded where any bound is infinite.
 

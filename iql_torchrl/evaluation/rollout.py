@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from tensordict.nn import TensorDictModuleBase
 
-from iql_torchrl.config.knobs import check_whole
+from iql_torchrl.config.settings import check_whole
 from iql_torchrl.data.scaling import known_scores, normalised_score
 from iql_torchrl.evaluation.acting import (
     as_in_evaluation,

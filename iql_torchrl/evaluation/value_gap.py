@@ -13,7 +13,7 @@ from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
-from iql_torchrl.config.knobs import check_whole
+from iql_torchrl.config.settings import check_whole
 from iql_torchrl.evaluation.acting import as_in_evaluation, check_policy, policy_device
 from iql_torchrl.evaluation.statistics import standard_error
 

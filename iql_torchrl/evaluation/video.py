@@ -11,7 +11,7 @@ import gymnasium
 import numpy as np
 from tensordict.nn import TensorDictModuleBase
 
-from iql_torchrl.config.knobs import check_whole
+from iql_torchrl.config.settings import check_whole
 from iql_torchrl.evaluation.rollout import MakeEnv, check_arguments, evaluate
 
 

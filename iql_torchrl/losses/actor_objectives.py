@@ -17,7 +17,7 @@ from torch import Tensor
 from torchrl.modules import Delta
 
 from iql_torchrl import functional as F
-from iql_torchrl.config import IQLConfig, check_choice, knobs
+from iql_torchrl.config import IQLConfig, check_choice, config_settings
 from iql_torchrl.losses.batch import (
     FLOW_DROP,
     FLOW_NOISE,
@@ -108,7 +108,9 @@ class WeightedRegression(ActorObjective):
     ) -> None:
         super().__init__(temperature=temperature, max_weight=max_weight, alpha=alpha)
         if not callable(weight):
-            check_choice("weight", weight, knobs(IQLConfig)["advantage_weight"].choices[1:])
+            check_choice(
+                "weight", weight, config_settings(IQLConfig)["advantage_weight"].choices[1:]
+            )
         self.weight = weight
 
     @abstractmethod

@@ -11,7 +11,7 @@ from tensordict.nn import TensorDictModule
 from tensordict.utils import unravel_key
 from torch import nn
 
-from iql_torchrl.config import IQLConfig, check_choice, knobs
+from iql_torchrl.config import IQLConfig, check_choice, config_settings
 from iql_torchrl.losses.batch import IMAGE_SHIFT, Batch
 from iql_torchrl.private_apis import keeps_batch_statistics
 
@@ -41,7 +41,7 @@ class SharedEncoder:
     random_shift: int = IQLConfig.random_shift
 
     def __post_init__(self) -> None:
-        described = knobs(IQLConfig)
+        described = config_settings(IQLConfig)
         check_choice("gradient", self.gradient, described["encoder_gradient"].choices)
         described["random_shift"].plain(self.random_shift)
 

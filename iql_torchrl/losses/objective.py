@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from iql_torchrl.config import IQLConfig, knobs, number_dtype
+from iql_torchrl.config import IQLConfig, config_settings, number_dtype
 
 
 class Objective(nn.Module):
@@ -77,7 +77,7 @@ def checked_number(name: str, value: Any) -> float:
     one = isinstance(value, Tensor) and value.ndim == 0
     if isinstance(value, bool) or not (one or isinstance(value, Real)):
         raise TypeError(f"{name} is {value!r}; expected a number.")
-    if name in (described := knobs(IQLConfig)):
+    if name in (described := config_settings(IQLConfig)):
         described[name].check_in_loss(value)
     return float(value)
 

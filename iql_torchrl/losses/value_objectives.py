@@ -51,12 +51,8 @@ class ValueObjective(Objective):
         """Return the loss of each sample, ``(*B,)``."""
 
 
-class Expectile(ValueObjective):
-    """``|expectile - 1(A < 0)| A**2`` of ``A = target - value`` (eq. 5 of the paper).
-
-    ``expectile`` in (0, 1]: 0.5 gives the value of the behaviour policy; towards 1, that of its best
-    actions.
-    """
+class TailObjective(ValueObjective):
+    """An objective with the hyperparameter ``expectile`` in (0, 1]; abstract."""
 
     expectile: Tensor
 
@@ -64,6 +60,14 @@ class Expectile(ValueObjective):
         self, expectile: float = IQLConfig.expectile, *, pessimism: float | None = None
     ) -> None:
         super().__init__(expectile=expectile, pessimism=pessimism)
+
+
+class Expectile(TailObjective):
+    """``|expectile - 1(A < 0)| A**2`` of ``A = target - value`` (eq. 5 of the paper).
+
+    ``expectile`` in (0, 1]: 0.5 gives the value of the behaviour policy; towards 1, that of its best
+    actions.
+    """
 
     def forward(self, target: Tensor, value: Tensor, batch: Batch) -> Tensor:
         return F.expectile_loss(target - value, expectile=self.expectile)
@@ -75,15 +79,8 @@ class SarsaExpectile(Expectile):
     reads_td_target = True
 
 
-class Quantile(ValueObjective):
+class Quantile(TailObjective):
     """Pinball loss of ``target - value``: V becomes the quantile ``expectile`` in (0, 1]."""
-
-    expectile: Tensor
-
-    def __init__(
-        self, expectile: float = IQLConfig.expectile, *, pessimism: float | None = None
-    ) -> None:
-        super().__init__(expectile=expectile, pessimism=pessimism)
 
     def forward(self, target: Tensor, value: Tensor, batch: Batch) -> Tensor:
         return F.quantile_loss(target - value, quantile=self.expectile)
@@ -128,7 +125,7 @@ class Gumbel(ValueObjective):
     def forward(self, target: Tensor, value: Tensor, batch: Batch) -> Tensor:
         error = target - value
         largest = batch.largest(error)
-        return F.gumbel_loss(error, alpha=self.alpha, ceiling=self.clip, largest=largest)
+        return F.gumbel_loss(error, alpha=self.alpha, clip=self.clip, largest=largest)
 
 
 class Exponential(Gumbel):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from iql_torchrl.config import IQLConfig, check_whole, knobs
+from iql_torchrl.config import IQLConfig, check_whole, config_settings
 
 #: Makers of the activations that a config names. GELU is the approximation by tanh, as in JAX.
 ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = {
@@ -208,7 +208,7 @@ def _checked_linear(
     check_whole(**{f"hidden[{number}]": width for number, width in enumerate(hidden)})
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout is {dropout}; it must lie in [0, 1).")
-    knobs(IQLConfig)["initialisation"].check_in_loss(initialisation)
+    config_settings(IQLConfig)["initialisation"].check_in_loss(initialisation)
     if isinstance(activation, nn.Module) or not callable(activation):
         raise TypeError(
             f"activation is {activation!r}; expected a class or function that makes a module, such "

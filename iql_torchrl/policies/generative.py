@@ -21,7 +21,7 @@ from torchrl.data import TensorSpec
 from torchrl.envs.utils import ExplorationType, exploration_type
 from torchrl.modules import Delta
 
-from iql_torchrl.config import IQLConfig, check_choice, check_whole, knobs
+from iql_torchrl.config import IQLConfig, check_choice, check_whole, config_settings
 from iql_torchrl.networks import join_observations
 from iql_torchrl.policies.actors import OBSERVATION, Bounds, Head, Keys, bounds_of, listed
 from iql_torchrl.policies.distributions import BoundedDistribution, select
@@ -144,7 +144,7 @@ class FlowPolicy(TensorDictModuleBase):
                 "policies.flow(..., conditioned=True), or train with "
                 "actor_objective='conditioned_flow'."
             )
-        weight = knobs(IQLConfig)["guidance"].plain(weight)
+        weight = config_settings(IQLConfig)["guidance"].plain(weight)
         self.guidance_weight.fill_(weight)  # in place: copies with the averaged weights share it
 
     @property

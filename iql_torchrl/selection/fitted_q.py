@@ -15,7 +15,7 @@ import torch
 from gymnasium import spaces
 
 from iql_torchrl.config.arithmetic import check_usable
-from iql_torchrl.config.knobs import check_choice, check_whole
+from iql_torchrl.config.settings import check_choice, check_whole
 from iql_torchrl.data import OfflineDataset
 from iql_torchrl.selection.bounds import FloatArray
 from iql_torchrl.selection.candidates import resolve_candidates

@@ -18,7 +18,7 @@ from torchrl.data import ImmutableDatasetWriter, ReplayBuffer
 from torchrl.trainers import Trainer
 
 from iql_torchrl import files, private_apis
-from iql_torchrl.config import IQLConfig, knobs
+from iql_torchrl.config import IQLConfig, config_settings
 from iql_torchrl.data import DatasetSummary, ShardedReplay
 from iql_torchrl.data.digests import fingerprint
 from iql_torchrl.data.windows import WindowStorage
@@ -130,7 +130,9 @@ def _compared(states: Mapping[str, Any], config: type[IQLConfig]) -> dict[str, d
         groups["settings"] = settings
     if "agent" in states:
         values = config().to_dict() | dict(states["agent"]["config"])
-        may_change = {name for name, knob in knobs(config).items() if knob.may_change(values)}
+        may_change = {
+            name for name, setting in config_settings(config).items() if setting.may_change(values)
+        }
         groups["config"] = {name: v for name, v in values.items() if name not in may_change}
     if "replay_buffer" in states:
         replay = states["replay_buffer"]

@@ -59,7 +59,7 @@ def captured(
 
     With Adam or AdamW an update is one compiled program. On CUDA the updates of a call are one CUDA
     graph, which is replayed; the first call runs them without a graph. Elsewhere the program is
-    called ``updates`` times without checks between. A loaded state, a moved parameter, other knobs
+    called ``updates`` times without checks between. A loaded state, a moved parameter, other settings
     of the loss or the optimizer, other modes or rows make another program before the next update;
     learning rates are tensors, so schedules do not. Not watched: code and attributes of your own
     modules; call ``recapture()`` after changing those.

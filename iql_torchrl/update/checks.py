@@ -11,14 +11,14 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torchrl.objectives.utils import TargetNetUpdater
 
-from iql_torchrl.config import IQLConfig, knobs
+from iql_torchrl.config import IQLConfig, config_settings
 from iql_torchrl.losses import IQLLoss
 
 
 def check_settings(**values: object) -> None:
     """Raise ``ValueError`` on a value that the config of a run does not allow either."""
     for name, value in values.items():
-        knobs(IQLConfig)[name].plain(value)
+        config_settings(IQLConfig)[name].plain(value)
 
 
 def check_schedules(schedulers: Sequence[LRScheduler]) -> None:

@@ -274,7 +274,7 @@ def counted(keep: Callable[[Sequence[Any]], Sequence[bool]]) -> Callable[..., Se
 def worth_checking(guards: Sequence[Any]) -> list[bool]:
     """Which of Dynamo's guards to keep: thousands watch classes, hooks and module internals.
 
-    Kept: all about the batch; tensors; numbers and flags (knobs, modes); what step, loss, estimator
+    Kept: all about the batch; tensors; numbers and flags (settings, modes); what step, loss, estimator
     and updater are; global state of torch; what functions of the user read of their own modules. Of
     networks' internals only tensors, numbers and flags.
     """

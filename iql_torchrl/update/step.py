@@ -296,16 +296,10 @@ class IQLStep(Step):
             yield
 
     def list_trained(self) -> Trained:
-        """Bring :attr:`trained` up to date where parameters were frozen or unfrozen; returns it.
-
-        Raises ``ValueError`` where a parameter of the loss that requires a gradient is not the
-        optimizer's: nothing would train it.
-        """
+        """Bring :attr:`trained` up to date where parameters were frozen or unfrozen; returns it."""
         groups = self.optimizer.param_groups
         flags = [p.requires_grad for group in groups for p in group["params"]]
-        flags += [p.requires_grad for p in self._missing]
         if flags != self._flags:
-            check_optimizer(self.loss, self.optimizer)
             self._flags = flags
             parameters = [p for group in groups for p in group["params"] if p.requires_grad]
             group_of = [i for i, g in enumerate(groups) for p in g["params"] if p.requires_grad]
@@ -319,11 +313,10 @@ class IQLStep(Step):
         return self.trained
 
     def check_trains(self) -> None:
-        """Raise ``RuntimeError`` where an update would compute losses and not train what was asked.
+        """Raise an error where an update would compute losses and not train what was asked.
 
-        ``ValueError`` where the optimizer lacks a parameter that requires a gradient.
-
-        It is: in ``torch.inference_mode()`` or ``torch.no_grad()``, where no gradient exists; and in
+        ``ValueError``: the optimizer lacks a parameter that requires a gradient. ``RuntimeError``: in
+        ``torch.inference_mode()`` or ``torch.no_grad()``, where no gradient exists; and in
         a ``torch.distributed`` process group of several ranks over which gradients are not summed,
         unless these are independent. It costs less than a microsecond.
         """

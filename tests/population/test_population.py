@@ -28,7 +28,7 @@ from iql_torchrl.data import DeviceSampler
 from iql_torchrl.data.replay import MemberSampler
 from iql_torchrl.files import CheckpointError, read_components, write_components
 
-KNOBS = (
+SETTINGS = (
     {"seed": 5},
     {"expectile": 0.95},
     {"temperature": 0.0},
@@ -49,12 +49,12 @@ def test_a_member_equals_the_run_trained_alone(case):
 
 
 def test_each_knob_reaches_its_member_and_no_other():
-    beside = Beside(configs(({}, *KNOBS)), dataset())
+    beside = Beside(configs(({}, *SETTINGS)), dataset())
     beside.assert_equal(beside.train(40, extras))
     state = beside.population.loss.state_dict()
     moved = {n: v for n, v in state.items() if "mlp" in n and not n.startswith("target")}
-    for number in range(1, len(KNOBS) + 1):
-        assert any(not torch.equal(v[number], v[0]) for v in moved.values()), KNOBS[number - 1]
+    for number in range(1, len(SETTINGS) + 1):
+        assert any(not torch.equal(v[number], v[0]) for v in moved.values()), SETTINGS[number - 1]
 
 
 @pytest.mark.parametrize("order", ["sequential", "simultaneous"])

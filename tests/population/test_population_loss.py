@@ -16,12 +16,12 @@ from iql_torchrl import IQLLoss, IQLStep, policies
 from iql_torchrl.update.adam import StackedAdam
 from iql_torchrl.update.lifted import Lift, stack_losses, write_member
 
-KNOBS = (
+SETTINGS = (
     {},
     {"expectile": 0.95, "temperature": 0.0},
     {"expectile": 0.3, "temperature": 20.0, "max_weight": 1.5},
 )
-RUNS = len(KNOBS)
+RUNS = len(SETTINGS)
 
 
 def make_loss(gamma: float = 0.9, critics: int = 2, dtype=torch.float64, **options) -> IQLLoss:
@@ -37,8 +37,8 @@ def make_loss(gamma: float = 0.9, critics: int = 2, dtype=torch.float64, **optio
 
 
 def make_losses(**options) -> list[IQLLoss]:
-    knobs = zip(KNOBS, (0.9, 0.5, 0.0), strict=True)
-    return [make_loss(gamma, **{**options, **own}) for own, gamma in knobs]
+    settings = zip(SETTINGS, (0.9, 0.5, 0.0), strict=True)
+    return [make_loss(gamma, **{**options, **own}) for own, gamma in settings]
 
 
 TERMS = ("actor_loss", "value_loss", "qvalue_loss")

@@ -1,6 +1,6 @@
 """The description of one setting: its type, its allowed values, and which parts read it.
 
-A setting is described once, where its field is declared (:func:`knob`). The checks of a config and
+A setting is described once, where its field is declared (:func:`setting`). The checks of a config and
 of a loss, ``--help``, ``make_agent``, ``IQLPopulation``, ``captured`` and the comparison with a
 checkpoint read these descriptions, so that a new setting needs no other entry.
 """
@@ -27,7 +27,7 @@ KINDS: dict[Any, tuple[type, str]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Knob:
+class Setting:
     """The complete description of one setting of a run.
 
     Attributes:
@@ -125,25 +125,25 @@ class Knob:
         raise ValueError(f"{self.name} is {value}; it must {must} {words}: {self.help}.{note}")
 
 
-def knob(default: Any, help: str, **description: Any) -> Any:
-    """A dataclass field with this default; the keywords are :class:`Knob`'s attributes."""
-    described = Knob(default=default, help=help, **description)
-    return field(default=default, metadata={"knob": described})
+def setting(default: Any, help: str, **description: Any) -> Any:
+    """A dataclass field with this default; the keywords are :class:`Setting`'s attributes."""
+    described = Setting(default=default, help=help, **description)
+    return field(default=default, metadata={"setting": described})
 
 
-def _described(config: Any) -> Mapping[str, Knob]:
+def _described(config: Any) -> Mapping[str, Setting]:
     """The described fields of a config class, by name, in the order of the fields."""
     kinds = get_type_hints(config)
     return MappingProxyType(
         {
-            each.name: replace(each.metadata["knob"], name=each.name, kind=kinds[each.name])
+            each.name: replace(each.metadata["setting"], name=each.name, kind=kinds[each.name])
             for each in fields(config)
-            if "knob" in each.metadata
+            if "setting" in each.metadata
         }
     )
 
 
-knobs: Callable[[type], Mapping[str, Knob]] = cache(_described)
+config_settings: Callable[[type], Mapping[str, Setting]] = cache(_described)
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
