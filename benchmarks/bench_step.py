@@ -14,8 +14,9 @@ point. Writes benchmarks/results/step_DEVICE[_NAME].json; ``report.py`` makes ta
 from __future__ import annotations
 
 import argparse
+import ast
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -28,6 +29,7 @@ from step_floors import floor, floor_of_ours, limit_of_bytes
 from step_rivals import FORMS, ORDERS, Made, Rival, Sizes, make_step, ours, torchrl_loop
 
 import torch
+import torch._inductor.config
 from tensordict import TensorDict
 
 __all__ = ["timed"]  # bench_revisions.py takes it from here, in old revisions too
@@ -60,8 +62,22 @@ def trained(rows: TensorDict, sizes: Sizes, device: str) -> Made:
     return update, 100
 
 
-def competitors(device: str, updates: int = 8, only: str = "") -> dict[str, Rival]:
-    """Those whose name holds one of the comma-separated words of ``only``."""
+def captured_with(
+    rows: TensorDict, sizes: Sizes, device: str, setting: str, updates: int
+) -> Made:
+    """The captured form whose program is compiled with ``NAME=VALUE`` of Inductor's settings."""
+    name, _, value = setting.partition("=")
+    with torch._inductor.config.patch({name: ast.literal_eval(value)}):
+        update, a_call = ours(rows, sizes, device, "sequential", "captured", updates)
+        update()  # compiles
+    return update, a_call
+
+
+def competitors(
+    device: str, updates: int = 8, only: str = "", inductor: Sequence[str] = ()
+) -> dict[str, Rival]:
+    """Those whose name holds one of the comma-separated words of ``only``; ``inductor``: settings of
+    Inductor, with each of which the captured form is one more competitor."""
     results: dict[str, Rival] = {
         REFERENCE: torchrl_loop,
         "TorchRL compiled": partial(torchrl_loop, compile=True),
@@ -71,6 +87,10 @@ def competitors(device: str, updates: int = 8, only: str = "") -> dict[str, Riva
     for order in ORDERS:
         for form in FORMS:
             results[f"ours {order} {form}"] = partial(ours, order=order, form=form, updates=updates)
+    for setting in inductor:
+        results[f"ours sequential captured, {setting}"] = partial(
+            captured_with, setting=setting, updates=updates
+        )
     results["OfflineTrainer eager"] = trained
     results |= {FLOOR: floor, "floor of ours": floor_of_ours}
     if device.startswith("cuda"):
@@ -122,6 +142,8 @@ def parse() -> argparse.Namespace:
     add("--only", default="", metavar="NAME,...", help="competitors whose names hold these words")
     add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the products")
     add("--matmul-precision", default="highest", choices=("highest", "high", "medium"))
+    add("--inductor", nargs="*", default=[], metavar="NAME=VALUE", help="also the captured form with "
+        "this setting of Inductor, as in max_autotune_gemm=True")  # fmt: skip
     add("--limit", type=float, default=float("inf"), help="about how many seconds a point may take")
     add(
         "--small",
@@ -142,7 +164,8 @@ def main() -> None:
     torch._dynamo.config.recompile_limit = 64  # several steps share one code object
     path = place("step", device, options.result, folder=options.output)
     points: list[dict[str, Any]] = []
-    rivals, block = competitors(device, options.captured_updates, options.only), 0.0
+    rivals = competitors(device, options.captured_updates, options.only, options.inductor)
+    block = 0.0
     for axis, sizes in sweep(options):
         torch._dynamo.reset()
         results, block = measure(

@@ -46,12 +46,15 @@ bench() { stage "$1" "$2" "$python" "benchmarks/$3" --device "$device" --output 
 
 # files without gpu tests may import what this machine lacks
 files=$(grep -rlE 'mark\.gpu' tests --include='test_*.py')
-pytest=("$python" -m pytest -o addopts= -p no:cacheprovider -q --durations=15)
-rivals="TorchRL eager,ours sequential,JAX scan,floor" again=$rivals
+pytest=("$python" -m pytest -o addopts= -p no:cacheprovider -v --durations=15)
+rivals="TorchRL eager,ours sequential,JAX scan,floor"
+again="ours sequential captured,JAX scan,JAX step,floor of ours graph"
+profiled() { [ "$1" = eager ] && echo 16 || echo 64; }  # the profiler takes long for many launches
 if [ -n "$dry" ]; then
     small=(--rounds 2) again="ours sequential captured,floor"
     step=(--widths 16 --batches 32 --block 4 --captured-updates 2 --limit 400 "${small[@]}")
-    sizes=(--width 16 --batch 32 --rows 1000 --updates 8 --captured-updates 2)
+    sizes=(--width 16 --batch 32 --rows 1000 --captured-updates 2) long=()
+    profiled() { echo 8; }
     people=(--members 1,2 --widths 16 --batch 32 --rows 1000 --block 0.02 --captured-updates 2
             "${small[@]}")
     few=1000 many=20000 slow=15  # compilers of CPUs take longer, and more than one may be at work
@@ -59,28 +62,30 @@ if [ -n "$dry" ]; then
     stage collect 300 "${pytest[@]}" $files -m gpu --collect-only
     pytest+=(tests/update/test_cuda.py -m "not gpu and not slow" -k "gaussian or seeded_buffer")
 else
-    step=(--rounds 7 --block 20 --captured-updates 32 --limit 45)
-    sizes=(--updates 320 --captured-updates 32)
-    people=(--members 1,8,64,256 --widths 256 --rounds 3 --block 0.1 --captured-updates 8)
+    step=(--rounds 7 --block 20 --captured-updates 32 --limit 40) long=(--limit 70)
+    sizes=(--captured-updates 32)
+    people=(--members 1,8,64 --widths 256 --rounds 3 --block 0.1 --captured-updates 8)
     few=100000 many=1000000 slow=1
     # shellcheck disable=SC2206
     pytest+=($files -m gpu)
+    # most of a test's time is compilation: several at once where pytest-xdist is installed
+    "$python" -c "import xdist" 2>/dev/null && pytest+=(-p xdist.plugin -n "$(($(nproc) * 3 / 4))")
 fi
 
-stage tests $((170 * slow)) "${pytest[@]}"
-bench float32 $((65 * slow)) bench_step.py --rows $few --only "$rivals" --result "${card}_float32" \
-    "${step[@]}"
+stage tests $((140 * slow)) "${pytest[@]}"
+bench float32 $((100 * slow)) bench_step.py --rows $few --only "$rivals" --result "${card}_float32" \
+    "${step[@]}" "${long[@]}"
 bench tf32 $((65 * slow)) bench_step.py --rows $few --only "$again" --result "${card}_tf32" \
     --matmul-precision high "${step[@]}"
 bench bfloat16 $((65 * slow)) bench_step.py --rows $few --only "$again" \
     --result "${card}_bfloat16" --dtype bfloat16 "${step[@]}"
-bench population $((90 * slow)) bench_population.py --result "$card" \
+bench population $((100 * slow)) bench_population.py --result "$card" \
     --only "shared captured,single captured,floor batched" "${people[@]}"
 for form in eager compiled captured; do
-    bench "profile_$form" $((30 * slow)) profile_step.py --form $form --result "$card" \
-        "${sizes[@]}"
+    bench "profile_$form" $((25 * slow)) profile_step.py --form $form --result "$card" \
+        --updates "$(profiled $form)" "${sizes[@]}"
 done
-bench memory $((45 * slow)) bench_step.py --rows $many --result "${card}_memory" \
+bench memory $((40 * slow)) bench_step.py --rows $many --result "${card}_memory" \
     --only "TorchRL eager,ours sequential captured" "${step[@]}"
 
 session show "$folder" "$card"

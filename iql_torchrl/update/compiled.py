@@ -300,6 +300,8 @@ def program_options(device: torch.device, parameters: Iterable[Tensor]) -> dict[
         options["cpp_wrapper"] = True
     elif launches_kernels(device):
         options |= JOINED
+        # where a softmax's reduction is split, Inductor warns that it computes it in two passes
+        options["online_softmax"] = False
         if max(parameter.numel() for parameter in parameters) <= UNSPLIT:
             options["split_reductions"] = False
     return _known(options)

@@ -25,12 +25,7 @@ WORDS = {
     r"\b(?:the|a|this|one) logs?\b(?![-.]\w)(?! of| is| file)|\blog's\b": ("dataset", ()),
     r"\bmarks of (?:the )?ends?\b": ("done flags", ()),
     r"\breward maps?\b": ("reward scaling", ()),
-    r"\bknobs?\b": (
-        "setting",
-        # the functions of config, until they are renamed
-        ("docs/conf.py", "docs/extending.md", "iql_torchrl/evaluation", "iql_torchrl/trainers",
-         "examples/iql_objectives.py"),
-    ),
+    r"\bknobs?\b": ("setting", ()),
     r"\bwhole numbers?\b": ("integer", ()),
     r"\b(?:live|detached) critics?\b": ("online critics", ()),
     r"\bsick\b": ("failing", ()),
