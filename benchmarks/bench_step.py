@@ -62,9 +62,7 @@ def trained(rows: TensorDict, sizes: Sizes, device: str) -> Made:
     return update, 100
 
 
-def captured_with(
-    rows: TensorDict, sizes: Sizes, device: str, setting: str, updates: int
-) -> Made:
+def captured_with(rows: TensorDict, sizes: Sizes, device: str, setting: str, updates: int) -> Made:
     """The captured form whose program is compiled with ``NAME=VALUE`` of Inductor's settings."""
     name, _, value = setting.partition("=")
     with torch._inductor.config.patch({name: ast.literal_eval(value)}):
