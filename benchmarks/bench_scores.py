@@ -8,7 +8,8 @@ Every cell (log, method, seed) trains in a process of its own with one thread, i
 environment of its library below FOLDER, which the first call makes (d3rlpy pins an older Gymnasium).
 Its policy is then asked for deterministic actions, and ``iql_torchrl.evaluate`` plays it, so that
 environment, seeds and loop are the same for all. A cell is written to benchmarks/results/scores.json
-as soon as it is done; the same command continues with those that are missing.
+as soon as it is done, and the evaluations of an unfinished one under ``unfinished``; the same command
+continues with the cells that are missing.
 
 The defaults are the plan of the published table: ``--seeds 5``, and for each log the updates in
 ``LOGS`` (``--updates LOG=N`` changes them). Settings are those of each library's authors (``METHODS``
@@ -62,7 +63,7 @@ WORKER = Path(__file__).with_name("score_methods.py")
 CACHE = Path.home() / ".cache" / "iql_torchrl" / "peers"
 EVALUATION_SEED = 10_000
 CHUNK = 250  # updates of one command to a process: the least that may be asked for
-CAPTURED = 32  # updates of one call of the captured form, as in score_methods.py
+CAPTURED = 25  # updates of one call of the captured form, as in score_methods.py
 HOPPER_STEPS = 25_000
 CARTPOLE_EPISODES = 400
 
@@ -498,8 +499,14 @@ def mean_return(data: Data, act: Callable[..., Any], episodes: int) -> float:
     return float(played.returns.mean())
 
 
-def cell(o: argparse.Namespace, name: str, method: str, seed: int) -> dict[str, Any]:
-    """Train and evaluate one method with one seed."""
+def cell(
+    o: argparse.Namespace,
+    name: str,
+    method: str,
+    seed: int,
+    evaluated: Callable[[list[Any]], None] = lambda curve: None,
+) -> dict[str, Any]:
+    """Train and evaluate one method with one seed; ``evaluated`` gets the curve so far."""
     log, updates, began = LOGS[name], o.updates[name], time.perf_counter()
     changed = o.change if method in OWN else {}
     with worker(o, name, method, seed, updates, **changed) as (process, data):
@@ -510,6 +517,7 @@ def cell(o: argparse.Namespace, name: str, method: str, seed: int) -> dict[str, 
             cpu += process.ask(learn=point - done)["cpu_seconds"]
             done, value = point, mean_return(data, process.act, log.episodes)
             curve.append([point, value, data.score(value)])
+            evaluated(curve)
     return {
         "log": name, "method": method, "seed": seed, "updates": updates,
         "return": curve[-1][1], "score": curve[-1][2], "curve": curve,
@@ -598,10 +606,18 @@ def run(o: argparse.Namespace, path: Path) -> None:
         interpreter(method, o.peers)  # one after the other, before processes need it
 
     def one(each: tuple[str, str, int]) -> None:
-        result = cell(o, *each) | {"processor": processor()}
+        label = ", ".join(map(str, (*each, o.updates[each[0]])))
+
+        def evaluated(curve: list[Any]) -> None:
+            with RESULT_LOCK:
+                content["unfinished"][label] = {"curve": curve, "processor": processor()}
+                save(path, content, packages=("gymnasium", "mujoco"))
+
+        result = cell(o, *each, evaluated=evaluated) | {"processor": processor()}
         described = about_log(each[0], o.peers)
         with RESULT_LOCK:
             content["logs"][each[0]] = described
+            content["unfinished"].pop(label, None)
             add(content, result)
             save(path, content, packages=("gymnasium", "mujoco"))
             left = len(missing(o, content["cells"]))
@@ -617,9 +633,10 @@ def run(o: argparse.Namespace, path: Path) -> None:
 def read(path: Path) -> dict[str, Any]:
     """The results so far, without the record of the machine, which is written anew."""
     if not path.is_file():
-        return {"logs": {}, "settings": {}, "cells": [], "summary": []}
+        return {"logs": {}, "settings": {}, "cells": [], "summary": [], "unfinished": {}}
     content: dict[str, Any] = json.loads(path.read_text())
-    return {key: content[key] for key in ("logs", "settings", "cells", "summary")}
+    results = {key: content[key] for key in ("logs", "settings", "cells", "summary")}
+    return results | {"unfinished": content.get("unfinished", {})}
 
 
 # -- time ------------------------------------------------------------------------------------------
@@ -837,7 +854,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="other settings of ours; give --result too",
     )  # fmt: skip
     add("--time", action="store_true", help="measure times instead of scores")
-    add("--block", type=int, default=96, help="of --time: updates between two changes")
+    add("--block", type=int, default=100, help="of --time: updates between two changes")
     add("--rounds", type=int, default=11, help="of --time: blocks of each method")
     add("--forms", action="store_true", help="of --time: also ours compiled and captured")
     add("--page", type=Path, help="write the tables into this page, and train nothing")

@@ -116,10 +116,10 @@ def ours(task: Task) -> Learner:
     agent = make_agent(config, dataset)
     batches = dataset.device_sampler(config.batch_size, seed=task.seed)
     step = compiled(agent.step) if form == "compiled" else agent.step
-    replay = captured(agent.step, batches, updates=32) if form == "captured" else None
+    replay = captured(agent.step, batches, updates=25) if form == "captured" else None
 
     def learn(updates: int) -> None:
-        for _ in range(updates if replay is None else updates // 32):
+        for _ in range(updates if replay is None else updates // 25):
             if replay is None:
                 step(batches.sample())
             else:
