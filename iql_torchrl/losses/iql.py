@@ -255,9 +255,10 @@ class IQLLoss(NetworkLoss):
     def policy_phase(self, batch: Batch, target_qvalue: Tensor) -> Terms:
         """The losses of policy and critics, with V as it is after its step."""
         with torch.no_grad():
-            advantage = target_qvalue - self.state_value(batch)
+            value, next_value = self.state_and_next_value(batch)
+            advantage = target_qvalue - value
         loss_actor, of_actor = self.actor_term(batch, advantage)
-        loss_qvalue, of_qvalue = self.qvalue_term(batch, self.td_target(batch))
+        loss_qvalue, of_qvalue = self.qvalue_term(batch, self.td_target(batch, next_value))
         return {"loss_actor": loss_actor, "loss_qvalue": loss_qvalue}, of_actor | of_qvalue
 
     def _reduce(self, loss: Tensor, batch: Batch) -> Tensor:

@@ -430,11 +430,29 @@ class NetworkLoss(LossModule):
 
     def state_value(self, batch: Batch) -> Tensor:
         """``V(s)``, shape ``(*B,)``, with gradient."""
+        return self._value_of(self.inputs(batch).select(*self.value_network.in_keys, strict=False))
+
+    def _value_of(self, inputs: TensorDictBase) -> Tensor:
         key = self.tensor_keys.value
         with self.slots["value_network"].holding(self.held("value_network")) as network:
-            inputs = self.inputs(batch).select(*network.in_keys, strict=False)
             output = output_of(network(inputs), key, "value_network")
-        return per_sample(output, batch.data.batch_size, key)
+        return per_sample(output, inputs.batch_size, key)
+
+    def state_and_next_value(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """``V(s)`` and ``V(s')``, ``(*B,)``; None for V(s') where targets are not made of it alone.
+
+        A network of this package, to which transitions are rows, is called once for both.
+        """
+        if not self.bootstraps_once():
+            return self.state_value(batch), None
+        if not can_be_ensemble(getattr(self.value_network, "module", None)):
+            return self.state_value(batch), self.state_value(batch.next)
+        here, there = self.inputs(batch), self.inputs(batch.next)
+        rows = TensorDict({}, batch_size=(2, *here.batch_size))
+        for key in self.value_network.in_keys:
+            rows.set(key, torch.stack([here.get(key), there.get(key)]))
+        value, next_value = self._value_of(rows)
+        return value, next_value
 
     def qvalues(self, batch: Batch, source: str = "online", action: Tensor | None = None) -> Tensor:
         """``Q_k(s, a)`` of K critics, ``(K, *B)``.
@@ -497,12 +515,13 @@ class NetworkLoss(LossModule):
         estimator = self.value_estimator
         return type(estimator) is TD0Estimator and not estimator.average_rewards
 
-    def td_target(self, batch: Batch) -> Tensor:
+    def td_target(self, batch: Batch, next_value: Tensor | None = None) -> Tensor:
         """Regression target of the critics, shape ``(*B,)``, without gradient.
 
         ``r + gamma V(s')``, bootstrapped past truncation and not past termination; with
         ``steps_to_next_obs`` in the batch (n-step rewards) the discount is ``gamma**n``. With a
         ``chunk_mask`` it is ``sum_i gamma**i r_i + gamma**k V(s_k)`` of the k valid actions.
+        ``next_value``: V(s') where it is known.
         """
         estimator = self.value_estimator
         with torch.no_grad():
@@ -525,7 +544,7 @@ class NetworkLoss(LossModule):
                 gamma = gamma ** mask.sum(-1)
             elif steps is not None:
                 gamma = gamma ** per_sample(steps, shape, keys.steps_to_next_obs)
-            next_value = self.state_value(batch.next)
+            next_value = self.state_value(batch.next) if next_value is None else next_value
             check_same_shape(
                 "Where V gives a value for each agent, a team's reward and 'terminated' are stored for "
                 "each agent too: entry.expand(*B, agents). Else check V's last layer.",

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from iql_torchrl.config import IQLConfig, check_whole, config_settings
+from iql_torchrl.config import IQLConfig, check_whole, config_settings, launches_kernels
+from iql_torchrl.networks.encoders import OneHot
 
 #: Makers of the activations that a config names. GELU is the approximation by tanh, as in JAX.
 ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = {
@@ -18,6 +19,8 @@ ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = {
     "gelu": partial(nn.GELU, "tanh"),
     "mish": nn.Mish,
 }
+NARROW = 32  # inputs or outputs
+SMALL = 2**22  # multiplications
 
 
 class Standardise(nn.Module):
@@ -65,9 +68,12 @@ class Linear(nn.Linear):
 
     With a weight ``(out, in)`` it is ``nn.Linear``. With a weight ``(K, out, in)`` and a bias
     ``(K, out)`` an input ``(N, in)``, which all layers read, or ``(K, N, in)`` gives ``(K, N, out)``.
+    Integers ``(*B,)`` are read as the one-hot vectors ``(*B, in)``.
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        if not x.is_floating_point():
+            return affine_of_categories(x, self.weight, self.bias)
         return affine(x, self.weight, self.bias)
 
 
@@ -75,16 +81,36 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """``x @ weight.mT + bias``, of one layer or of K stacked ones (:class:`Linear`).
 
     Stacked weights multiply columns, so that their gradients come out in their layout. A compiled
-    program computes a single output as a sum, which it joins with what surrounds it.
+    program computes narrow layers as sums, which it joins with what surrounds them.
     """
-    if weight.shape[-2] == 1 and x.ndim >= weight.ndim and torch.compiler.is_compiling():
-        return (x * weight).sum(-1, keepdim=True) + bias.unsqueeze(-2)
+    if torch.compiler.is_compiling() and _is_better_summed(x, weight):
+        if weight.shape[-2] == 1:
+            return (x * weight).sum(-1, keepdim=True) + bias.unsqueeze(-2)
+        return (x.unsqueeze(-2) * weight.unsqueeze(-3)).sum(-1) + bias.unsqueeze(-2)
     if weight.ndim == 2:
         return nn.functional.linear(x, weight, bias)
     if x.ndim == 2:  # one product for all layers
         out = (weight.flatten(0, 1) @ x.mT).unflatten(0, weight.shape[:2])
         return (out + bias.unsqueeze(-1)).mT
     return torch.baddbmm(bias.unsqueeze(-1), weight, x.mT).mT
+
+
+def affine_of_categories(index: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """:func:`affine` of the one-hot vectors of ``index`` ``(*B,)``: columns of the weight."""
+    columns = weight.gather(-1, index.reshape(-1).expand(*weight.shape[:-1], -1))
+    out = columns.mT + bias.unsqueeze(-2)
+    return out.reshape(*weight.shape[:-2], *index.shape, out.shape[-1])
+
+
+def _is_better_summed(x: Tensor, weight: Tensor) -> bool:
+    """Whether a program computes the layer as a sum: one with a single output, and on a GPU, where a
+    launch takes longer than a small product, one with at most ``NARROW`` inputs or outputs."""
+    outputs, inputs = weight.shape[-2:]
+    if outputs == 1:
+        return x.ndim >= weight.ndim
+    if not launches_kernels(x.device) or min(outputs, inputs) > NARROW:
+        return False
+    return weight.numel() * x.shape[-2] <= SMALL
 
 
 def chain(x: Tensor, leaves: Sequence[Tensor]) -> Tensor:
@@ -264,11 +290,16 @@ class AroundPerceptron(nn.Module):
         self.mlp: nn.Module = (ResidualMLP if residual else MLP)(in_features, out_features, **mlp)
 
     def forward(self, *inputs: Tensor) -> Any:
-        return self.layers(self.preprocess(join_observations(inputs)))
+        observation = join_observations(inputs)
+        first = getattr(self.mlp, "first", None)  # not in a module of yours
+        if type(self.preprocess) is OneHot and type(first) is Linear:
+            out = self.mlp(observation.long().reshape(-1))
+            return out.reshape(*out.shape[:-2], *observation.shape, out.shape[-1])
+        return self.layers(self.preprocess(observation))
 
     def layers(self, features: Tensor) -> Tensor:
         """``mlp``: ``(*B, in)`` to ``(*B, out)``, of K networks to ``(K, *B, out)``."""
-        first = getattr(self.mlp, "first", None)  # not in a module of yours
+        first = getattr(self.mlp, "first", None)
         weight = getattr(first, "weight", None)
         if weight is not None and features.dtype != weight.dtype:
             _check_dtype(features, weight)

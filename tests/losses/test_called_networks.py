@@ -17,7 +17,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from torchrl.data import Categorical
 from torchrl.modules import MLP as TorchRLMLP
 from torchrl.modules import ValueOperator
-from torchrl.objectives import LossModule
+from torchrl.objectives import LossModule, ValueEstimators
 
 from iql_torchrl import DiscreteIQLLoss, IQLLoss, compiled, networks, policies
 from iql_torchrl.losses.networks import TARGET_CRITICS
@@ -294,3 +294,23 @@ def test_one_class_of_the_package_is_above_the_loss():
     above = [kind for kind in IQLLoss.__mro__[1:] if kind.__module__.startswith("iql_torchrl")]
     assert len(above) == 1
     assert LossModule in IQLLoss.__mro__
+
+
+@pytest.mark.parametrize("network", ["package", "foreign"])
+def test_v_of_both_states_equals_two_calls(network):
+    """A network of this package is called once for s and s', one of yours twice."""
+    module = networks.StateValue(OBS, hidden=(8,)) if network == "package" else Foreign(OBS)
+    calls = []
+    module.register_forward_hook(lambda *_: calls.append(1))
+    loss = IQLLoss(
+        policies.gaussian(OBS, SPEC, hidden=(8,)),
+        ValueOperator(networks.Critic(OBS, ACT, hidden=(8,)), in_keys=BOTH),
+        ValueOperator(module, in_keys=["observation"]),
+    ).double()
+    batch = loss.prepare_batch(make_batch(6).double())
+    value, next_value = loss.state_and_next_value(batch)
+    assert len(calls) == (1 if network == "package" else 2)
+    torch.testing.assert_close(value, loss.state_value(batch), **EXACT)
+    torch.testing.assert_close(next_value, loss.state_value(batch.next), **EXACT)
+    loss.make_value_estimator(ValueEstimators.TDLambda, gamma=0.9, lmbda=0.5)
+    assert loss.state_and_next_value(batch)[1] is None

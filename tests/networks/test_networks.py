@@ -94,6 +94,43 @@ def test_one_hot_keeps_the_batch_shape(shape):
     assert torch.equal(out, torch.eye(4)[index])
     value = networks.StateValue(4, preprocess=networks.OneHot(4), hidden=(8,))
     assert value(index).shape == (*shape, 1)
+    torch.testing.assert_close(value(index), value.mlp(out))
+    torch.testing.assert_close(value(index.float()), value.mlp(out))
+
+
+def test_stacked_layers_read_categories_as_columns():
+    """``(K, out, in)`` weights; the gradient of a column is the sum over its rows."""
+    layer = networks.perceptrons.Linear(3, 2)
+    weight = torch.arange(12.0).view(2, 2, 3).requires_grad_()
+    layer.weight, layer.bias = nn.Parameter(weight.detach()), nn.Parameter(torch.ones(2, 2))
+    out = layer(torch.tensor([2, 0, 2]))
+    by_hand = [[[3.0, 6.0], [1.0, 4.0], [3.0, 6.0]], [[9.0, 12.0], [7.0, 10.0], [9.0, 12.0]]]
+    assert out.tolist() == by_hand
+    out.sum().backward()
+    assert layer.weight.grad.tolist() == [[[1.0, 0.0, 2.0]] * 2] * 2
+
+
+@pytest.mark.parametrize("sizes", [(5, 40), (40, 6), (40, 1), (40, 40)])
+@pytest.mark.parametrize("stacked", [False, True])
+def test_layers_as_sums_equal_products(sizes, stacked, monkeypatch):
+    """As a program for a GPU computes narrow layers; gradients too."""
+    inputs, outputs = sizes
+    x = torch.randn(7, inputs, dtype=torch.float64, requires_grad=True)
+    leading = (3,) if stacked else ()
+    weight = torch.randn(*leading, outputs, inputs, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(*leading, outputs, dtype=torch.float64, requires_grad=True)
+    expected = networks.perceptrons.affine(x, weight, bias)
+    gradients = torch.autograd.grad(expected.square().sum(), (x, weight, bias))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.setattr(networks.perceptrons, "launches_kernels", lambda device: True)
+    out = networks.perceptrons.affine(x, weight, bias)
+    assert ("Sum" in str(out.grad_fn.next_functions)) == (
+        min(sizes) < 40 and (outputs > 1 or not stacked)
+    )
+    torch.testing.assert_close(out, expected)
+    again = torch.autograd.grad(out.square().sum(), (x, weight, bias))
+    for one, other in zip(again, gradients, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_named_activations():
