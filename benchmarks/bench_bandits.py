@@ -24,12 +24,13 @@ from bandit_families import FAMILIES, Bandit, Logged, arm_means, softmax
 from iql_torchrl import load_dataset
 from iql_torchrl.selection import bounds
 from iql_torchrl.selection.bounds import mean_bounds
-from iql_torchrl.selection.episodes import Episodes, EpisodeScores
+from iql_torchrl.selection.episodes import Episodes
 from iql_torchrl.selection.estimators import (
     LoggedLogProb,
     ModelValues,
     candidate_scores,
     direct_method,
+    episode_scores,
     per_decision,
 )
 from record import place, save
@@ -192,19 +193,17 @@ def decision(bandit: Bandit, rounds: int, seed: int) -> dict[str, Any]:
     fit, fresh = rest.split(rounds // 3)
     episodes, means, place = episodes_of(fresh), arm_means(fit), np.arange(len(fresh.action))
     candidates = candidates_of(train, bandit, gain=2.0)
-    scored = []
+    logged, models, count = [], [], len(candidates)
     for policy in candidates.values():
         chosen = policy(fresh.context)
-        logged = LoggedLogProb(
-            *(np.log(p[place, fresh.action]) for p in (chosen, fresh.propensities))
+        logged.append(
+            LoggedLogProb(*(np.log(p[place, fresh.action]) for p in (chosen, fresh.propensities)))
         )
-        model = model_of(means, fresh, chosen)
-        scored.append(candidate_scores(episodes, logged, (model, model), LIMITS, np.nan))
-    count = len(scored)
-    scores = EpisodeScores.joined(
-        scored, fresh.reward, fresh.reward, 0.0, initial_values=np.empty((count, 0)),
-        unsupported=np.zeros(count), behaviour_unsupported=0.0, worst_unsupported=np.zeros(count),
-        uncovered_ends=0.0, return_range=LIMITS, exact=np.ones(count, bool), history={},
+        models.append((model_of(means, fresh, chosen),) * 2)
+    scores = episode_scores(
+        episodes, logged, models, LIMITS, np.full(count, np.nan), behaviour_scores=fresh.reward,
+        behaviour_scores_high=fresh.reward, behaviour_max_deviation=0.0, unsupported=np.zeros(count),
+        behaviour_unsupported=0.0, worst_unsupported=np.zeros(count), uncovered_ends=0.0, history={},
     )  # fmt: skip
     low, _ = scores.gain_bounds(0.95, seed)
     sound = (low > 0) & (scores.effective_episodes >= 20)

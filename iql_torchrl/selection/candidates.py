@@ -1,7 +1,4 @@
-"""Candidates of a ranking: policies with a name, and what they do in logged states.
-
-A candidate is an ``Agent`` or any TensorDict module that writes ``action``.
-"""
+"""Candidates of a ranking: policies with a name, and what they do in logged states."""
 
 from __future__ import annotations
 
@@ -34,9 +31,8 @@ ROWS_AT_ONCE = 16_384
 class Candidate:
     """A policy that is compared with others.
 
-    ``temperature`` is from its config, NaN where the objective does not read it, and ``episodes``
-    from its task (digests of episodes that it was trained on); NaN and None for an actor without an
-    agent.
+    ``temperature``: of its config; NaN without one, or where the objective does not read it.
+    ``episodes``: digests of the episodes that it was trained on; None where unknown.
     """
 
     name: str
@@ -46,11 +42,7 @@ class Candidate:
 
 
 def resolve_candidates(candidates: Mapping[str, Any]) -> tuple[Candidate, ...]:
-    """The candidates of ``{name: Agent or actor}``, in its order.
-
-    Raises ``ValueError`` for an empty mapping, ``TypeError`` for an object that is not a TensorDict
-    module and has none as its ``policy``. ``ValueError`` for a policy with a history or with chunks.
-    """
+    """The candidates of ``{name: Agent or actor}``, in its order; ``ValueError`` if there is none."""
     if not isinstance(candidates, Mapping) or not candidates:
         raise ValueError(
             f"candidates is {candidates!r}; expected at least one in a dict of name to Agent or actor."
@@ -59,36 +51,36 @@ def resolve_candidates(candidates: Mapping[str, Any]) -> tuple[Candidate, ...]:
 
 
 def resolve_candidate(name: str, policy: Any) -> Candidate:
-    """``policy`` itself or, for an ``Agent``, its ``policy``; raises as :func:`resolve_candidates`."""
+    """A TensorDict module that writes ``action``, or the ``policy`` of an ``Agent``.
+
+    Raises ``TypeError`` for other objects, ``ValueError`` for a policy with a history or with chunks.
+    """
     actor = policy if isinstance(policy, torch.nn.Module) else getattr(policy, "policy", policy)
     try:
         check_policy(actor)
     except (TypeError, ValueError) as error:
         raise type(error)(f"candidate {name!r}: {error}") from error
-    history, chunk = history_of(actor), chunk_of(actor)
-    for does, several in (
-        ("reads the last {} observations", history),
-        ("proposes {} actions at once", chunk),
-    ):
-        if several is not None:
-            raise ValueError(
-                f"candidate {name!r} {does.format(several.length)}, and offline estimates are for "
-                "policies that choose each action by one observation. Rank such policies in an "
-                "environment."
-            )
+    does = ""
+    if (history := history_of(actor)) is not None:
+        does = f"reads the last {history.length} observations"
+    elif (chunk := chunk_of(actor)) is not None:
+        does = f"proposes {chunk.length} actions at once"
+    if does:
+        raise ValueError(
+            f"candidate {name!r} {does}, and offline estimates are for policies that choose each "
+            "action by one observation. Rank such policies in an environment."
+        )
     config = getattr(policy, "config", None)
     unused = getattr(config, "actor_objective", None) in UNWEIGHTED
     temperature = math.nan if unused else float(getattr(config, "temperature", math.nan))
-    return Candidate(
-        str(name), actor, temperature, getattr(getattr(policy, "task", None), "episodes", None)
-    )
+    episodes = getattr(getattr(policy, "task", None), "episodes", None)
+    return Candidate(str(name), actor, temperature, episodes)
 
 
 def states(rows: TensorDictBase, *, following: bool = False) -> TensorDictBase:
     """The inputs of a policy in ``rows`` ``(N,)``: observations, and masks where the data have them.
 
-    ``following``: those after the step. Masks that forbid every action, as they may after a
-    termination, become all true, because no action is taken there.
+    ``following``: those after the step, where a mask that forbids every action becomes all true.
     """
     table = rows["next"] if following else rows
     table = table.select("observation", "action_mask", strict=False).copy()
@@ -103,9 +95,8 @@ def log_probabilities(
 ) -> Tensor:
     """log pi(a|s) of every action at ``table``'s states ``(N,)``: float64 ``(N, num_actions)``.
 
-    From the distribution's logits, normalised in float64 over the actions that ``action_mask``
-    allows, whether or not the policy reads it. ``deterministic``, or a policy without a
-    distribution: 0 for its action and -inf for the others.
+    Normalised over the actions that ``action_mask`` allows, whether or not the policy reads it.
+    ``deterministic``, or a policy without a distribution: 0 for its action and -inf for the others.
 
     Raises ``ValueError`` when the policy reads what the data lack, chooses among another number
     of actions, or gives probability 0 to every allowed action.
@@ -176,8 +167,8 @@ def logged_log_prob(
 ) -> Tensor:
     """log pi(a|s) of the logged actions, float64 ``(N,)``; continuous policies always sample.
 
-    Raises ``ValueError`` as :func:`log_probabilities`, for continuous actions of a policy without a
-    density (a deterministic one, a flow, the best of several actions), or when one is NaN.
+    Raises ``ValueError`` as :func:`log_probabilities`, for continuous policies without a density (a
+    deterministic one, a flow, the best of several actions), or where the density is NaN.
     """
     table, action = states(log.transitions), log.transitions["action"]
     if isinstance(log.action_space, spaces.Discrete):
@@ -190,12 +181,12 @@ def logged_log_prob(
             "importance sampling needs the log-probability of logged actions, which policies.gaussian, "
             "tanh_normal and mixture have. Fitted Q evaluation needs none."
         )
+
+    def compute(chunk: TensorDictBase) -> Tensor:
+        return _distribution(candidate, chunk).log_prob(chunk["action"]).double()
+
     table["action"] = action
-    result = _in_chunks(
-        candidate,
-        table,
-        lambda rows: _distribution(candidate, rows).log_prob(rows["action"]).double(),
-    )
+    result = _in_chunks(candidate, table, compute)
     if result.ndim != 1 or bool((result.isnan() | (result == torch.inf)).any()):
         raise ValueError(
             f"candidate {candidate.name!r} gives logged actions log-densities of shape "
@@ -217,8 +208,7 @@ def bc_distance(candidate: Candidate, baseline: Candidate, log: OfflineDataset) 
         return float(gap.double().square().sum(-1).mean())
     count = int(log.action_space.n)
     own, other = (log_probabilities(each, table, count) for each in (candidate, baseline))
-    possible = own > -torch.inf
-    terms = torch.where(possible, own.exp() * (own - other), torch.zeros_like(own))
+    terms = torch.where(own > -torch.inf, own.exp() * (own - other), 0.0)
     return float(terms.sum(-1).mean().clamp(min=0.0))
 
 

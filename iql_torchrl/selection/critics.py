@@ -27,7 +27,7 @@ from iql_torchrl.selection.estimators import (
     LARGEST_LOG_WEIGHT,
     LoggedLogProb,
     ModelValues,
-    candidate_scores,
+    episode_scores,
 )
 from iql_torchrl.tolerance import rounding
 
@@ -44,41 +44,39 @@ VISITS_COMPARED = 5_000
 
 @dataclass
 class Critics:
-    """Critics of P candidates and of the log's own policy, and how they read the log ``train``.
+    """Critics of P candidates and of the behaviour policy, and how they read the dataset ``train``.
 
-    There are P + 1 critics. The last one is of the policy that made the log. It estimates the value
-    of a state from the logged steps, so it does not depend on an action: its action input is always
-    the log's mean action, or it averages over the outputs of discrete actions. ``layers`` are the
-    weight ``(P + 1, out, in)`` and the bias ``(P + 1, out)`` of each layer in turn.
+    The last of the P + 1 critics estimates V of the behaviour policy from logged transitions: its
+    action input is always the mean action, or it averages over the outputs of discrete actions.
+    ``layers``: weight ``(P + 1, out, in)`` and bias ``(P + 1, out)`` of each layer in turn. Values are
+    in units of the deviation of the dataset's returns, ``unit``.
 
-    Values are in units of the deviation of the log's returns, ``unit``. ``limits``: least and greatest
-    return. ``samples``: draws of a continuous action per state; with 0 candidates take
-    the deterministic or most probable action.
+    ``limits``: smallest and largest return. ``samples``: draws of a continuous action per state; 0: the
+    deterministic or most probable action.
     """
 
     candidates: tuple[Candidate, ...]
     train: Episodes
     device: torch.device
-    discount: float
     limits: tuple[float, float]
     samples: int = 0
     seed: int = 0
     layers: Layers = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        log, returns = self.train.dataset, self.train.returns_to_go
+        dataset, returns = self.train.dataset, self.train.returns_to_go
         # If all returns are equal, their deviation is 0 but for rounding and cannot be the unit.
         spread, size = float(returns.std()), float(np.abs(returns).mean())
         self.unit = spread if spread > rounding(np.float64) * size else size or 1.0
         self.mean_return = float(returns.mean())
-        self.discrete = isinstance(log.action_space, spaces.Discrete)
-        self.outputs = int(log.action_space.n) if self.discrete else 1  # type: ignore[attr-defined]
+        self.discrete = isinstance(dataset.action_space, spaces.Discrete)
+        self.outputs = int(dataset.action_space.n) if self.discrete else 1  # type: ignore[attr-defined]
         if not self.discrete:
-            logged = ObservationStatistics.of(log.transitions["action"].float())
+            logged = ObservationStatistics.of(dataset.transitions["action"].float())
             self.scale = Standardise(logged.mean, logged.std).to(self.device)
 
     def choices(self, table: TensorDictBase) -> Tensor:
-        """Of every candidate, then of the log's policy: ``(P + 1, N, n)`` or ``(P + 1, N, K, A)``."""
+        """Probabilities ``(P + 1, N, n)`` or actions ``(P + 1, N, K, A)``; behaviour policy last."""
         chosen = [
             log_probabilities(m, table, self.outputs, deterministic=self.samples == 0).exp().float()
             if self.discrete
@@ -116,7 +114,7 @@ class Critics:
         return values.unflatten(1, (-1, choices.shape[2])).mean((2, 3))
 
     def value(self, layers: Layers, steps: Steps, index: Tensor) -> Tensor:
-        """Q(s, a) of logged actions, and V(s) of the log's own policy, ``(P + 1, B)``."""
+        """Q(s, a) of logged actions, and V(s) of the behaviour policy, ``(P + 1, B)``."""
         features, action = steps.features[index], steps.action[index]
         if not self.discrete:
             return chain(self.inputs(features, self.logged(action)), layers).squeeze(-1)
@@ -125,21 +123,21 @@ class Critics:
         return torch.cat([values[:-1], every[-1:].mean(-1)])
 
     def target(self, layers: Layers, steps: Steps, index: Tensor) -> Tensor:
-        """``r + discount * E Q'(s', .)``, ``(P + 1, B)``, of the rows numbered ``index`` ``(B,)``."""
+        """``r + discount * E Q'(s', .)``, ``(P + 1, B)``, of the transitions ``index`` ``(B,)``."""
         following = self.expected(layers, steps.following[index], steps.choices(index))
         following = torch.where(steps.out_of_support[index], steps.end_values, following)
         terminated = steps.terminated[index].expand_as(following)
-        return F.td_target(steps.reward[index], following, terminated, gamma=self.discount)
+        return F.td_target(steps.reward[index], following, terminated, gamma=self.train.discount)
 
     def fit(
         self, steps: Steps, hidden: Sequence[int], updates: int, batch_size: int, lr: float,
         polyak: float, progress: bool | None = None,
     ) -> None:  # fmt: skip
-        """P + 1 equal MLPs with the log's mean as output, then ``updates`` of Adam."""
+        """P + 1 equal MLPs with the mean return as output, then ``updates`` of Adam."""
         size = self.inputs(steps.features[:1], self.logged(steps.action[:1])).shape[-1]
-        live = self._first_layers([size, *hidden, self.outputs])
-        target = [leaf.detach().clone() for leaf in live]
-        optimizer = torch.optim.Adam(live, lr=lr)
+        online = self._first_layers([size, *hidden, self.outputs])
+        target = [leaf.detach().clone() for leaf in online]
+        optimizer = torch.optim.Adam(online, lr=lr)
         batches = torch.Generator().manual_seed(self.seed)  # the same batches on every device
         for update in tqdm(
             range(updates), "fitted Q evaluation", unit="update", leave=False,
@@ -153,14 +151,14 @@ class Critics:
                 )
             with torch.no_grad():
                 regressed = self.target(target, steps, indices[place])
-            error = self.value(live, steps, indices[place]) - regressed
+            error = self.value(online, steps, indices[place]) - regressed
             optimizer.zero_grad()
             error.square().mean(-1).sum().backward()
             optimizer.param_groups[0]["lr"] = lr * (1 - update / updates)
             optimizer.step()
-            for kept, leaf in zip(target, live, strict=True):
+            for kept, leaf in zip(target, online, strict=True):
                 kept.lerp_(leaf.detach(), polyak)
-        self.layers = [leaf.detach() for leaf in live]
+        self.layers = [leaf.detach() for leaf in online]
 
     def _first_layers(self, widths: Sequence[int]) -> Layers:
         generator, layers = torch.Generator().manual_seed(self.seed), []
@@ -184,8 +182,7 @@ class Critics:
         chosen = choices[policy : policy + 1]
         hidden = self.inputs(features, chosen)
         if len(self.layers) > 2:
-            own = [leaf[policy : policy + 1] for leaf in self.layers[:-2]]
-            hidden = chain(hidden, own).relu()
+            hidden = chain(hidden, [leaf[policy : policy + 1] for leaf in self.layers[:-2]]).relu()
         hidden = hidden if hidden.ndim == 2 else hidden[0]
         hidden = torch.cat([hidden, torch.ones_like(hidden[:, :1])], -1)
         if not self.discrete:
@@ -198,11 +195,11 @@ class Critics:
 
 
 class Steps:
-    """Rows of a log as critics read them.
+    """Transitions as critics read them.
 
     ``starts``: features and choices of the first states. ``out_of_support`` ``(N,)``: transitions
-    whose next observation does not occur in the dataset. The value of that state counts as the least
-    return for the candidates and the greatest for the behaviour policy.
+    whose next observation does not occur in the dataset. The value of that state counts as the
+    smallest return for the candidates and the largest for the behaviour policy.
     """
 
     def __init__(
@@ -231,15 +228,18 @@ class Steps:
         self.parts = torch.arange(len(table), device=device).split(ROWS_AT_ONCE)
 
     def choices(self, index: Tensor) -> Tensor:
-        """Every policy's choices in the states after the rows numbered ``index`` ``(B,)``."""
+        """Every policy's choices in the next states of the transitions ``index`` ``(B,)``."""
         if self.kept is None:
             return self.critics.choices(self.states[index.to(self.states.device or "cpu")])
         return self.kept.index_select(1, index)
 
     def visits(self, policy: int) -> Tensor:
-        """Coefficients of one policy's discounted visits of a step, relative to the log's, ``(F,)``.
+        """Coefficients of a policy's discounted visits relative to the dataset's, ``(F,)``.
 
-        The visits of the last policy, the log's own, are those after truncated ends of episodes.
+        ``w`` is linear in the last hidden features ``f`` of the policy's own critic, and solves
+        ``mean_e sum_t w (f(s, a) - discount E f(s', .)) = mean_e f(s_0)`` over the dataset fitted on,
+        with a small ridge: minimax weight learning with a linear class (Uehara, Huang, Jiang 2020,
+        arXiv:1910.12809, section 4). The visits of the behaviour policy are those after truncation.
         """
         critics, log, device = self.critics, self.log, self.critics.device
         visited = partial(critics.visit_features, policy)
@@ -255,7 +255,7 @@ class Steps:
             logged = visited(self.features[index], critics.logged(self.action[index]))
             going = ~(self.terminated[index] | self.out_of_support[index])
             after = visited(self.following[index], self.choices(index))
-            step = logged - critics.discount * going[:, None] * after
+            step = logged - log.discount * going[:, None] * after
             change += (step.T @ logged).double()
             squares += logged.double().square().sum(0)
         ridge = RIDGE * squares.mean().clamp(min=1e-12)
@@ -315,7 +315,7 @@ class Steps:
         parts = [self.coverage.unsupported_choices(*each) for each in (self.starts, later)]
         outside = torch.cat(parts, 1)[:-1].double().numpy()
         going = ~(self.terminated | self.out_of_support).cpu().numpy()[compared.numpy()]
-        scale = critics.discount * rows / len(compared) / episodes
+        scale = self.log.discount * rows / len(compared) / episodes
         followed = weight[:-1, compared.numpy()] * going * scale
         visits = np.concatenate([np.full((len(followed), episodes), 1 / episodes), followed], 1)
         visits /= visits.sum(1, keepdims=True)
@@ -332,14 +332,9 @@ def network_scores(
 ) -> tuple[EpisodeScores, FloatArray, FloatArray]:
     """Doubly robust scores of held-out episodes (:func:`estimators.doubly_robust`).
 
-    Where ``logged`` has no propensities, the weight ``w(s, a)`` of a step is linear in the last hidden
-    features ``f`` of the policy's own critic. Its coefficients solve
-    ``mean_e sum_t w (f(s, a) - discount E f(s', .)) = mean_e f(s_0)`` over the dataset fitted on, with
-    a small ridge: minimax weight learning with a linear class (Uehara, Huang, Jiang 2020,
-    arXiv:1910.12809, section 4). Negative weights count as 0.
-
-    ``fitted``, ``fresh``: the transitions fitted on and held out. Also returns the candidates' mean
-    squared one-step errors of held-out steps and of those fitted on.
+    Where ``logged`` has no propensities, weights are those of :meth:`Steps.visits`; negative ones count
+    as 0. ``fitted``, ``fresh``: the transitions fitted on and held out. Also returns the candidates'
+    mean squared one-step errors of held-out steps and of those fitted on.
     """
     critics, held_out = fitted.critics, fresh.log
     coefficients = [fitted.visits(policy) for policy in range(len(critics.candidates) + 1)]
@@ -350,29 +345,27 @@ def network_scores(
     after = critics.state_values(fresh.following[ends], fresh.choices(ends))[-1]
     span = critics.limits[1] - critics.limits[0]
     left, out_of_support = held_out.truncation_weight, fresh.out_of_support[ends].cpu().numpy()
-    ended = critics.discount * (train_weight * fitted.out_of_support.cpu().numpy()).sum(1)
+    ended = held_out.discount * (train_weight * fitted.out_of_support.cpu().numpy()).sum(1)
     ended, largest = span * ended / len(fitted.log), train_weight.max(1)
-    scores = []
-    for number, known in enumerate(logged):
-        low = ModelValues(initial[number], action_value[number], error[number], weight[number])
-        models = low, low._replace(initial=low.initial + ended[number])
-        scores.append(candidate_scores(held_out, known, models, critics.limits, largest[number]))
+    low = [ModelValues(*each) for each in zip(initial, action_value, error, weight, strict=False)]
+    high = [each._replace(initial=each.initial + e) for each, e in zip(low, ended, strict=False)]
     behaviour_high = held_out.returns_to_go[held_out.first] + held_out.sums(weight[-1] * error[-1])
     behaviour_high = behaviour_high + left * np.where(out_of_support, critics.limits[1], after)
-    behaviour = behaviour_high - left * out_of_support * span - ended[-1], behaviour_high
     share, worst = fitted.unsupported(train_weight)
     unconfirmed = fresh.unconfirmed(logged)
-    result = EpisodeScores.joined(
-        scores,
-        *behaviour,
-        float(largest[-1]) * span,
-        initial_values=initial,
+    result = episode_scores(
+        held_out,
+        logged,
+        [*zip(low, high, strict=True)],
+        critics.limits,
+        largest[:-1],
+        behaviour_scores=behaviour_high - left * out_of_support * span - ended[-1],
+        behaviour_scores_high=behaviour_high,
+        behaviour_max_deviation=float(largest[-1]) * span,
         unsupported=share * unconfirmed,
         behaviour_unsupported=1 - USUAL,
         worst_unsupported=worst * unconfirmed,
         uncovered_ends=float((left * out_of_support).mean()),
-        return_range=critics.limits,
-        exact=np.array([known.behaviour is not None for known in logged]),
         history={},
     )
     return result, np.square(error[:-1]).mean(1), np.square(train_error[:-1]).mean(1)

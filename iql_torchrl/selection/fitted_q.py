@@ -22,7 +22,7 @@ from iql_torchrl.selection.candidates import resolve_candidates
 from iql_torchrl.selection.coverage import Coverage
 from iql_torchrl.selection.critics import TABLE_BYTES, Critics, Steps, network_scores
 from iql_torchrl.selection.episodes import Episodes, EpisodeScores, read_datasets, return_range
-from iql_torchrl.selection.importance_sampling import exact_weights
+from iql_torchrl.selection.estimators import exact_weights
 from iql_torchrl.selection.tabular import finite_states, table_scores
 
 MODELS = ("auto", "table", "network")
@@ -172,7 +172,7 @@ def fitted_q_evaluation(
     else:
         check_usable(str(device))
         limits, samples = return_range(fit, fresh), 0 if deterministic else action_samples
-        critics = Critics(resolved, fit, torch.device(device), discount, limits, samples, seed)
+        critics = Critics(resolved, fit, torch.device(device), limits, samples, seed)
         coverage = Coverage(train, held_out, min_count=min_count, seed=seed)
         fitted, unseen = (Steps(critics, log, coverage, table_bytes) for log in (fit, fresh))
         critics.fit(fitted, hidden, updates, batch_size, lr, polyak, progress)
