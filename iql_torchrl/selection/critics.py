@@ -283,16 +283,15 @@ class Steps:
     def unconfirmed(self, logged: Sequence[LoggedLogProb]) -> FloatArray:
         """Share of each candidate's unsupported actions that propensities do not show as supported.
 
-        In states where every action of a policy is supported, ``pi/b`` of the logged action has mean 1.
-        The mean is taken over the held-out steps, each weighted by the probability that
-        :class:`Coverage` calls the policy's action unsupported. 1 without propensities.
+        Where every action of a policy is supported, ``pi/b`` of the logged action has mean 1. The mean
+        is over held-out steps, weighted by the probability that :class:`Coverage` calls the policy's
+        action unsupported. 1 without propensities.
         """
         rows, result = len(self.reward), np.ones(len(logged))
         if all(known.behaviour is None for known in logged):
             return result
         compared = torch.linspace(0, rows - 1, min(rows, VISITS_COMPARED)).long()
-        here = states(self.log.dataset.transitions[compared])
-        chosen = self.critics.choices(here)[:-1]
+        chosen = self.critics.choices(states(self.log.dataset.transitions[compared]))[:-1]
         outside = self.coverage.unsupported_choices(self.features[compared], chosen)
         for number, (policy, behaviour) in enumerate(logged):
             if behaviour is not None:
@@ -305,7 +304,7 @@ class Steps:
         return result
 
     def unsupported(self, weight: FloatArray) -> tuple[FloatArray, FloatArray]:
-        """Share of each candidate's steps outside the log, and the mean over the worst of them.
+        """Share of each candidate's steps that are unsupported, and the mean over the worst of them.
 
         A candidate's steps are the first states and the states after the steps fitted on, weighted.
         """

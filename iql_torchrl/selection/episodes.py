@@ -22,11 +22,8 @@ class Episodes:
     """N transitions of a dataset as arrays of E episodes, with the discount of their values.
 
     Attributes:
-        dataset: the transitions.
-        discount: in [0, 1].
         lengths, first, last: number of transitions, first and last one of each episode ``(E,)``.
-        number: the episode of each transition, counted from 0 ``(N,)``.
-        step: the number of the transition in its episode, from 0 ``(N,)``.
+        number, step: the episode of each transition, and its place in the episode, from 0 ``(N,)``.
         reward: before reward scaling, float64 ``(N,)``.
         terminated: ``(N,)``; in some datasets the episode continues afterwards.
         never_terminated: ``(E,)``.
@@ -86,7 +83,7 @@ def read_datasets(
         if one != other:
             raise ValueError(
                 f"{name} of train is {describe_space(one)} and of held_out {describe_space(other)}; "
-                "expected two parts of one log: dataset.split(fraction, seed) gives them."
+                "expected two parts of one dataset: dataset.split(fraction, seed) gives them."
             )
     space = train.action_space
     vector = isinstance(space, spaces.Box) and len(space.shape) == 1
@@ -100,9 +97,8 @@ def read_datasets(
 def return_range(*parts: Episodes) -> tuple[float, float]:
     """Smallest and largest return from any logged state.
 
-    The minimum and maximum over returns-to-go of episodes that terminated, and over the returns of
-    truncated episodes. The latter are divided by ``1 - discount**T``, as if they were repeated
-    without end.
+    Over returns-to-go of episodes that terminated, and over returns of truncated episodes divided by
+    ``1 - discount**T``, as if they were repeated without end.
     """
     every = []
     for part in parts:

@@ -125,8 +125,7 @@ def per_decision(
     After a termination an episode continues with ratio 1 and reward 0; after a truncation it no longer
     counts, unless ``continued`` is given as the return that follows.
 
-    Consistent, biased for few episodes, and within the range of the logged returns per step. NaN
-    where at some step no weight is left.
+    Consistent, biased for few episodes. NaN where at some step no weight is left.
     """
     assert behaviour is not None
     ratio, reward, inside = padded(policy - behaviour, episodes)
@@ -180,7 +179,7 @@ def largest_weight(weight: FloatArray, steps: FloatArray) -> float:
 
     The largest weight of the ``steps`` seen, or E times the missing mass: exact weights of episodes
     have mean 1, so a mean that is significantly below 1 shows that episodes with large weights were
-    not sampled. With no weight at all one more episode has all of it.
+    not sampled.
     """
     mean, error = mean_weight(weight)
     missing = max(1 - mean - DEVIATIONS * error, 0.0)
@@ -198,8 +197,8 @@ def candidate_scores(
 
     ``models``: with unknown returns as the smallest and as the largest of ``limits``. ``largest``: the
     largest weight that the model estimates; without known propensities one more episode's score may be
-    off by that many times the range of returns. With them, the range of the temporal-difference error
-    is used, which is far smaller below the mean where rewards are rare.
+    off by that many times the range of returns. With them, by the largest weight times the range of the
+    TD error, which is far smaller below the mean where rewards are rare.
     """
     least, most = (doubly_robust(episodes, *logged, model) for model in models)
     if logged.behaviour is None:
@@ -377,8 +376,8 @@ def exact_weights(
     """Log-probabilities of the held-out actions where values rest on known propensities.
 
     They do for episodes of one step. For longer ones the product of ratios must leave at least 100
-    effective episodes and a tenth of all; otherwise the model's weights, which need no products,
-    have smaller errors. Continuous actions need a density, so they must be sampled.
+    effective episodes and a tenth of all; otherwise the model's weights have smaller errors. Continuous
+    actions need a density, so they must be sampled.
     """
     dataset = held_out.dataset
     if behaviour is None and LOG_PROB in dataset.transitions:

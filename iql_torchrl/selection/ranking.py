@@ -22,7 +22,6 @@ from iql_torchrl.selection.episodes import Episodes, read_datasets
 from iql_torchrl.selection.estimators import LOG_PROB, importance_sampling
 from iql_torchrl.selection.fitted_q import FittedQ, fitted_q_evaluation
 from iql_torchrl.selection.recommendation import (
-    baseline_warning,
     blocking_warnings,
     candidate_warnings,
     caveats_of,
@@ -267,13 +266,13 @@ def rank_policies(
         agreement = rank_correlations(*pairs)
     value = fitted_q.episodes.behaviour_value(confidence, seed)
     blocking = [*blocking_warnings(fitted_q, fit, fresh, facts["converged"])]
+    clone = next((row for row in rows if baseline and row["candidate"] == baseline.name), None)
+    seen = max(_seen(resolved, fit))
     warnings = (
         *candidate_warnings(rows, facts),
         *blocking,
-        *general_warnings(fitted_q, fresh, max(_seen(resolved, fit)), unchecked, agreement[0]),
-        *(w for row in rows if baseline and row["candidate"] == baseline.name
-          for w in baseline_warning(row, value)),
-    )  # fmt: skip
+        *general_warnings(fitted_q, fresh, seen, unchecked, agreement[0], clone, value),
+    )
     recommended, sentence = recommendation(rows, bool(blocking), confidence)
     return Ranking(
         tuple(rows), *value, fitted_q.episodes.behaviour_unsupported, *agreement, recommended,

@@ -198,12 +198,14 @@ def blocking_warnings(
 
 
 def general_warnings(
-    fitted_q: FittedQ, held_out: Episodes, fit_seen: float, unchecked: str, agreement: float
-) -> Iterator[str]:
+    fitted_q: FittedQ, held_out: Episodes, fit_seen: float, unchecked: str, agreement: float,
+    baseline: Row | None, behaviour: tuple[float, float, float],
+) -> Iterator[str]:  # fmt: skip
     """Sentences about the whole ranking.
 
     ``fit_seen``: largest share of the episodes fitted on that a candidate was trained on.
     ``unchecked``: why there is no importance sampling, or empty. ``agreement``: Spearman's.
+    ``baseline``: of behaviour cloning. ``behaviour``: value of the behaviour policy and its bounds.
     """
     uncovered = fitted_q.episodes.uncovered_ends
     if fit_seen > SHARED:
@@ -226,15 +228,11 @@ def general_warnings(
         yield f"{unchecked}, so nothing independent checks the values."
     elif agreement < MIN_AGREEMENT:
         yield f"the two estimators order the candidates differently (Spearman {agreement:.2f})."
-
-
-def baseline_warning(row: Row, behaviour: tuple[float, float, float]) -> Iterator[str]:
-    """If the BC baseline's value and the behaviour policy's (value, low, high) are incompatible."""
     value, low, high = behaviour
-    if row["value_low"] > high or row["value_high"] < low:
+    if baseline and (baseline["value_low"] > high or baseline["value_high"] < low):
         yield (
-            f"{row['candidate']}, trained by behaviour cloning, is estimated at {row['value']:.4g} "
-            f"({row['value_low']:.4g} to {row['value_high']:.4g}) and the behaviour policy at "
-            f"{value:.4g} ({low:.4g} to {high:.4g}): the cloning is poor, or the observations "
+            "{candidate}, trained by behaviour cloning, is estimated at {value:.4g} ({value_low:.4g} "
+            "to {value_high:.4g}) and the behaviour policy at ".format_map(baseline)
+            + f"{value:.4g} ({low:.4g} to {high:.4g}): the cloning is poor, or the observations "
             "lack what the behaviour policy acted on."
         )
