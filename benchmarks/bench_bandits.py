@@ -5,7 +5,7 @@
     python benchmarks/bench_bandits.py --family "1.0%, softmax, 2000" --repetitions 1000 \\
         --result bandits_1000
     python benchmarks/bench_bandits.py --decisions --family "34 arms, 0.4%" --repetitions 50 \\
-        --rounds 20000 50000 100000 --result bandits_rounds
+        --trained 3333 --rounds 20000 50000 100000 200000 --result bandits_rounds
 
 Families of ``bandit_families.py``, 200 repetitions each. Half of the rounds fit the click rate of
 each arm, the other half corrects it. Estimates are those of the package (``selection.estimators``)
@@ -194,10 +194,10 @@ def candidates_of(fit: Logged, bandit: Bandit, gain: float) -> dict[str, Any]:
     return {name: (lambda x, p=table: np.tile(p, (len(x), 1))) for name, table in tables.items()}
 
 
-def decision(bandit: Bandit, rounds: int, seed: int) -> dict[str, Any]:
-    """A third of the rounds trains, a third fits, a third is held out; scores and bounds decide."""
-    train, rest = bandit.log(rounds, 5000 + seed).split(rounds // 3)
-    fit, fresh = rest.split(rounds // 3)
+def decision(bandit: Bandit, rounds: int, seed: int, trained: int | None) -> dict[str, Any]:
+    """``trained`` rounds train (None: a third), half of the rest fits, and the other half decides."""
+    train, rest = bandit.log(rounds, 5000 + seed).split(trained or rounds // 3)
+    fit, fresh = rest.split((rounds - len(train.action)) // 2)
     episodes, means, place = episodes_of(fresh), arm_means(fit), np.arange(len(fresh.action))
     candidates = candidates_of(train, bandit, gain=2.0)
     logged, models, count = [], [], len(candidates)
@@ -238,7 +238,7 @@ def decisions(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]
             family = f"{arms} arms, {rate:.1%}, {behaviour}"
             if options.family not in family:
                 continue
-            rows = [decision(bandit, rounds, seed) for seed in range(repetitions)]
+            rows = [decision(bandit, rounds, seed, options.trained) for seed in range(repetitions)]
             found = [row for row in rows if row["recommended"]]
             result = {
                 "recommended": len(found) / repetitions,
@@ -259,6 +259,7 @@ def main() -> None:
     parser.add_argument("--decisions", action="store_true")
     parser.add_argument("--family", default="", help="only families whose name contains this")
     parser.add_argument("--rounds", type=int, nargs="+", default=[ROUNDS], help="of decisions")
+    parser.add_argument("--trained", type=int, help="rounds that train; a third if not given")
     parser.add_argument("--result", help="name of the file")
     options = parser.parse_args()
     bounds.MAX_DRAWS = bounds.MIN_DRAWS = 2_000  # quantiles of 2.5 % from 50 draws: enough here

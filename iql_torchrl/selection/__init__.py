@@ -1,4 +1,4 @@
-"""Choosing among trained policies from logs alone, without an environment."""
+"""Choosing among trained policies from a dataset alone, without an environment."""
 
 from iql_torchrl.selection.estimators import Importance, importance_sampling
 from iql_torchrl.selection.fitted_q import FittedQ, fitted_q_evaluation

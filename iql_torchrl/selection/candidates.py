@@ -152,30 +152,30 @@ def actions(
     return result
 
 
-def has_density(candidate: Candidate, log: OfflineDataset) -> bool:
+def has_density(candidate: Candidate, dataset: OfflineDataset) -> bool:
     """Whether the candidate's continuous actions have a density, as :func:`logged_log_prob` needs."""
 
     def compute(chunk: TensorDictBase) -> Tensor:
         distribution = _distribution(candidate, chunk)
         return torch.tensor([distribution is not None and not isinstance(distribution, Delta)])
 
-    return bool(_in_chunks(candidate, states(log.transitions[:1]), compute))
+    return bool(_in_chunks(candidate, states(dataset.transitions[:1]), compute))
 
 
 def logged_log_prob(
-    candidate: Candidate, log: OfflineDataset, *, deterministic: bool = False
+    candidate: Candidate, dataset: OfflineDataset, *, deterministic: bool = False
 ) -> Tensor:
     """log pi(a|s) of the logged actions, float64 ``(N,)``; continuous policies always sample.
 
     Raises ``ValueError`` as :func:`log_probabilities`, for continuous policies without a density (a
     deterministic one, a flow, the best of several actions), or where the density is NaN.
     """
-    table, action = states(log.transitions), log.transitions["action"]
-    if isinstance(log.action_space, spaces.Discrete):
-        count = int(log.action_space.n)
+    table, action = states(dataset.transitions), dataset.transitions["action"]
+    if isinstance(dataset.action_space, spaces.Discrete):
+        count = int(dataset.action_space.n)
         every = log_probabilities(candidate, table, count, deterministic=deterministic)
         return F.pick_action(every, action, leading=0)
-    if not has_density(candidate, log):
+    if not has_density(candidate, dataset):
         raise ValueError(
             f"candidate {candidate.name!r}, a {type(candidate.policy).__name__}, has no density: "
             "importance sampling needs the log-probability of logged actions, which policies.gaussian, "
@@ -195,20 +195,20 @@ def logged_log_prob(
     return result
 
 
-def bc_distance(candidate: Candidate, baseline: Candidate, log: OfflineDataset) -> float:
+def bc_distance(candidate: Candidate, baseline: Candidate, dataset: OfflineDataset) -> float:
     """Distance of ``candidate`` from the BC ``baseline`` at the dataset's states; 0 for the baseline.
 
     Discrete actions: mean ``KL(pi || baseline)`` in nats, infinite where the baseline gives
     probability 0 to an action of the policy. Continuous: mean squared Euclidean distance of the
     deterministic actions.
     """
-    table = states(log.transitions)
-    if not isinstance(log.action_space, spaces.Discrete):
+    table = states(dataset.transitions)
+    if not isinstance(dataset.action_space, spaces.Discrete):
         gap = actions(candidate, table) - actions(baseline, table)
         return float(gap.double().square().sum(-1).mean())
-    count = int(log.action_space.n)
-    own, other = (log_probabilities(each, table, count) for each in (candidate, baseline))
-    terms = torch.where(own > -torch.inf, own.exp() * (own - other), 0.0)
+    count = int(dataset.action_space.n)
+    policy, bc = (log_probabilities(each, table, count) for each in (candidate, baseline))
+    terms = torch.where(policy > -torch.inf, policy.exp() * (policy - bc), 0.0)
     return float(terms.sum(-1).mean().clamp(min=0.0))
 
 
@@ -229,7 +229,7 @@ def _in_chunks(
     missing = [key for key in candidate.policy.in_keys if unravel_key(key) not in keys]
     if missing:
         raise ValueError(
-            f"candidate {candidate.name!r} reads {missing}, which the log lacks; it has "
+            f"candidate {candidate.name!r} reads {missing}, which the dataset lacks; it has "
             f"{sorted(map(str, keys))}. Load the data in the form that the candidate was trained on."
         )
     device = policy_device(candidate.policy, None)

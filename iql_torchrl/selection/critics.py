@@ -84,10 +84,10 @@ class Critics:
             for m in self.candidates
         ]
         every = torch.stack(chosen).to(self.device)
-        own = torch.full_like(every[:1], 1 / self.outputs)
+        behaviour = torch.full_like(every[:1], 1 / self.outputs)
         if not self.discrete:
-            own = self.scale.mean.float().expand_as(own)
-        return torch.cat([every, own])
+            behaviour = self.scale.mean.float().expand_as(behaviour)
+        return torch.cat([every, behaviour])
 
     def logged(self, action: Tensor) -> Tensor:
         """Logged actions ``(B, ...)`` in the form of :meth:`choices`."""
@@ -203,17 +203,22 @@ class Steps:
     """
 
     def __init__(
-        self, critics: Critics, log: Episodes, coverage: Coverage, table_bytes: int = TABLE_BYTES
+        self,
+        critics: Critics,
+        episodes: Episodes,
+        coverage: Coverage,
+        table_bytes: int = TABLE_BYTES,
     ) -> None:
-        table, device = log.dataset.transitions, critics.device
-        self.critics, self.log, self.coverage = critics, log, coverage
+        table, device = episodes.dataset.transitions, critics.device
+        self.critics, self.episodes, self.coverage = critics, episodes, coverage
         self.features = features_of(critics.train.dataset, table).to(device)
         following = features_of(critics.train.dataset, table, following=True)
         self.following = following.to(device)
-        self.reward = torch.from_numpy(log.reward / critics.unit).float().to(device)
-        self.terminated = torch.from_numpy(log.terminated).to(device)
+        self.reward = torch.from_numpy(episodes.reward / critics.unit).float().to(device)
+        self.terminated = torch.from_numpy(episodes.terminated).to(device)
         self.action = (table["action"] if critics.discrete else table["action"].float()).to(device)
-        first, ends = torch.from_numpy(log.first), torch.from_numpy(log.last[log.never_terminated])
+        first = torch.from_numpy(episodes.first)
+        ends = torch.from_numpy(episodes.last[episodes.never_terminated])
         self.starts = self.features[first], critics.choices(states(table[first]))
         out_of_support = torch.zeros(len(table), dtype=torch.bool)
         if len(ends):
@@ -236,18 +241,18 @@ class Steps:
     def visits(self, policy: int) -> Tensor:
         """Coefficients of a policy's discounted visits relative to the dataset's, ``(F,)``.
 
-        ``w`` is linear in the last hidden features ``f`` of the policy's own critic, and solves
+        ``w`` is linear in the last hidden features ``f`` of the policy's critic, and solves
         ``mean_e sum_t w (f(s, a) - discount E f(s', .)) = mean_e f(s_0)`` over the dataset fitted on,
         with a small ridge: minimax weight learning with a linear class (Uehara, Huang, Jiang 2020,
         arXiv:1910.12809, section 4). The visits of the behaviour policy are those after truncation.
         """
-        critics, log, device = self.critics, self.log, self.critics.device
+        critics, episodes, device = self.critics, self.episodes, self.critics.device
         visited = partial(critics.visit_features, policy)
         if policy < len(critics.candidates):
             begun = visited(*self.starts).mean(0).double()
         else:
-            ends = torch.from_numpy(log.last).to(device)
-            left = torch.from_numpy(log.truncation_weight).float().to(device)
+            ends = torch.from_numpy(episodes.last).to(device)
+            left = torch.from_numpy(episodes.truncation_weight).float().to(device)
             after = visited(self.following[ends], self.choices(ends))
             begun = ((left * ~self.out_of_support[ends])[:, None] * after).mean(0).double()
         squares, change = torch.zeros_like(begun), torch.zeros_like(begun).diag()
@@ -255,12 +260,12 @@ class Steps:
             logged = visited(self.features[index], critics.logged(self.action[index]))
             going = ~(self.terminated[index] | self.out_of_support[index])
             after = visited(self.following[index], self.choices(index))
-            step = logged - log.discount * going[:, None] * after
+            step = logged - episodes.discount * going[:, None] * after
             change += (step.T @ logged).double()
             squares += logged.double().square().sum(0)
         ridge = RIDGE * squares.mean().clamp(min=1e-12)
         change += ridge * torch.ones_like(begun).diag()
-        return torch.linalg.solve(change, begun * len(log))
+        return torch.linalg.solve(change, begun * len(episodes))
 
     def corrections(
         self, coefficients: Sequence[Tensor]
@@ -270,8 +275,8 @@ class Steps:
         for index in self.parts:
             features, taken = self.features[index], critics.logged(self.action[index])
             weight = [
-                critics.visit_features(policy, features, taken).double() @ own
-                for policy, own in enumerate(coefficients)
+                critics.visit_features(policy, features, taken).double() @ each
+                for policy, each in enumerate(coefficients)
             ]
             value = critics.value(critics.layers, self, index)
             error = critics.target(critics.layers, self, index) - value
@@ -291,7 +296,7 @@ class Steps:
         if all(known.behaviour is None for known in logged):
             return result
         compared = torch.linspace(0, rows - 1, min(rows, VISITS_COMPARED)).long()
-        chosen = self.critics.choices(states(self.log.dataset.transitions[compared]))[:-1]
+        chosen = self.critics.choices(states(self.episodes.dataset.transitions[compared]))[:-1]
         outside = self.coverage.unsupported_choices(self.features[compared], chosen)
         for number, (policy, behaviour) in enumerate(logged):
             if behaviour is not None:
@@ -308,13 +313,13 @@ class Steps:
 
         A candidate's steps are the first states and the states after the steps fitted on, weighted.
         """
-        critics, rows, episodes = self.critics, len(self.reward), len(self.log)
+        critics, rows, episodes = self.critics, len(self.reward), len(self.episodes)
         compared = torch.linspace(0, rows - 1, min(rows, VISITS_COMPARED)).long()
         later = self.following[compared], critics.choices(self.states[compared])
         parts = [self.coverage.unsupported_choices(*each) for each in (self.starts, later)]
         outside = torch.cat(parts, 1)[:-1].double().numpy()
         going = ~(self.terminated | self.out_of_support).cpu().numpy()[compared.numpy()]
-        scale = self.log.discount * rows / len(compared) / episodes
+        scale = self.episodes.discount * rows / len(compared) / episodes
         followed = weight[:-1, compared.numpy()] * going * scale
         visits = np.concatenate([np.full((len(followed), episodes), 1 / episodes), followed], 1)
         visits /= visits.sum(1, keepdims=True)
@@ -335,7 +340,7 @@ def network_scores(
     as 0. ``fitted``, ``fresh``: the transitions fitted on and held out. Also returns the candidates'
     mean squared one-step errors of held-out steps and of those fitted on.
     """
-    critics, held_out = fitted.critics, fresh.log
+    critics, held_out = fitted.critics, fresh.episodes
     coefficients = [fitted.visits(policy) for policy in range(len(critics.candidates) + 1)]
     train_weight, train_error, _ = fitted.corrections(coefficients)
     weight, error, action_value = fresh.corrections(coefficients)
@@ -345,7 +350,7 @@ def network_scores(
     span = critics.limits[1] - critics.limits[0]
     left, out_of_support = held_out.truncation_weight, fresh.out_of_support[ends].cpu().numpy()
     ended = held_out.discount * (train_weight * fitted.out_of_support.cpu().numpy()).sum(1)
-    ended, largest = span * ended / len(fitted.log), train_weight.max(1)
+    ended, largest = span * ended / len(fitted.episodes), train_weight.max(1)
     low = [ModelValues(*each) for each in zip(initial, action_value, error, weight, strict=False)]
     high = [each._replace(initial=each.initial + e) for each, e in zip(low, ended, strict=False)]
     behaviour_high = held_out.returns_to_go[held_out.first] + held_out.sums(weight[-1] * error[-1])

@@ -316,7 +316,7 @@ def _columns(
 def _seen(candidates: Sequence[Candidate], part: Episodes) -> list[float]:
     """Share of the episodes that each candidate was trained on, 0 where unknown."""
     digests, trained = part.dataset.episode_digests(), (each.episodes for each in candidates)
-    return [0.0 if own is None else shared_share(own, digests) for own in trained]
+    return [0.0 if known is None else shared_share(known, digests) for known in trained]
 
 
 def _bc_baseline(candidates: Sequence[Candidate], name: str | None) -> Candidate | None:

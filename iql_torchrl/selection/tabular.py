@@ -1,4 +1,4 @@
-"""Values of policies in the empirical model of a log with few distinct states and actions."""
+"""Values of policies in the empirical model of a dataset with few distinct states and actions."""
 
 from __future__ import annotations
 

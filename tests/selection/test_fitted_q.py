@@ -483,7 +483,7 @@ ELSEWHERE = TensorDictModule(nn.Identity(), in_keys=["elsewhere"], out_keys=["ac
         ),
         ({"train": CUT, "discount": 1}, "of train end without termination"),
         ({"model": "tree"}, "model is 'tree'; choose one of 'auto', 'table', 'network'"),
-        ({"candidates": {"x": ELSEWHERE}}, r"reads \['elsewhere'\], which the log lacks"),
+        ({"candidates": {"x": ELSEWHERE}}, r"reads \['elsewhere'\], which the dataset lacks"),
         ({"candidates": {"x": actor(np.full((STATES, 4), 0.25))}}, "each of the 3 actions"),
         (
             {"candidates": {"x": actor(np.full((STATES, ACTIONS), np.nan))}},
