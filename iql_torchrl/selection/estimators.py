@@ -244,16 +244,12 @@ class Importance:
     """The result of :func:`importance_sampling` for P candidates, in raw reward units.
 
     Attributes:
-        names: of the candidates, ``(P,)``.
-        discount: of the values.
         values: estimates, ``(P,)``; NaN where at some step no episode has weight.
         low, high: bounds of each single value, ``(P,)``; the whole range of returns for NaN, and
             where ``wrong``.
-        effective_sample_size: Kish's, of the weights of complete episodes, ``(P,)``, in
-            [0, episodes].
+        effective_sample_size: Kish's, of the weights of complete episodes, ``(P,)``.
         mean_weight: mean weight of complete episodes, ``(P,)``; 1 but for chance.
         wrong: where ``mean_weight`` is so far above 1 that the propensities are wrong, ``(P,)``.
-        episodes: number of episodes.
     """
 
     names: tuple[str, ...]
@@ -284,14 +280,12 @@ def importance_sampling(
         candidates: name to ``Agent`` or TorchRL actor; continuous ones need a density.
         dataset: episodes that the candidates were not trained on.
         behaviour: the behaviour policy: a key of its log-probabilities in the data
-            (``"action_log_prob"``; exact if these are correct), or a model of it: an ``Agent`` or
-            actor, such as behaviour cloning trained on other episodes.
+            (``"action_log_prob"``), or a model of it: an ``Agent`` or actor, such as behaviour cloning
+            trained on other episodes.
         discount: in [0, 1].
-        deterministic: evaluate the most probable discrete action instead of the policy that samples.
-            Continuous policies always sample.
+        deterministic: evaluate the most probable discrete action; continuous policies always sample.
         confidence: of each candidate's interval, in (0, 1).
-        return_limits: smallest and largest possible return; None takes both from the dataset,
-            :func:`episodes.return_range`.
+        return_limits: smallest and largest possible return; None: :func:`episodes.return_range`.
         seed: of the bounds' draws.
 
     Raises:

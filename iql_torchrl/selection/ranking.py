@@ -59,14 +59,13 @@ class Ranking:
 
     Attributes:
         rows: one dict per candidate, best estimated value first: ``rank`` (from 1), ``candidate``,
-            ``temperature``; ``value`` by fitted Q evaluation corrected on held-out episodes, with
-            bounds for this candidate alone; ``gain`` over the behaviour policy, with bounds that
-            hold for all candidates at once; ``td_error`` and ``td_error_training``;
-            ``importance_value`` and bounds, ``effective_episodes``; ``extrapolation`` and
-            ``worst_extrapolation``, see ``EpisodeScores``; ``correcting_episodes``, its
-            ``effective_episodes``; ``seen``, the share of the held-out episodes that the candidate
-            was trained on; ``bc_distance``; ``caveats``, names of the warnings that concern it
-            (``recommendation.CAVEATS``). NaN is unknown.
+            ``temperature``; ``value``, with bounds for this candidate alone; ``gain`` over the
+            behaviour policy, with bounds that hold for all candidates at once; ``td_error`` and
+            ``td_error_training``; ``importance_value`` and bounds, ``effective_episodes``; of
+            ``EpisodeScores`` ``exact``, ``extrapolation``, ``worst_extrapolation`` (unsupported) and
+            ``correcting_episodes``; ``seen``, the share of the held-out episodes that the candidate
+            was trained on; ``bc_distance``; ``caveats``, names of ``recommendation.CAVEATS``. NaN is
+            unknown.
         behaviour_value, behaviour_low, behaviour_high: value of the behaviour policy, and its bounds.
         behaviour_extrapolation: share of the dataset's actions that count as unsupported.
         spearman, kendall: agreement of the two estimators over the candidates without the caveat
@@ -169,12 +168,10 @@ def rank_policies(
     """Candidates by estimated value, with caveats about each estimate, and a recommendation.
 
     A candidate's ``value`` is the mean of its doubly robust scores over the held-out episodes: fitted
-    Q evaluation on ``train``, corrected by held-out steps
-    (:class:`~iql_torchrl.selection.episodes.EpisodeScores`). ``gain`` is the mean over episodes of the
+    Q evaluation on ``train``, corrected by held-out steps. ``gain`` is the mean over episodes of the
     difference to the behaviour policy. Its bounds (:func:`bounds.mean_bounds`) hold for all candidates
-    at once with probability ``confidence``, so they remain valid for the best of many. They include
-    the error of the estimate, as far as held-out episodes show it, and one more episode with the worst
-    return in the dataset.
+    at once with probability ``confidence``, so they remain valid for the best of many, and include the
+    error of the fit.
 
     The recommended candidate has the largest value among those whose interval of the gain is above
     zero and that have no caveats except ``importance`` and ``td_error``. No candidate is recommended
@@ -183,19 +180,17 @@ def rank_policies(
     fitted Q evaluation and importance sampling contradict each other beyond their intervals.
 
     Assumptions: episodes are independent of each other, no return is worse than the worst one from
-    any logged state, and candidates were chosen without ``held_out``. With networks also: the critics'
-    features describe values and visits well enough. A dataset cannot show the effect of an action that
-    it lacks in a state, nor of causes that the observations do not contain. Up to
-    ``max_extrapolation``, missing actions count with the smallest logged return.
+    any logged state, and candidates were chosen without ``held_out``; with networks also that the
+    critics' features describe values and visits. A dataset cannot show the effect of an action that it
+    lacks in a state, nor of causes that the observations do not contain.
 
     Args:
         candidates: name to ``Agent`` or TorchRL actor.
         train, held_out: see :func:`fitted_q_evaluation`; without episodes that candidates trained on.
         discount: in [0, 1].
-        fitted_q: an evaluation of the same candidates on ``held_out``; by default made here with
-            ``fitted_q_evaluation``'s defaults.
-        behaviour: for importance sampling; a key of the data or a model, see
-            :func:`importance_sampling`. None: ``"action_log_prob"`` where the data have it,
+        fitted_q: an evaluation of the same candidates on ``held_out``; None:
+            ``fitted_q_evaluation`` with its defaults.
+        behaviour: see :func:`importance_sampling`; None: ``"action_log_prob"`` where the data have it,
             otherwise no importance sampling.
         bc_baseline: the candidate that was trained by behaviour cloning (BC), from which distances are
             measured; by default the first of temperature 0 that does not take the best of several
@@ -206,7 +201,7 @@ def rank_policies(
             it is left out, with a warning, where some candidate has none or ``deterministic`` is True.
         min_count, progress: see :func:`fitted_q_evaluation`; not used with ``fitted_q``.
         max_extrapolation: the largest share of unsupported actions, minus that of the behaviour
-            policy, see ``EpisodeScores.unsupported``; in [0, 1].
+            policy, in [0, 1]; up to it they count with the smallest logged return.
         min_effective_episodes: effective sample size below which importance sampling has a caveat, as
             it has below a tenth of the held-out episodes.
         confidence: of the intervals, in (0, 1).
