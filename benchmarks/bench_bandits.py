@@ -2,6 +2,10 @@
 
     python benchmarks/bench_bandits.py
     python benchmarks/bench_bandits.py --decisions
+    python benchmarks/bench_bandits.py --family "1.0%, softmax, 2000" --repetitions 1000 \\
+        --result bandits_1000
+    python benchmarks/bench_bandits.py --decisions --family "34 arms, 0.4%" --repetitions 50 \\
+        --trained 3333 --rounds 20000 50000 100000 200000 --result bandits_rounds
 
 Families of ``bandit_families.py``, 200 repetitions each. Half of the rounds fit the click rate of
 each arm, the other half corrects it. Estimates are those of the package (``selection.estimators``)
@@ -24,12 +28,13 @@ from bandit_families import FAMILIES, Bandit, Logged, arm_means, softmax
 from iql_torchrl import load_dataset
 from iql_torchrl.selection import bounds
 from iql_torchrl.selection.bounds import mean_bounds
-from iql_torchrl.selection.episodes import Episodes, EpisodeScores
+from iql_torchrl.selection.episodes import Episodes
 from iql_torchrl.selection.estimators import (
     LoggedLogProb,
     ModelValues,
     candidate_scores,
     direct_method,
+    episode_scores,
     per_decision,
 )
 from record import place, save
@@ -38,6 +43,7 @@ import numpy as np
 from gymnasium import spaces
 
 LIMITS, LEVEL = (0.0, 1.0), 0.025
+ROUNDS = 10_000
 
 
 def empirical_bernstein(scores: np.ndarray, lowest: float, highest: float) -> tuple[float, float]:
@@ -148,15 +154,17 @@ def summary(rows: list[dict[str, Any]], truth: float) -> dict[str, Any]:
     return {"truth": truth, **result}
 
 
-def estimates(repetitions: int) -> Iterator[tuple[str, dict[str, Any]]]:
+def estimates(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
     for arms, rate, behaviour, matters, rounds in FAMILIES:
+        family = f"{arms} arms, {rate:.1%}, {behaviour}, {rounds}" + ", contexts" * matters
+        if options.family not in family:
+            continue
         bandit, began = Bandit(arms, rate, behaviour, matters), time.perf_counter()
         truth = {name: bandit.value(policy) for name, policy in bandit.policies().items()}
         rows = defaultdict(list)
-        for seed in range(repetitions):
+        for seed in range(options.repetitions):
             for row in repetition(bandit, rounds, seed, truth):
                 rows[row["policy"]].append(row)
-        family = f"{arms} arms, {rate:.1%}, {behaviour}, {rounds}" + ", contexts" * matters
         result = {name: summary(each, truth[name]) for name, each in rows.items()}
         print(f"{family} ({time.perf_counter() - began:.0f} s)")
         for name, row in result.items():
@@ -186,25 +194,23 @@ def candidates_of(fit: Logged, bandit: Bandit, gain: float) -> dict[str, Any]:
     return {name: (lambda x, p=table: np.tile(p, (len(x), 1))) for name, table in tables.items()}
 
 
-def decision(bandit: Bandit, rounds: int, seed: int) -> dict[str, Any]:
-    """A third of the rounds trains, a third fits, a third is held out; scores and bounds decide."""
-    train, rest = bandit.log(rounds, 5000 + seed).split(rounds // 3)
-    fit, fresh = rest.split(rounds // 3)
+def decision(bandit: Bandit, rounds: int, seed: int, trained: int | None) -> dict[str, Any]:
+    """``trained`` rounds train (None: a third), half of the rest fits, and the other half decides."""
+    train, rest = bandit.log(rounds, 5000 + seed).split(trained or rounds // 3)
+    fit, fresh = rest.split((rounds - len(train.action)) // 2)
     episodes, means, place = episodes_of(fresh), arm_means(fit), np.arange(len(fresh.action))
     candidates = candidates_of(train, bandit, gain=2.0)
-    scored = []
+    logged, models, count = [], [], len(candidates)
     for policy in candidates.values():
         chosen = policy(fresh.context)
-        logged = LoggedLogProb(
-            *(np.log(p[place, fresh.action]) for p in (chosen, fresh.propensities))
+        logged.append(
+            LoggedLogProb(*(np.log(p[place, fresh.action]) for p in (chosen, fresh.propensities)))
         )
-        model = model_of(means, fresh, chosen)
-        scored.append(candidate_scores(episodes, logged, (model, model), LIMITS, np.nan))
-    count = len(scored)
-    scores = EpisodeScores.joined(
-        scored, fresh.reward, fresh.reward, 0.0, initial_values=np.empty((count, 0)),
-        unsupported=np.zeros(count), behaviour_unsupported=0.0, worst_unsupported=np.zeros(count),
-        uncovered_ends=0.0, return_range=LIMITS, exact=np.ones(count, bool), history={},
+        models.append((model_of(means, fresh, chosen),) * 2)
+    scores = episode_scores(
+        episodes, logged, models, LIMITS, np.full(count, np.nan), behaviour_scores=fresh.reward,
+        behaviour_scores_high=fresh.reward, behaviour_max_deviation=0.0, unsupported=np.zeros(count),
+        behaviour_unsupported=0.0, worst_unsupported=np.zeros(count), uncovered_ends=0.0, history={},
     )  # fmt: skip
     low, _ = scores.gain_bounds(0.95, seed)
     sound = (low > 0) & (scores.effective_episodes >= 20)
@@ -223,32 +229,44 @@ def decision(bandit: Bandit, rounds: int, seed: int) -> dict[str, Any]:
     }
 
 
-def decisions(repetitions: int) -> Iterator[tuple[str, dict[str, Any]]]:
+def decisions(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
+    repetitions = options.repetitions
     for arms, rate, behaviour in ((5, 0.05, "uniform"), (34, 0.05, "uniform"), (34, 0.05, "softmax"),
                                   (5, 0.01, "uniform"), (34, 0.004, "uniform")):  # fmt: skip
         bandit = Bandit(arms, rate, behaviour, matters=False)
-        rows = [decision(bandit, 10_000, seed) for seed in range(repetitions)]
-        found = [row for row in rows if row["recommended"]]
-        result = {
-            "recommended": len(found) / repetitions,
-            "wrong": sum(row["wrong"] for row in rows) / repetitions,
-            "harmful": sum(row.get("harmful", False) for row in rows) / repetitions,
-            "relative gain": float(np.mean([row["gain"] for row in found])) if found else 0.0,
-            "possible": float(np.mean([row["possible"] for row in rows])),
-        }
-        print(arms, rate, behaviour, {k: round(v, 3) for k, v in result.items()}, flush=True)
-        yield f"{arms} arms, {rate:.1%}, {behaviour}", result
+        for rounds in options.rounds:
+            family = f"{arms} arms, {rate:.1%}, {behaviour}"
+            if options.family not in family:
+                continue
+            rows = [decision(bandit, rounds, seed, options.trained) for seed in range(repetitions)]
+            found = [row for row in rows if row["recommended"]]
+            result = {
+                "recommended": len(found) / repetitions,
+                "wrong": sum(row["wrong"] for row in rows) / repetitions,
+                "harmful": sum(row.get("harmful", False) for row in rows) / repetitions,
+                "relative gain": float(np.mean([row["gain"] for row in found])) if found else 0.0,
+                "possible": float(np.mean([row["possible"] for row in rows])),
+            }
+            if rounds != ROUNDS:
+                family += f", {rounds}"
+            print(family, {k: round(v, 3) for k, v in result.items()}, flush=True)
+            yield family, result
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--repetitions", type=int, default=200)
     parser.add_argument("--decisions", action="store_true")
+    parser.add_argument("--family", default="", help="only families whose name contains this")
+    parser.add_argument("--rounds", type=int, nargs="+", default=[ROUNDS], help="of decisions")
+    parser.add_argument("--trained", type=int, help="rounds that train; a third if not given")
+    parser.add_argument("--result", help="name of the file")
     options = parser.parse_args()
     bounds.MAX_DRAWS = bounds.MIN_DRAWS = 2_000  # quantiles of 2.5 % from 50 draws: enough here
     began, run = time.perf_counter(), decisions if options.decisions else estimates
-    output, results = place("bandits", "decisions" if options.decisions else ""), {}
-    for family, result in run(options.repetitions):
+    usual = "bandits_decisions" if options.decisions else "bandits"
+    output, results = place(options.result or usual, ""), {}
+    for family, result in run(options):
         results[family] = result
         seconds = time.perf_counter() - began
         save(output, {"seconds": seconds, "repetitions": options.repetitions, "families": results})

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 HERE = Path(__file__).resolve().parent
 TRUST = HERE.parents[1] / "benchmarks" / "results" / "trust.json"
 PARTS = {
-    "a policy better than the dataset": "#009E73",
-    "a policy worse than the dataset": "#D55E00",
+    "a policy better than the behaviour policy": "#009E73",
+    "a policy worse than the behaviour policy": "#D55E00",
     "none": "0.8",
 }
 

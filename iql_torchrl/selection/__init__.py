@@ -1,7 +1,7 @@
-"""Choosing among trained policies from logs alone, without an environment."""
+"""Choosing among trained policies from a dataset alone, without an environment."""
 
+from iql_torchrl.selection.estimators import Importance, importance_sampling
 from iql_torchrl.selection.fitted_q import FittedQ, fitted_q_evaluation
-from iql_torchrl.selection.importance_sampling import Importance, importance_sampling
 from iql_torchrl.selection.ranking import Ranking, rank_policies
 
 __all__ = [

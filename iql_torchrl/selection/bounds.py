@@ -28,21 +28,18 @@ def mean_bounds(
     """Lower and upper bounds of the means of P quantities ``(P, E)`` that hold for all at once.
 
     The lower bound of one quantity is the ``(1 - confidence) / 2`` quantile of
-    ``sum_e w_e x_e + w_0 lowest``, where the weights ``w`` of the E sampled episodes and of one
-    worst possible episode are uniform on the simplex (spacings of ordered uniform numbers). This
-    is the bound of Phan, Thomas, Learned-Miller 2021, "Towards practical mean bounds for small
-    samples" (arXiv:2106.03163), for the order of sample means; it approaches the interval of the
-    central limit theorem for many episodes, and assumes only that no value is below ``lowest``.
-    The upper bound uses ``highest`` in the same way.
+    ``sum_e w_e x_e + w_0 lowest``, with weights ``w`` of the E episodes and of one worst possible
+    episode that are uniform on the simplex: Phan, Thomas, Learned-Miller 2021, "Towards practical
+    mean bounds for small samples" (arXiv:2106.03163), for the order of sample means. It assumes only
+    that no value is below ``lowest``. The upper bound uses ``highest`` in the same way.
 
-    For P > 1 the quantile is chosen, from the same draws for every quantity, such that all P
-    bounds of one side hold together: the smallest rank over the quantities has the expected
-    quantile (Mandel and Betensky 2008, "Simultaneous confidence intervals based on the percentile
-    bootstrap approach", section 2). The bounds are narrower for correlated quantities. Those of a
-    quantity that is NaN are NaN, and the others do not depend on it.
+    For P > 1 the smallest rank over the quantities, with the same draws for each, has the quantile, so
+    all P bounds of one side hold together (Mandel and Betensky 2008, "Simultaneous confidence intervals
+    based on the percentile bootstrap approach", section 2). Bounds of a quantity that is NaN are NaN;
+    the others do not depend on it.
 
     Args:
-        samples: one row per quantity, one column per episode; E >= 1.
+        samples: ``(P, E)``, E >= 1.
         lowest, highest: ``(P,)``, bounds of the value of one more episode.
         upper_samples: samples for the upper bounds, if only bounds of the samples are known
             (``samples`` below, these above); None: ``samples``.

@@ -1,7 +1,4 @@
-"""Candidates of a ranking: policies with a name, and what they do in logged states.
-
-A candidate is an ``Agent`` or any TensorDict module that writes ``action``.
-"""
+"""Candidates of a ranking: policies with a name, and what they do in logged states."""
 
 from __future__ import annotations
 
@@ -34,9 +31,8 @@ ROWS_AT_ONCE = 16_384
 class Candidate:
     """A policy that is compared with others.
 
-    ``temperature`` is from its config, NaN where the objective does not read it, and ``episodes``
-    from its task (digests of episodes that it was trained on); NaN and None for an actor without an
-    agent.
+    ``temperature``: of its config; NaN without one, or where the objective does not read it.
+    ``episodes``: digests of the episodes that it was trained on; None where unknown.
     """
 
     name: str
@@ -46,11 +42,7 @@ class Candidate:
 
 
 def resolve_candidates(candidates: Mapping[str, Any]) -> tuple[Candidate, ...]:
-    """The candidates of ``{name: Agent or actor}``, in its order.
-
-    Raises ``ValueError`` for an empty mapping, ``TypeError`` for an object that is not a TensorDict
-    module and has none as its ``policy``. ``ValueError`` for a policy with a history or with chunks.
-    """
+    """The candidates of ``{name: Agent or actor}``, in its order; ``ValueError`` if there is none."""
     if not isinstance(candidates, Mapping) or not candidates:
         raise ValueError(
             f"candidates is {candidates!r}; expected at least one in a dict of name to Agent or actor."
@@ -59,36 +51,36 @@ def resolve_candidates(candidates: Mapping[str, Any]) -> tuple[Candidate, ...]:
 
 
 def resolve_candidate(name: str, policy: Any) -> Candidate:
-    """``policy`` itself or, for an ``Agent``, its ``policy``; raises as :func:`resolve_candidates`."""
+    """A TensorDict module that writes ``action``, or the ``policy`` of an ``Agent``.
+
+    Raises ``TypeError`` for other objects, ``ValueError`` for a policy with a history or with chunks.
+    """
     actor = policy if isinstance(policy, torch.nn.Module) else getattr(policy, "policy", policy)
     try:
         check_policy(actor)
     except (TypeError, ValueError) as error:
         raise type(error)(f"candidate {name!r}: {error}") from error
-    history, chunk = history_of(actor), chunk_of(actor)
-    for does, several in (
-        ("reads the last {} observations", history),
-        ("proposes {} actions at once", chunk),
-    ):
-        if several is not None:
-            raise ValueError(
-                f"candidate {name!r} {does.format(several.length)}, and offline estimates are for "
-                "policies that choose each action by one observation. Rank such policies in an "
-                "environment."
-            )
+    does = ""
+    if (history := history_of(actor)) is not None:
+        does = f"reads the last {history.length} observations"
+    elif (chunk := chunk_of(actor)) is not None:
+        does = f"proposes {chunk.length} actions at once"
+    if does:
+        raise ValueError(
+            f"candidate {name!r} {does}, and offline estimates are for policies that choose each "
+            "action by one observation. Rank such policies in an environment."
+        )
     config = getattr(policy, "config", None)
     unused = getattr(config, "actor_objective", None) in UNWEIGHTED
     temperature = math.nan if unused else float(getattr(config, "temperature", math.nan))
-    return Candidate(
-        str(name), actor, temperature, getattr(getattr(policy, "task", None), "episodes", None)
-    )
+    episodes = getattr(getattr(policy, "task", None), "episodes", None)
+    return Candidate(str(name), actor, temperature, episodes)
 
 
 def states(rows: TensorDictBase, *, following: bool = False) -> TensorDictBase:
     """The inputs of a policy in ``rows`` ``(N,)``: observations, and masks where the data have them.
 
-    ``following``: those after the step. Masks that forbid every action, as they may after a
-    termination, become all true, because no action is taken there.
+    ``following``: those after the step, where a mask that forbids every action becomes all true.
     """
     table = rows["next"] if following else rows
     table = table.select("observation", "action_mask", strict=False).copy()
@@ -103,9 +95,8 @@ def log_probabilities(
 ) -> Tensor:
     """log pi(a|s) of every action at ``table``'s states ``(N,)``: float64 ``(N, num_actions)``.
 
-    From the distribution's logits, normalised in float64 over the actions that ``action_mask``
-    allows, whether or not the policy reads it. ``deterministic``, or a policy without a
-    distribution: 0 for its action and -inf for the others.
+    Normalised over the actions that ``action_mask`` allows, whether or not the policy reads it.
+    ``deterministic``, or a policy without a distribution: 0 for its action and -inf for the others.
 
     Raises ``ValueError`` when the policy reads what the data lack, chooses among another number
     of actions, or gives probability 0 to every allowed action.
@@ -161,41 +152,41 @@ def actions(
     return result
 
 
-def has_density(candidate: Candidate, log: OfflineDataset) -> bool:
+def has_density(candidate: Candidate, dataset: OfflineDataset) -> bool:
     """Whether the candidate's continuous actions have a density, as :func:`logged_log_prob` needs."""
 
     def compute(chunk: TensorDictBase) -> Tensor:
         distribution = _distribution(candidate, chunk)
         return torch.tensor([distribution is not None and not isinstance(distribution, Delta)])
 
-    return bool(_in_chunks(candidate, states(log.transitions[:1]), compute))
+    return bool(_in_chunks(candidate, states(dataset.transitions[:1]), compute))
 
 
 def logged_log_prob(
-    candidate: Candidate, log: OfflineDataset, *, deterministic: bool = False
+    candidate: Candidate, dataset: OfflineDataset, *, deterministic: bool = False
 ) -> Tensor:
     """log pi(a|s) of the logged actions, float64 ``(N,)``; continuous policies always sample.
 
-    Raises ``ValueError`` as :func:`log_probabilities`, for continuous actions of a policy without a
-    density (a deterministic one, a flow, the best of several actions), or when one is NaN.
+    Raises ``ValueError`` as :func:`log_probabilities`, for continuous policies without a density (a
+    deterministic one, a flow, the best of several actions), or where the density is NaN.
     """
-    table, action = states(log.transitions), log.transitions["action"]
-    if isinstance(log.action_space, spaces.Discrete):
-        count = int(log.action_space.n)
+    table, action = states(dataset.transitions), dataset.transitions["action"]
+    if isinstance(dataset.action_space, spaces.Discrete):
+        count = int(dataset.action_space.n)
         every = log_probabilities(candidate, table, count, deterministic=deterministic)
         return F.pick_action(every, action, leading=0)
-    if not has_density(candidate, log):
+    if not has_density(candidate, dataset):
         raise ValueError(
             f"candidate {candidate.name!r}, a {type(candidate.policy).__name__}, has no density: "
             "importance sampling needs the log-probability of logged actions, which policies.gaussian, "
             "tanh_normal and mixture have. Fitted Q evaluation needs none."
         )
+
+    def compute(chunk: TensorDictBase) -> Tensor:
+        return _distribution(candidate, chunk).log_prob(chunk["action"]).double()
+
     table["action"] = action
-    result = _in_chunks(
-        candidate,
-        table,
-        lambda rows: _distribution(candidate, rows).log_prob(rows["action"]).double(),
-    )
+    result = _in_chunks(candidate, table, compute)
     if result.ndim != 1 or bool((result.isnan() | (result == torch.inf)).any()):
         raise ValueError(
             f"candidate {candidate.name!r} gives logged actions log-densities of shape "
@@ -204,21 +195,20 @@ def logged_log_prob(
     return result
 
 
-def bc_distance(candidate: Candidate, baseline: Candidate, log: OfflineDataset) -> float:
+def bc_distance(candidate: Candidate, baseline: Candidate, dataset: OfflineDataset) -> float:
     """Distance of ``candidate`` from the BC ``baseline`` at the dataset's states; 0 for the baseline.
 
     Discrete actions: mean ``KL(pi || baseline)`` in nats, infinite where the baseline gives
     probability 0 to an action of the policy. Continuous: mean squared Euclidean distance of the
     deterministic actions.
     """
-    table = states(log.transitions)
-    if not isinstance(log.action_space, spaces.Discrete):
+    table = states(dataset.transitions)
+    if not isinstance(dataset.action_space, spaces.Discrete):
         gap = actions(candidate, table) - actions(baseline, table)
         return float(gap.double().square().sum(-1).mean())
-    count = int(log.action_space.n)
-    own, other = (log_probabilities(each, table, count) for each in (candidate, baseline))
-    possible = own > -torch.inf
-    terms = torch.where(possible, own.exp() * (own - other), torch.zeros_like(own))
+    count = int(dataset.action_space.n)
+    policy, bc = (log_probabilities(each, table, count) for each in (candidate, baseline))
+    terms = torch.where(policy > -torch.inf, policy.exp() * (policy - bc), 0.0)
     return float(terms.sum(-1).mean().clamp(min=0.0))
 
 
@@ -239,7 +229,7 @@ def _in_chunks(
     missing = [key for key in candidate.policy.in_keys if unravel_key(key) not in keys]
     if missing:
         raise ValueError(
-            f"candidate {candidate.name!r} reads {missing}, which the log lacks; it has "
+            f"candidate {candidate.name!r} reads {missing}, which the dataset lacks; it has "
             f"{sorted(map(str, keys))}. Load the data in the form that the candidate was trained on."
         )
     device = policy_device(candidate.policy, None)

@@ -1,4 +1,4 @@
-"""Whether policies visit states or take actions that are far from a log of vectors."""
+"""Whether states and actions of policies are far from those of a dataset of vectors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def features_of(train: OfflineDataset, rows: TensorDictBase, *, following: bool 
         if is_image(space):
             raise ValueError(
                 f"{'.'.join(key)} is {describe_space(space)}; fitted Q evaluation reads numbers and "
-                "categories, no images. Load the data with features of a network of your own instead."
+                "categories, no images. Load the data with features of a network instead."
             )
         statistics = train.statistics.get(key[0] if len(key) == 1 else key)
         encoder, _ = usual_encoder(space, statistics)
@@ -34,12 +34,12 @@ def features_of(train: OfflineDataset, rows: TensorDictBase, *, following: bool 
 
 
 class Coverage:
-    """Which states and actions are farther from the log ``train`` than logged ones usually are.
+    """Which states and actions are farther from ``train`` than logged ones usually are.
 
     A conformal test (Bates, Candès, Lei, Romano, Sesia 2023, "Testing for outliers with conformal
-    p-values", arXiv:2104.08279): a score measures how far a step lies from ``train``, and a step is
-    unsupported when its score exceeds that of 99 % of the steps of ``held_out``. So 1 % of the steps
-    of the log's own policy are unsupported. Scores, with states and actions standardised:
+    p-values", arXiv:2104.08279): unsupported is what has a larger score than 99 % of the steps of
+    ``held_out``, so 1 % of the behaviour policy's steps are. Scores, with states and actions
+    standardised:
 
     - of a state: distance to the nearest logged state;
     - of a continuous action in a state: distance to the nearest of the actions logged in the
@@ -47,10 +47,8 @@ class Coverage:
     - of a discrete action in a state: distance to the ``min_count``-th nearest logged state in
       which that action was taken.
 
-    Args:
-        train, held_out: two parts of one log.
-        queries, logged: the largest numbers of rows of ``held_out`` and of ``train`` that are
-            compared, drawn from ``seed``.
+    ``queries``, ``logged``: the largest numbers of transitions of ``held_out`` and ``train`` that are
+    compared, drawn from ``seed``.
     """
 
     def __init__(
@@ -59,24 +57,24 @@ class Coverage:
     ) -> None:  # fmt: skip
         self.min_count = min_count
         generator = torch.Generator().manual_seed(seed)
-        log = _drawn(train.transitions, logged, generator)
+        known = _drawn(train.transitions, logged, generator)
         usual = _drawn(held_out.transitions, queries, generator)
-        self.features, self.action = features_of(train, log), log["action"]
-        self.neighbours = min(neighbours, len(log))
+        self.features, self.action = features_of(train, known), known["action"]
+        self.neighbours = min(neighbours, len(known))
         self.num_actions = 0
-        own = features_of(train, usual)
-        self.state_limit = _quantile(self._distances(own))
+        features = features_of(train, usual)
+        self.state_limit = _quantile(self._distances(features))
         if isinstance(train.action_space, spaces.Discrete):
             self.num_actions = int(train.action_space.n)
-            scores = self._by_action(own).gather(1, usual["action"].reshape(-1, 1))
+            scores = self._by_action(features).gather(1, usual["action"].reshape(-1, 1))
         else:
-            logged_actions = ObservationStatistics.of(train.transitions["action"].float())
-            self.scale = Standardise(logged_actions.mean, logged_actions.std)
-            scores = self._gaps(own, usual["action"][None, :, None])
+            statistics = ObservationStatistics.of(train.transitions["action"].float())
+            self.scale = Standardise(statistics.mean, statistics.std)
+            scores = self._gaps(features, usual["action"][None, :, None])
         self.action_limit = _quantile(scores.flatten())
 
     def unsupported_states(self, features: Tensor) -> Tensor:
-        """Whether states ``(N, D)``, see :func:`features_of`, lie outside the log, bool ``(N,)``."""
+        """Which states ``(N, D)``, see :func:`features_of`, are unsupported, bool ``(N,)``."""
         return self._distances(features) > self.state_limit
 
     def unsupported_choices(self, features: Tensor, choices: Tensor) -> Tensor:
@@ -107,16 +105,16 @@ class Coverage:
         """Scores ``(P, N, K)`` of continuous actions ``(P, N, K, A)``."""
         _, nearest = _nearest(features, self.features, self.neighbours)
         logged = self.scale(self.action.float())[nearest]
-        own = [torch.cdist(self.scale(choice.float()), logged).amin(-1) for choice in choices]
-        return torch.stack(own)
+        gaps = [torch.cdist(self.scale(choice.float()), logged).amin(-1) for choice in choices]
+        return torch.stack(gaps)
 
 
 def _nearest(features: Tensor, logged: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Distances to the ``count`` nearest rows of ``logged``, and their numbers, both ``(N, count)``."""
+    """Distances to the ``count`` nearest of ``logged``, and their indices, both ``(N, count)``."""
     parts = features.split(QUERIES_AT_ONCE)
     nearest = [torch.cdist(part, logged).topk(count, largest=False) for part in parts]
-    distances, numbers = (torch.cat(each) for each in zip(*nearest, strict=True))
-    return distances, numbers
+    distances, indices = (torch.cat(each) for each in zip(*nearest, strict=True))
+    return distances, indices
 
 
 def _quantile(scores: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from iql_torchrl.selection.estimators import (
     LARGEST_LOG_WEIGHT,
     LoggedLogProb,
     ModelValues,
-    candidate_scores,
+    episode_scores,
 )
 from iql_torchrl.tolerance import rounding
 
@@ -44,41 +44,39 @@ VISITS_COMPARED = 5_000
 
 @dataclass
 class Critics:
-    """Critics of P candidates and of the log's own policy, and how they read the log ``train``.
+    """Critics of P candidates and of the behaviour policy, and how they read the dataset ``train``.
 
-    There are P + 1 critics. The last one is of the policy that made the log. It estimates the value
-    of a state from the logged steps, so it does not depend on an action: its action input is always
-    the log's mean action, or it averages over the outputs of discrete actions. ``layers`` are the
-    weight ``(P + 1, out, in)`` and the bias ``(P + 1, out)`` of each layer in turn.
+    The last of the P + 1 critics estimates V of the behaviour policy from logged transitions: its
+    action input is always the mean action, or it averages over the outputs of discrete actions.
+    ``layers``: weight ``(P + 1, out, in)`` and bias ``(P + 1, out)`` of each layer in turn. Values are
+    in units of the deviation of the dataset's returns, ``unit``.
 
-    Values are in units of the deviation of the log's returns, ``unit``. ``limits``: least and greatest
-    return. ``samples``: draws of a continuous action per state; with 0 candidates take
-    the deterministic or most probable action.
+    ``limits``: smallest and largest return. ``samples``: draws of a continuous action per state; 0: the
+    deterministic or most probable action.
     """
 
     candidates: tuple[Candidate, ...]
     train: Episodes
     device: torch.device
-    discount: float
     limits: tuple[float, float]
     samples: int = 0
     seed: int = 0
     layers: Layers = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        log, returns = self.train.dataset, self.train.returns_to_go
+        dataset, returns = self.train.dataset, self.train.returns_to_go
         # If all returns are equal, their deviation is 0 but for rounding and cannot be the unit.
         spread, size = float(returns.std()), float(np.abs(returns).mean())
         self.unit = spread if spread > rounding(np.float64) * size else size or 1.0
         self.mean_return = float(returns.mean())
-        self.discrete = isinstance(log.action_space, spaces.Discrete)
-        self.outputs = int(log.action_space.n) if self.discrete else 1  # type: ignore[attr-defined]
+        self.discrete = isinstance(dataset.action_space, spaces.Discrete)
+        self.outputs = int(dataset.action_space.n) if self.discrete else 1  # type: ignore[attr-defined]
         if not self.discrete:
-            logged = ObservationStatistics.of(log.transitions["action"].float())
+            logged = ObservationStatistics.of(dataset.transitions["action"].float())
             self.scale = Standardise(logged.mean, logged.std).to(self.device)
 
     def choices(self, table: TensorDictBase) -> Tensor:
-        """Of every candidate, then of the log's policy: ``(P + 1, N, n)`` or ``(P + 1, N, K, A)``."""
+        """Probabilities ``(P + 1, N, n)`` or actions ``(P + 1, N, K, A)``; behaviour policy last."""
         chosen = [
             log_probabilities(m, table, self.outputs, deterministic=self.samples == 0).exp().float()
             if self.discrete
@@ -86,10 +84,10 @@ class Critics:
             for m in self.candidates
         ]
         every = torch.stack(chosen).to(self.device)
-        own = torch.full_like(every[:1], 1 / self.outputs)
+        behaviour = torch.full_like(every[:1], 1 / self.outputs)
         if not self.discrete:
-            own = self.scale.mean.float().expand_as(own)
-        return torch.cat([every, own])
+            behaviour = self.scale.mean.float().expand_as(behaviour)
+        return torch.cat([every, behaviour])
 
     def logged(self, action: Tensor) -> Tensor:
         """Logged actions ``(B, ...)`` in the form of :meth:`choices`."""
@@ -116,7 +114,7 @@ class Critics:
         return values.unflatten(1, (-1, choices.shape[2])).mean((2, 3))
 
     def value(self, layers: Layers, steps: Steps, index: Tensor) -> Tensor:
-        """Q(s, a) of logged actions, and V(s) of the log's own policy, ``(P + 1, B)``."""
+        """Q(s, a) of logged actions, and V(s) of the behaviour policy, ``(P + 1, B)``."""
         features, action = steps.features[index], steps.action[index]
         if not self.discrete:
             return chain(self.inputs(features, self.logged(action)), layers).squeeze(-1)
@@ -125,21 +123,21 @@ class Critics:
         return torch.cat([values[:-1], every[-1:].mean(-1)])
 
     def target(self, layers: Layers, steps: Steps, index: Tensor) -> Tensor:
-        """``r + discount * E Q'(s', .)``, ``(P + 1, B)``, of the rows numbered ``index`` ``(B,)``."""
+        """``r + discount * E Q'(s', .)``, ``(P + 1, B)``, of the transitions ``index`` ``(B,)``."""
         following = self.expected(layers, steps.following[index], steps.choices(index))
         following = torch.where(steps.out_of_support[index], steps.end_values, following)
         terminated = steps.terminated[index].expand_as(following)
-        return F.td_target(steps.reward[index], following, terminated, gamma=self.discount)
+        return F.td_target(steps.reward[index], following, terminated, gamma=self.train.discount)
 
     def fit(
         self, steps: Steps, hidden: Sequence[int], updates: int, batch_size: int, lr: float,
         polyak: float, progress: bool | None = None,
     ) -> None:  # fmt: skip
-        """P + 1 equal MLPs with the log's mean as output, then ``updates`` of Adam."""
+        """P + 1 equal MLPs with the mean return as output, then ``updates`` of Adam."""
         size = self.inputs(steps.features[:1], self.logged(steps.action[:1])).shape[-1]
-        live = self._first_layers([size, *hidden, self.outputs])
-        target = [leaf.detach().clone() for leaf in live]
-        optimizer = torch.optim.Adam(live, lr=lr)
+        online = self._first_layers([size, *hidden, self.outputs])
+        target = [leaf.detach().clone() for leaf in online]
+        optimizer = torch.optim.Adam(online, lr=lr)
         batches = torch.Generator().manual_seed(self.seed)  # the same batches on every device
         for update in tqdm(
             range(updates), "fitted Q evaluation", unit="update", leave=False,
@@ -153,14 +151,14 @@ class Critics:
                 )
             with torch.no_grad():
                 regressed = self.target(target, steps, indices[place])
-            error = self.value(live, steps, indices[place]) - regressed
+            error = self.value(online, steps, indices[place]) - regressed
             optimizer.zero_grad()
             error.square().mean(-1).sum().backward()
             optimizer.param_groups[0]["lr"] = lr * (1 - update / updates)
             optimizer.step()
-            for kept, leaf in zip(target, live, strict=True):
+            for kept, leaf in zip(target, online, strict=True):
                 kept.lerp_(leaf.detach(), polyak)
-        self.layers = [leaf.detach() for leaf in live]
+        self.layers = [leaf.detach() for leaf in online]
 
     def _first_layers(self, widths: Sequence[int]) -> Layers:
         generator, layers = torch.Generator().manual_seed(self.seed), []
@@ -184,8 +182,7 @@ class Critics:
         chosen = choices[policy : policy + 1]
         hidden = self.inputs(features, chosen)
         if len(self.layers) > 2:
-            own = [leaf[policy : policy + 1] for leaf in self.layers[:-2]]
-            hidden = chain(hidden, own).relu()
+            hidden = chain(hidden, [leaf[policy : policy + 1] for leaf in self.layers[:-2]]).relu()
         hidden = hidden if hidden.ndim == 2 else hidden[0]
         hidden = torch.cat([hidden, torch.ones_like(hidden[:, :1])], -1)
         if not self.discrete:
@@ -198,25 +195,30 @@ class Critics:
 
 
 class Steps:
-    """Rows of a log as critics read them.
+    """Transitions as critics read them.
 
     ``starts``: features and choices of the first states. ``out_of_support`` ``(N,)``: transitions
-    whose next observation does not occur in the dataset. The value of that state counts as the least
-    return for the candidates and the greatest for the behaviour policy.
+    whose next observation does not occur in the dataset. The value of that state counts as the
+    smallest return for the candidates and the largest for the behaviour policy.
     """
 
     def __init__(
-        self, critics: Critics, log: Episodes, coverage: Coverage, table_bytes: int = TABLE_BYTES
+        self,
+        critics: Critics,
+        episodes: Episodes,
+        coverage: Coverage,
+        table_bytes: int = TABLE_BYTES,
     ) -> None:
-        table, device = log.dataset.transitions, critics.device
-        self.critics, self.log, self.coverage = critics, log, coverage
+        table, device = episodes.dataset.transitions, critics.device
+        self.critics, self.episodes, self.coverage = critics, episodes, coverage
         self.features = features_of(critics.train.dataset, table).to(device)
         following = features_of(critics.train.dataset, table, following=True)
         self.following = following.to(device)
-        self.reward = torch.from_numpy(log.reward / critics.unit).float().to(device)
-        self.terminated = torch.from_numpy(log.terminated).to(device)
+        self.reward = torch.from_numpy(episodes.reward / critics.unit).float().to(device)
+        self.terminated = torch.from_numpy(episodes.terminated).to(device)
         self.action = (table["action"] if critics.discrete else table["action"].float()).to(device)
-        first, ends = torch.from_numpy(log.first), torch.from_numpy(log.last[log.never_terminated])
+        first = torch.from_numpy(episodes.first)
+        ends = torch.from_numpy(episodes.last[episodes.never_terminated])
         self.starts = self.features[first], critics.choices(states(table[first]))
         out_of_support = torch.zeros(len(table), dtype=torch.bool)
         if len(ends):
@@ -231,23 +233,26 @@ class Steps:
         self.parts = torch.arange(len(table), device=device).split(ROWS_AT_ONCE)
 
     def choices(self, index: Tensor) -> Tensor:
-        """Every policy's choices in the states after the rows numbered ``index`` ``(B,)``."""
+        """Every policy's choices in the next states of the transitions ``index`` ``(B,)``."""
         if self.kept is None:
             return self.critics.choices(self.states[index.to(self.states.device or "cpu")])
         return self.kept.index_select(1, index)
 
     def visits(self, policy: int) -> Tensor:
-        """Coefficients of one policy's discounted visits of a step, relative to the log's, ``(F,)``.
+        """Coefficients of a policy's discounted visits relative to the dataset's, ``(F,)``.
 
-        The visits of the last policy, the log's own, are those after truncated ends of episodes.
+        ``w`` is linear in the last hidden features ``f`` of the policy's critic, and solves
+        ``mean_e sum_t w (f(s, a) - discount E f(s', .)) = mean_e f(s_0)`` over the dataset fitted on,
+        with a small ridge: minimax weight learning with a linear class (Uehara, Huang, Jiang 2020,
+        arXiv:1910.12809, section 4). The visits of the behaviour policy are those after truncation.
         """
-        critics, log, device = self.critics, self.log, self.critics.device
+        critics, episodes, device = self.critics, self.episodes, self.critics.device
         visited = partial(critics.visit_features, policy)
         if policy < len(critics.candidates):
             begun = visited(*self.starts).mean(0).double()
         else:
-            ends = torch.from_numpy(log.last).to(device)
-            left = torch.from_numpy(log.truncation_weight).float().to(device)
+            ends = torch.from_numpy(episodes.last).to(device)
+            left = torch.from_numpy(episodes.truncation_weight).float().to(device)
             after = visited(self.following[ends], self.choices(ends))
             begun = ((left * ~self.out_of_support[ends])[:, None] * after).mean(0).double()
         squares, change = torch.zeros_like(begun), torch.zeros_like(begun).diag()
@@ -255,12 +260,12 @@ class Steps:
             logged = visited(self.features[index], critics.logged(self.action[index]))
             going = ~(self.terminated[index] | self.out_of_support[index])
             after = visited(self.following[index], self.choices(index))
-            step = logged - critics.discount * going[:, None] * after
+            step = logged - episodes.discount * going[:, None] * after
             change += (step.T @ logged).double()
             squares += logged.double().square().sum(0)
         ridge = RIDGE * squares.mean().clamp(min=1e-12)
         change += ridge * torch.ones_like(begun).diag()
-        return torch.linalg.solve(change, begun * len(log))
+        return torch.linalg.solve(change, begun * len(episodes))
 
     def corrections(
         self, coefficients: Sequence[Tensor]
@@ -270,8 +275,8 @@ class Steps:
         for index in self.parts:
             features, taken = self.features[index], critics.logged(self.action[index])
             weight = [
-                critics.visit_features(policy, features, taken).double() @ own
-                for policy, own in enumerate(coefficients)
+                critics.visit_features(policy, features, taken).double() @ each
+                for policy, each in enumerate(coefficients)
             ]
             value = critics.value(critics.layers, self, index)
             error = critics.target(critics.layers, self, index) - value
@@ -283,16 +288,15 @@ class Steps:
     def unconfirmed(self, logged: Sequence[LoggedLogProb]) -> FloatArray:
         """Share of each candidate's unsupported actions that propensities do not show as supported.
 
-        In states where every action of a policy is supported, ``pi/b`` of the logged action has mean 1.
-        The mean is taken over the held-out steps, each weighted by the probability that
-        :class:`Coverage` calls the policy's action unsupported. 1 without propensities.
+        Where every action of a policy is supported, ``pi/b`` of the logged action has mean 1. The mean
+        is over held-out steps, weighted by the probability that :class:`Coverage` calls the policy's
+        action unsupported. 1 without propensities.
         """
         rows, result = len(self.reward), np.ones(len(logged))
         if all(known.behaviour is None for known in logged):
             return result
         compared = torch.linspace(0, rows - 1, min(rows, VISITS_COMPARED)).long()
-        here = states(self.log.dataset.transitions[compared])
-        chosen = self.critics.choices(here)[:-1]
+        chosen = self.critics.choices(states(self.episodes.dataset.transitions[compared]))[:-1]
         outside = self.coverage.unsupported_choices(self.features[compared], chosen)
         for number, (policy, behaviour) in enumerate(logged):
             if behaviour is not None:
@@ -305,17 +309,17 @@ class Steps:
         return result
 
     def unsupported(self, weight: FloatArray) -> tuple[FloatArray, FloatArray]:
-        """Share of each candidate's steps outside the log, and the mean over the worst of them.
+        """Share of each candidate's steps that are unsupported, and the mean over the worst of them.
 
         A candidate's steps are the first states and the states after the steps fitted on, weighted.
         """
-        critics, rows, episodes = self.critics, len(self.reward), len(self.log)
+        critics, rows, episodes = self.critics, len(self.reward), len(self.episodes)
         compared = torch.linspace(0, rows - 1, min(rows, VISITS_COMPARED)).long()
         later = self.following[compared], critics.choices(self.states[compared])
         parts = [self.coverage.unsupported_choices(*each) for each in (self.starts, later)]
         outside = torch.cat(parts, 1)[:-1].double().numpy()
         going = ~(self.terminated | self.out_of_support).cpu().numpy()[compared.numpy()]
-        scale = critics.discount * rows / len(compared) / episodes
+        scale = self.episodes.discount * rows / len(compared) / episodes
         followed = weight[:-1, compared.numpy()] * going * scale
         visits = np.concatenate([np.full((len(followed), episodes), 1 / episodes), followed], 1)
         visits /= visits.sum(1, keepdims=True)
@@ -332,16 +336,11 @@ def network_scores(
 ) -> tuple[EpisodeScores, FloatArray, FloatArray]:
     """Doubly robust scores of held-out episodes (:func:`estimators.doubly_robust`).
 
-    Where ``logged`` has no propensities, the weight ``w(s, a)`` of a step is linear in the last hidden
-    features ``f`` of the policy's own critic. Its coefficients solve
-    ``mean_e sum_t w (f(s, a) - discount E f(s', .)) = mean_e f(s_0)`` over the dataset fitted on, with
-    a small ridge: minimax weight learning with a linear class (Uehara, Huang, Jiang 2020,
-    arXiv:1910.12809, section 4). Negative weights count as 0.
-
-    ``fitted``, ``fresh``: the transitions fitted on and held out. Also returns the candidates' mean
-    squared one-step errors of held-out steps and of those fitted on.
+    Where ``logged`` has no propensities, weights are those of :meth:`Steps.visits`; negative ones count
+    as 0. ``fitted``, ``fresh``: the transitions fitted on and held out. Also returns the candidates'
+    mean squared one-step errors of held-out steps and of those fitted on.
     """
-    critics, held_out = fitted.critics, fresh.log
+    critics, held_out = fitted.critics, fresh.episodes
     coefficients = [fitted.visits(policy) for policy in range(len(critics.candidates) + 1)]
     train_weight, train_error, _ = fitted.corrections(coefficients)
     weight, error, action_value = fresh.corrections(coefficients)
@@ -350,29 +349,27 @@ def network_scores(
     after = critics.state_values(fresh.following[ends], fresh.choices(ends))[-1]
     span = critics.limits[1] - critics.limits[0]
     left, out_of_support = held_out.truncation_weight, fresh.out_of_support[ends].cpu().numpy()
-    ended = critics.discount * (train_weight * fitted.out_of_support.cpu().numpy()).sum(1)
-    ended, largest = span * ended / len(fitted.log), train_weight.max(1)
-    scores = []
-    for number, known in enumerate(logged):
-        low = ModelValues(initial[number], action_value[number], error[number], weight[number])
-        models = low, low._replace(initial=low.initial + ended[number])
-        scores.append(candidate_scores(held_out, known, models, critics.limits, largest[number]))
+    ended = held_out.discount * (train_weight * fitted.out_of_support.cpu().numpy()).sum(1)
+    ended, largest = span * ended / len(fitted.episodes), train_weight.max(1)
+    low = [ModelValues(*each) for each in zip(initial, action_value, error, weight, strict=False)]
+    high = [each._replace(initial=each.initial + e) for each, e in zip(low, ended, strict=False)]
     behaviour_high = held_out.returns_to_go[held_out.first] + held_out.sums(weight[-1] * error[-1])
     behaviour_high = behaviour_high + left * np.where(out_of_support, critics.limits[1], after)
-    behaviour = behaviour_high - left * out_of_support * span - ended[-1], behaviour_high
     share, worst = fitted.unsupported(train_weight)
     unconfirmed = fresh.unconfirmed(logged)
-    result = EpisodeScores.joined(
-        scores,
-        *behaviour,
-        float(largest[-1]) * span,
-        initial_values=initial,
+    result = episode_scores(
+        held_out,
+        logged,
+        [*zip(low, high, strict=True)],
+        critics.limits,
+        largest[:-1],
+        behaviour_scores=behaviour_high - left * out_of_support * span - ended[-1],
+        behaviour_scores_high=behaviour_high,
+        behaviour_max_deviation=float(largest[-1]) * span,
         unsupported=share * unconfirmed,
         behaviour_unsupported=1 - USUAL,
         worst_unsupported=worst * unconfirmed,
         uncovered_ends=float((left * out_of_support).mean()),
-        return_range=critics.limits,
-        exact=np.array([known.behaviour is not None for known in logged]),
         history={},
     )
     return result, np.square(error[:-1]).mean(1), np.square(train_error[:-1]).mean(1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -22,11 +22,8 @@ class Episodes:
     """N transitions of a dataset as arrays of E episodes, with the discount of their values.
 
     Attributes:
-        dataset: the transitions.
-        discount: in [0, 1].
         lengths, first, last: number of transitions, first and last one of each episode ``(E,)``.
-        number: the episode of each transition, counted from 0 ``(N,)``.
-        step: the number of the transition in its episode, from 0 ``(N,)``.
+        number, step: the episode of each transition, and its place in the episode, from 0 ``(N,)``.
         reward: before reward scaling, float64 ``(N,)``.
         terminated: ``(N,)``; in some datasets the episode continues afterwards.
         never_terminated: ``(E,)``.
@@ -86,7 +83,7 @@ def read_datasets(
         if one != other:
             raise ValueError(
                 f"{name} of train is {describe_space(one)} and of held_out {describe_space(other)}; "
-                "expected two parts of one log: dataset.split(fraction, seed) gives them."
+                "expected two parts of one dataset: dataset.split(fraction, seed) gives them."
             )
     space = train.action_space
     vector = isinstance(space, spaces.Box) and len(space.shape) == 1
@@ -100,9 +97,8 @@ def read_datasets(
 def return_range(*parts: Episodes) -> tuple[float, float]:
     """Smallest and largest return from any logged state.
 
-    The minimum and maximum over returns-to-go of episodes that terminated, and over the returns of
-    truncated episodes. The latter are divided by ``1 - discount**T``, as if they were repeated
-    without end.
+    Over returns-to-go of episodes that terminated, and over returns of truncated episodes divided by
+    ``1 - discount**T``, as if they were repeated without end.
     """
     every = []
     for part in parts:
@@ -113,15 +109,15 @@ def return_range(*parts: Episodes) -> tuple[float, float]:
     return float(joined.min()), float(joined.max())
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class EpisodeScores:
     """Doubly robust scores of E held-out episodes for P candidates, in raw reward units.
 
     Attributes:
         scores: ``(P, E)``; their mean estimates the candidate's value, their spread shows the error.
             Unknown returns, where the dataset has no data, count as the smallest of ``return_range``.
-        behaviour_scores: scores of the behaviour policy, ``(E,)``.
-        scores_high, behaviour_scores_high: scores with the largest return in place of unknown ones.
+        behaviour_scores: of the behaviour policy, ``(E,)``.
+        scores_high, behaviour_scores_high: with the largest return in place of unknown ones.
         initial_values: the model's value of each episode's first state, ``(P, E)``.
         max_score_deviation: largest distances of one more episode's score below and above the mean,
             ``(P, 2)``; see :func:`estimators.candidate_scores`.
@@ -156,17 +152,6 @@ class EpisodeScores:
     exact: NDArray[np.bool_]
     history: Mapping[str, float]
 
-    @classmethod
-    def joined(
-        cls,
-        candidates: Sequence[tuple[FloatArray, FloatArray, tuple[float, float], float]],
-        *behaviour: Any,
-        **rest: Any,
-    ) -> EpisodeScores:
-        """From ``estimators.CandidateScores`` of each candidate and the behaviour policy's three."""
-        columns: list[Any] = [np.array(column) for column in zip(*candidates, strict=True)]
-        return cls(*columns, *behaviour, **rest)
-
     def __repr__(self) -> str:
         candidates, episodes = self.scores.shape
         return f"EpisodeScores({candidates} candidates, {episodes} episodes)"
@@ -176,15 +161,12 @@ class EpisodeScores:
 
         Those from exact weights are clipped to ``return_range``.
         """
-        low, high = _score_bounds(
+        bounds = _score_bounds(
             self.scores, self.scores_high, self.max_score_deviation,
             together=False, confidence=confidence, seed=seed,
         )  # fmt: skip
-        clipped = (np.clip(bound, *self.return_range) for bound in (low, high))
-        least, most = (
-            np.where(self.exact, *each) for each in zip(clipped, (low, high), strict=True)
-        )
-        return least, most
+        low, high = np.where(self.exact, np.clip(bounds, *self.return_range), bounds)
+        return low, high
 
     def gain_bounds(self, confidence: float, seed: int) -> tuple[FloatArray, FloatArray]:
         """Bounds ``(P,)`` of the gains over the behaviour policy that hold for all at once.
@@ -195,7 +177,7 @@ class EpisodeScores:
         deviation = self.max_score_deviation + self.behaviour_max_deviation
         # one more episode may have weight 0 and any return of the behaviour policy
         span = self.return_range[1] - self.return_range[0]
-        deviation = np.where(self.exact[:, None], np.maximum(deviation, span), deviation)
+        deviation[self.exact] = np.maximum(deviation[self.exact], span)
         return _score_bounds(
             self.scores - self.behaviour_scores_high, self.scores_high - self.behaviour_scores,
             deviation, confidence=confidence, seed=seed,

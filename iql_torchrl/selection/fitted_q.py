@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from gymnasium import spaces
 
 from iql_torchrl.config.arithmetic import check_usable
 from iql_torchrl.config.settings import check_choice, check_whole
@@ -21,8 +20,8 @@ from iql_torchrl.selection.bounds import FloatArray
 from iql_torchrl.selection.candidates import resolve_candidates
 from iql_torchrl.selection.coverage import Coverage
 from iql_torchrl.selection.critics import TABLE_BYTES, Critics, Steps, network_scores
-from iql_torchrl.selection.episodes import Episodes, EpisodeScores, read_datasets, return_range
-from iql_torchrl.selection.importance_sampling import exact_weights
+from iql_torchrl.selection.episodes import EpisodeScores, read_datasets, return_range
+from iql_torchrl.selection.estimators import exact_weights
 from iql_torchrl.selection.tabular import finite_states, table_scores
 
 MODELS = ("auto", "table", "network")
@@ -35,15 +34,13 @@ class FittedQ:
     Attributes:
         names: of the candidates, ``(P,)``.
         discount: of the values.
-        episodes: :class:`~iql_torchrl.selection.episodes.EpisodeScores`: doubly robust scores of each
-            held-out episode, and what the log does not cover.
+        episodes: doubly robust scores of each held-out episode, and what the dataset lacks.
         td_error, td_error_training: mean squared one-step error of the networks on held-out steps
-            and on those trained on, ``(P,)``. It is not 0 for the exact Q where rewards or dynamics
-            are random. NaN for a table.
+            and on those trained on, ``(P,)``. NaN for a table.
         backups: how often targets were renewed, ``updates`` times ``polyak``; rewards travel one
             step back each time. passes: how often every step of the data was seen. Both are
-            infinite for a table, whose equations are solved exactly.
-        deterministic: True: candidates take their deterministic or most probable action; False:
+            infinite for a table.
+        deterministic: whether candidates take their deterministic or most probable action; False:
             they sample.
     """
 
@@ -67,10 +64,7 @@ class FittedQ:
         return self.episodes.scores.mean(axis=1)
 
     def intervals(self, *, confidence: float = 0.95, seed: int = 0) -> FloatArray:
-        """Bounds of each of ``values`` by itself, ``(P, 2)``; see :func:`bounds.mean_bounds`.
-
-        They contain the error of the estimate as far as held-out steps can show it.
-        """
+        """Bounds of each of ``values`` by itself, ``(P, 2)``; see :func:`bounds.mean_bounds`."""
         return np.stack(self.episodes.value_bounds(confidence, seed), axis=1)
 
 
@@ -98,67 +92,64 @@ def fitted_q_evaluation(
     """Value of each candidate's policy, fitted on ``train`` and corrected by ``held_out``.
 
     With few distinct states and discrete actions (``model="table"``), Q solves the equations of the
-    log's empirical model exactly (:func:`tabular.table_scores`). Otherwise P critics are trained
+    dataset's empirical model exactly (:func:`tabular.table_scores`). Otherwise P critics are trained
     together: critic i regresses ``r + discount * E_{a'~pi_i(s')} Q'_i(s', a')`` with squared error,
-    Q' a target network. Nothing is bootstrapped where ``terminated``; past ``truncated`` it is,
-    unless the log describes no such state: then the candidates get the least return that either log
-    was seen to lead to. All critics start from the same weights and see the same batches, so a
-    candidate's estimate does not depend on which others are evaluated with it, and differences come
-    from the policies.
+    Q' a target network. Bootstrapping stops at ``terminated``, and at ``truncated`` where the dataset
+    lacks the state: then the candidates get the smallest return. All critics start from the same
+    weights and see the same batches, so an estimate does not depend on the other candidates.
 
-    Held-out steps correct the critics' errors, see :func:`network_scores`. Rewards are mapped
-    back by each dataset's ``reward_map`` and divided by the deviation of the log's returns while
-    training; results are in raw units whatever map the candidates saw.
+    Held-out steps correct the critics' errors, see :func:`network_scores`. Results are in raw reward
+    units, whatever reward scaling the candidates were trained with.
 
     Args:
         candidates: name to ``Agent`` or TorchRL actor.
-        train: episodes to learn from; best ones that the candidates were not trained on, whose noise
-            they have not fitted.
-        held_out: episodes that correct the estimate; other ones.
+        train: episodes to learn from; best ones that the candidates were not trained on.
+        held_out: other episodes, which correct the estimate.
         discount: in [0, 1]; with 1 every episode must terminate.
         model: ``"table"``, ``"network"``, or ``"auto"``: a table where the dataset can fill it, see
             :func:`tabular.finite_states`.
         behaviour: key of the logged actions' log-probabilities in ``held_out``; None:
             ``"action_log_prob"`` if any. Where they are known, values are doubly robust with exact
-            weights, see :func:`importance_sampling.exact_weights`. False: never.
+            weights, see :func:`estimators.exact_weights`. False: never.
         min_count: an action that a state was logged with less often is unsupported.
-        updates, batch_size, lr: of Adam, whose rate falls linearly to 0; networks only.
+        updates, batch_size, lr: of Adam, whose learning rate falls linearly to 0; networks only.
         hidden: widths of the critics; networks only.
-        polyak: fraction of the live critics entering the targets at each update, in (0, 1].
-        deterministic: price the most probable (the deterministic) action instead of the policy as
+        polyak: fraction of the critics entering the target critics at each update, in (0, 1].
+        deterministic: evaluate the most probable (the deterministic) action instead of the policy as
             it samples. None: only for continuous actions. Discrete expectations are exact, over
-            the actions that ``action_mask`` allows; continuous ones the mean of
-            ``action_samples`` draws per state, drawn once.
+            the actions that ``action_mask`` allows; continuous ones the mean of ``action_samples``
+            draws per state.
         table_bytes: candidates' choices at all next states are kept if they fit in so many bytes,
             else computed again for each batch.
         progress: a progress bar of the critics' updates; None shows it on terminals only.
 
     Raises:
-        TypeError, ValueError: a candidate that is no policy or does not fit the data, two logs of
-            different tasks, observations that are neither vectors nor a category, states that are
-            too many for a table, or a number out of range.
+        TypeError, ValueError: a candidate that is not a policy or does not fit the data, datasets of
+            different tasks, image observations, too many states for a table, or a number out of range.
     """
-    resolved, (fit, fresh) = (
-        resolve_candidates(candidates),
-        read_datasets(train, held_out, discount),
-    )
+    resolved = resolve_candidates(candidates)
+    fit, fresh = read_datasets(train, held_out, discount)
     check_choice("model", model, MODELS)
     check_whole(
         updates=updates, batch_size=batch_size, action_samples=action_samples, min_count=min_count,
         **{f"hidden[{number}]": width for number, width in enumerate(hidden)},
     )  # fmt: skip
     if not 0 < lr < float("inf"):
-        raise ValueError(f"lr is {lr}; expected a rate above 0.")
+        raise ValueError(f"lr is {lr}; expected a learning rate above 0.")
     if not 0 < polyak <= 1:
         raise ValueError(f"polyak is {polyak}; it must lie in (0, 1].")
-    if discount == 1:
-        _check_ends(train=fit, held_out=fresh)
+    for name, part in (("train", fit), ("held_out", fresh)):
+        if discount == 1 and (cut := int(part.never_terminated.sum())):
+            raise ValueError(
+                f"discount is 1 and {cut} of {len(part)} episodes of {name} end without termination, "
+                "past which undiscounted values have no bound; choose a discount below 1."
+            )
     if deterministic is None:
-        deterministic = not isinstance(train.action_space, spaces.Discrete)
+        deterministic = fit.continuous
     finite = None if model == "network" else finite_states(train, held_out)
     if finite is None and model == "table":
         raise ValueError(
-            "model is 'table', but the log has continuous actions or too many distinct states; "
+            "model is 'table', but the dataset has continuous actions or too many distinct states; "
             "choose 'network'."
         )
     passes = backups = np.inf
@@ -172,21 +163,11 @@ def fitted_q_evaluation(
     else:
         check_usable(str(device))
         limits, samples = return_range(fit, fresh), 0 if deterministic else action_samples
-        critics = Critics(resolved, fit, torch.device(device), discount, limits, samples, seed)
+        critics = Critics(resolved, fit, torch.device(device), limits, samples, seed)
         coverage = Coverage(train, held_out, min_count=min_count, seed=seed)
-        fitted, unseen = (Steps(critics, log, coverage, table_bytes) for log in (fit, fresh))
+        fitted, unseen = (Steps(critics, part, coverage, table_bytes) for part in (fit, fresh))
         critics.fit(fitted, hidden, updates, batch_size, lr, polyak, progress)
         scores, error, error_training = network_scores(fitted, unseen, logged)
         passes, backups = updates * batch_size / len(train), updates * polyak
     names = tuple(candidate.name for candidate in resolved)
     return FittedQ(names, discount, scores, error, error_training, backups, passes, deterministic)
-
-
-def _check_ends(**logs: Episodes) -> None:
-    for name, log in logs.items():
-        if cut := int(log.never_terminated.sum()):
-            raise ValueError(
-                f"discount is 1 and {cut} of {len(log)} episodes of {name} end without "
-                "termination, past which undiscounted values have no bound; choose a discount "
-                "below 1."
-            )

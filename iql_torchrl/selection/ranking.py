@@ -1,4 +1,4 @@
-"""Trained policies ranked from logs alone; ``recommendation`` decides on one of them."""
+"""Trained policies ranked from a dataset alone; ``recommendation`` decides on one of them."""
 
 from __future__ import annotations
 
@@ -12,31 +12,33 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gymnasium import spaces
 
 from iql_torchrl.data import OfflineDataset
+from iql_torchrl.data.digests import shared_share
 from iql_torchrl.evaluation.statistics import rank_correlations
 from iql_torchrl.files import atomic_write
 from iql_torchrl.selection.candidates import Candidate, bc_distance, has_density, resolve_candidates
 from iql_torchrl.selection.episodes import Episodes, read_datasets
+from iql_torchrl.selection.estimators import LOG_PROB, importance_sampling
 from iql_torchrl.selection.fitted_q import FittedQ, fitted_q_evaluation
-from iql_torchrl.selection.importance_sampling import LOG_PROB, importance_sampling
 from iql_torchrl.selection.recommendation import (
-    Evidence,
     blocking_warnings,
     candidate_warnings,
     caveats_of,
+    facts_of,
     general_warnings,
     recommendation,
 )
 
 MIN_COMPARED = 3
+MIN_EFFECTIVE_SHARE = 0.1
 IMPORTANCE = {  # a column, and the field of ``Importance`` that it has
     "importance_value": "values",
     "importance_low": "low",
     "importance_high": "high",
     "effective_episodes": "effective_sample_size",
     "mean_weight": "mean_weight",
+    "wrong_propensities": "wrong",
 }
 COLUMNS = {
     "value": "value",
@@ -57,19 +59,17 @@ class Ranking:
 
     Attributes:
         rows: one dict per candidate, best estimated value first: ``rank`` (from 1), ``candidate``,
-            ``temperature``; ``value`` by fitted Q evaluation corrected on held-out episodes, with
-            bounds for this candidate alone; ``gain`` over the behaviour policy, with bounds that
-            hold for all candidates at once; ``td_error`` and ``td_error_training``;
-            ``importance_value`` and bounds, ``effective_episodes``; ``extrapolation`` and
-            ``worst_extrapolation``, see ``EpisodeScores``; ``correcting_episodes``, its
-            ``effective_episodes``; ``seen``, the share of the held-out episodes that the candidate
-            was trained on; ``bc_distance``; ``caveats``, names of the warnings that concern it
-            (``importance``, ``extrapolation``, ``td_error``, ``range``, ``few``, ``contradiction``,
-            ``seen``). NaN is unknown.
+            ``temperature``; ``value``, with bounds for this candidate alone; ``gain`` over the
+            behaviour policy, with bounds that hold for all candidates at once; ``td_error`` and
+            ``td_error_training``; ``importance_value`` and bounds, ``effective_episodes``; of
+            ``EpisodeScores`` ``exact``, ``extrapolation``, ``worst_extrapolation`` (unsupported) and
+            ``correcting_episodes``; ``seen``, the share of the held-out episodes that the candidate
+            was trained on; ``bc_distance``; ``caveats``, names of ``recommendation.CAVEATS``. NaN is
+            unknown.
         behaviour_value, behaviour_low, behaviour_high: value of the behaviour policy, and its bounds.
-        behaviour_extrapolation: share of the log's own actions that count as outside the log.
-        spearman, kendall: agreement of the two estimators over the candidates whose importance weights
-            are not doubted; NaN for fewer than three.
+        behaviour_extrapolation: share of the dataset's actions that count as unsupported.
+        spearman, kendall: agreement of the two estimators over the candidates without the caveat
+            ``importance``; NaN for fewer than three.
         recommended: name of the recommended candidate, or None.
         recommendation: the recommendation in one sentence.
         warnings: reasons not to trust the ranking, one sentence each.
@@ -91,16 +91,16 @@ class Ranking:
     episodes: int
 
     def __str__(self) -> str:
-        log = {
+        behaviour = {
             "candidate": "behaviour policy",
             "value": self.behaviour_value,
             "value_low": self.behaviour_low,
             "value_high": self.behaviour_high,
             "extrapolation": self.behaviour_extrapolation,
         }
-        width = max(len(row["candidate"]) for row in (*self.rows, log))
+        width = max(len(row["candidate"]) for row in (*self.rows, behaviour))
         lines = [f"{'candidate':{width}}" + "".join(f" {title:>13}" for title in COLUMNS.values())]
-        for row in (*self.rows, log):
+        for row in (*self.rows, behaviour):
             values = [row.get(key, math.nan) for key in COLUMNS]
             cells = ["-" if math.isnan(value) else f"{value:.4g}" for value in values]
             lines.append(f"{row['candidate']:{width}}" + "".join(f" {cell:>13}" for cell in cells))
@@ -168,55 +168,44 @@ def rank_policies(
     """Candidates by estimated value, with caveats about each estimate, and a recommendation.
 
     A candidate's ``value`` is the mean of its doubly robust scores over the held-out episodes: fitted
-    Q evaluation on ``train``, corrected by held-out steps
-    (:class:`~iql_torchrl.selection.episodes.EpisodeScores`). The log's value is that of the policy
-    that made it, from the same episodes; it needs no BC baseline. ``gain`` is the mean over episodes of
-    their difference. Its bounds hold for all candidates at once with probability ``confidence``, so
-    they remain valid for the best of many. They include the error of the estimate, as far as
-    held-out episodes show it, and one more episode with the worst return in the log
-    (:func:`bounds.mean_bounds`).
+    Q evaluation on ``train``, corrected by held-out steps. ``gain`` is the mean over episodes of the
+    difference to the behaviour policy. Its bounds (:func:`bounds.mean_bounds`) hold for all candidates
+    at once with probability ``confidence``, so they remain valid for the best of many, and include the
+    error of the fit.
 
     The recommended candidate has the largest value among those whose interval of the gain is above
     zero and that have no caveats except ``importance`` and ``td_error``. No candidate is recommended
     where networks have not converged, where ``train`` and ``held_out`` share episodes, where
-    outcomes depend on more than the observation (for a table, see ``tabular.table_scores``), or where
-    for any candidate fitted Q evaluation and importance sampling contradict each other beyond their
-    intervals.
+    outcomes depend on more than the observation (tested for a table), or where for any candidate
+    fitted Q evaluation and importance sampling contradict each other beyond their intervals.
 
     Assumptions: episodes are independent of each other, no return is worse than the worst one from
-    any logged state, and candidates were chosen without ``held_out``. With networks also: the critics'
-    features describe values and visits well enough.
-
-    A log cannot show the effect of an action that it lacks in a state, nor the effect of causes that
-    the behaviour policy used but the observations do not contain. Up to ``max_extrapolation``, missing
-    actions count with the smallest logged return; above it, the candidate is not recommended.
+    any logged state, and candidates were chosen without ``held_out``; with networks also that the
+    critics' features describe values and visits. A dataset cannot show the effect of an action that it
+    lacks in a state, nor of causes that the observations do not contain.
 
     Args:
         candidates: name to ``Agent`` or TorchRL actor.
         train, held_out: see :func:`fitted_q_evaluation`; without episodes that candidates trained on.
         discount: in [0, 1].
-        fitted_q: an evaluation of the same candidates on ``held_out``; by default made here with
-            ``fitted_q_evaluation``'s defaults.
-        behaviour: for importance sampling; a key of the data or a model, see
-            :func:`importance_sampling`. None: ``"action_log_prob"`` where the data have it,
+        fitted_q: an evaluation of the same candidates on ``held_out``; None:
+            ``fitted_q_evaluation`` with its defaults.
+        behaviour: see :func:`importance_sampling`; None: ``"action_log_prob"`` where the data have it,
             otherwise no importance sampling.
-        bc_baseline: the candidate that was trained by behaviour cloning (BC); by default the first
-            of temperature 0 that does not take the best of several actions. Distances are measured
-            from it; nothing else depends on it.
+        bc_baseline: the candidate that was trained by behaviour cloning (BC), from which distances are
+            measured; by default the first of temperature 0 that does not take the best of several
+            actions.
         deterministic: whether both estimators evaluate the most probable or deterministic action, or
-            the policy as it samples; not used with ``fitted_q``, which has its own. None: as it
-            samples for discrete actions, and for continuous ones where there is importance sampling,
-            because a deterministic continuous action has no density. Where some candidate has none, or
-            ``deterministic`` is True for continuous actions, there is no importance sampling, and a
-            warning says so.
-        min_count: see :func:`fitted_q_evaluation`; not used with ``fitted_q``.
-        max_extrapolation: the largest share of unsupported actions, minus that of the log itself,
-            see ``EpisodeScores.unsupported``; in [0, 1].
-        min_effective_episodes: effective sample size below which importance sampling is doubted;
-            it is also doubted below a tenth of the held-out episodes.
+            the policy as it samples; not used with ``fitted_q``. None: as it samples for discrete
+            actions, and for continuous ones where there is importance sampling, which needs densities:
+            it is left out, with a warning, where some candidate has none or ``deterministic`` is True.
+        min_count, progress: see :func:`fitted_q_evaluation`; not used with ``fitted_q``.
+        max_extrapolation: the largest share of unsupported actions, minus that of the behaviour
+            policy, in [0, 1]; up to it they count with the smallest logged return.
+        min_effective_episodes: effective sample size below which importance sampling has a caveat, as
+            it has below a tenth of the held-out episodes.
         confidence: of the intervals, in (0, 1).
         seed: of every random choice.
-        progress: see :func:`fitted_q_evaluation`; not used with ``fitted_q``.
 
     Raises:
         TypeError, ValueError: as ``fitted_q_evaluation`` and ``importance_sampling``; ``bc_baseline``
@@ -233,7 +222,7 @@ def rank_policies(
     if behaviour is None and LOG_PROB in held_out.transitions:
         behaviour = LOG_PROB
     chosen = deterministic if fitted_q is None else fitted_q.deterministic
-    unchecked = _unchecked(resolved, held_out, behaviour, fresh.continuous and bool(chosen))
+    unchecked = _unchecked(resolved, fresh, behaviour, fresh.continuous and bool(chosen))
     if fitted_q is None:
         if chosen is None and fresh.continuous:
             chosen = bool(unchecked)
@@ -241,19 +230,43 @@ def rank_policies(
             candidates, train, held_out, discount=discount, min_count=min_count, seed=seed,
             behaviour=behaviour, deterministic=chosen, progress=progress,
         )  # fmt: skip
-    _check_fitted(fitted_q, resolved, fresh, discount)
-    known = Evidence(
-        candidates=resolved, fitted_q=fitted_q, train=fit, held_out=fresh, unchecked=unchecked,
-        max_extrapolation=max_extrapolation, min_effective_episodes=min_effective_episodes,
-    )  # fmt: skip
-    rows = _rows(known, behaviour, baseline, confidence, seed)
-    agreement = _agreement(rows)
+    actual = (fitted_q.names, fitted_q.episodes.scores.shape[1], fitted_q.discount)
+    expected = (tuple(candidate.name for candidate in resolved), len(fresh), discount)
+    if actual != expected:
+        raise ValueError(
+            f"fitted_q has (candidates, episodes, discount) {actual}, expected {expected}: "
+            "pass what fitted_q_evaluation returned for the same arguments."
+        )
+    columns = _columns(resolved, fitted_q, fresh, baseline, confidence, seed)
+    if not unchecked:
+        # Intervals that hold for all candidates at once (Bonferroni), in the range of logged returns.
+        result = importance_sampling(
+            {candidate.name: candidate.policy for candidate in resolved}, held_out,
+            behaviour=behaviour, discount=discount, deterministic=fitted_q.deterministic, seed=seed,
+            confidence=1 - (1 - confidence) / len(resolved),
+            return_limits=fitted_q.episodes.return_range,
+        )  # fmt: skip
+        columns |= {column: getattr(result, name) for column, name in IMPORTANCE.items()}
+    facts = facts_of(fitted_q, fit, fresh)
+    enough = max(min_effective_episodes, MIN_EFFECTIVE_SHARE * len(fresh))
+    rows: list[dict[str, Any]] = []
+    for rank, number in enumerate(np.argsort(-fitted_q.values, kind="stable").tolist(), 1):
+        row = {"rank": rank, "candidate": resolved[number].name}
+        row |= {key: np.asarray(values)[number].item() for key, values in columns.items()}
+        rows.append(row | {"caveats": caveats_of(row, facts, max_extrapolation, enough)})
+    sound = [row for row in rows if "importance" not in row["caveats"]]
+    agreement = math.nan, math.nan
+    if len(sound) >= MIN_COMPARED:
+        pairs = ([row[key] for row in sound] for key in ("value", "importance_value"))
+        agreement = rank_correlations(*pairs)
     value = fitted_q.episodes.behaviour_value(confidence, seed)
-    blocking = [*blocking_warnings(rows, known)]
+    blocking = [*blocking_warnings(fitted_q, fit, fresh, facts["converged"])]
+    clone = next((row for row in rows if baseline and row["candidate"] == baseline.name), None)
+    seen = max(_seen(resolved, fit))
     warnings = (
-        *candidate_warnings(rows, known),
+        *candidate_warnings(rows, facts),
         *blocking,
-        *general_warnings(rows, known, agreement[0], baseline, value),
+        *general_warnings(fitted_q, fresh, seen, unchecked, agreement[0], clone, value),
     )
     recommended, sentence = recommendation(rows, bool(blocking), confidence)
     return Ranking(
@@ -262,15 +275,19 @@ def rank_policies(
     )  # fmt: skip
 
 
-def _rows(
-    known: Evidence, behaviour: Any, baseline: Candidate | None, confidence: float, seed: int
-) -> list[dict[str, Any]]:
-    """What is estimated of each candidate, best value first; NaN is last."""
-    fitted_q, candidates = known.fitted_q, known.candidates
-    episodes, dataset = fitted_q.episodes, known.held_out.dataset
+def _columns(
+    candidates: Sequence[Candidate], fitted_q: FittedQ, held_out: Episodes,
+    baseline: Candidate | None, confidence: float, seed: int,
+) -> dict[str, Any]:  # fmt: skip
+    """What is estimated of each candidate, ``(P,)`` by name; NaN where unknown."""
+    episodes = fitted_q.episodes
     value_low, value_high = episodes.value_bounds(confidence, seed)
     gain_low, gain_high = episodes.gain_bounds(confidence, seed)
-    columns: dict[str, Any] = {
+    unknown = np.full(len(candidates), math.nan)
+    distances: Any = unknown
+    if baseline is not None:
+        distances = [bc_distance(each, baseline, held_out.dataset) for each in candidates]
+    return {
         "temperature": [candidate.temperature for candidate in candidates],
         "value": fitted_q.values,
         "value_low": value_low,
@@ -281,33 +298,20 @@ def _rows(
         "exact": episodes.exact,
         "td_error": fitted_q.td_error,
         "td_error_training": fitted_q.td_error_training,
-        **dict.fromkeys(IMPORTANCE, np.full(len(candidates), math.nan)),
+        **dict.fromkeys(IMPORTANCE, unknown),
         "wrong_propensities": np.zeros(len(candidates), bool),
         "extrapolation": episodes.unsupported,
         "worst_extrapolation": episodes.worst_unsupported,
         "correcting_episodes": episodes.effective_episodes,
-        "bc_distance": [
-            math.nan if baseline is None else bc_distance(candidate, baseline, dataset)
-            for candidate in candidates
-        ],
-        "seen": known.seen(known.held_out),
+        "bc_distance": distances,
+        "seen": _seen(candidates, held_out),
     }
-    if not known.unchecked:
-        # Intervals that hold for all candidates at once (Bonferroni), in the range of logged returns.
-        result = importance_sampling(
-            {candidate.name: candidate.policy for candidate in candidates}, dataset,
-            behaviour=behaviour, discount=fitted_q.discount, seed=seed,
-            deterministic=fitted_q.deterministic,
-            confidence=1 - (1 - confidence) / len(candidates), return_limits=episodes.return_range,
-        )  # fmt: skip
-        columns |= {column: getattr(result, name) for column, name in IMPORTANCE.items()}
-        columns["wrong_propensities"] = result.wrong
-    rows: list[dict[str, Any]] = []
-    for rank, number in enumerate(np.argsort(-fitted_q.values, kind="stable").tolist(), 1):
-        row = {"rank": rank, "candidate": candidates[number].name}
-        row |= {key: np.asarray(values)[number].item() for key, values in columns.items()}
-        rows.append(row | {"caveats": caveats_of(row, known)})
-    return rows
+
+
+def _seen(candidates: Sequence[Candidate], part: Episodes) -> list[float]:
+    """Share of the episodes that each candidate was trained on, 0 where unknown."""
+    digests, trained = part.dataset.episode_digests(), (each.episodes for each in candidates)
+    return [0.0 if known is None else shared_share(known, digests) for known in trained]
 
 
 def _bc_baseline(candidates: Sequence[Candidate], name: str | None) -> Candidate | None:
@@ -321,25 +325,10 @@ def _bc_baseline(candidates: Sequence[Candidate], name: str | None) -> Candidate
     return named[name]
 
 
-def _check_fitted(
-    fitted_q: FittedQ, candidates: Sequence[Candidate], held_out: Episodes, discount: float
-) -> None:
-    actual = (fitted_q.names, fitted_q.episodes.scores.shape[1], fitted_q.discount)
-    expected = (tuple(candidate.name for candidate in candidates), len(held_out), discount)
-    if actual != expected:
-        raise ValueError(
-            f"fitted_q has (candidates, episodes, discount) {actual}, expected {expected}: "
-            "pass what fitted_q_evaluation returned for the same arguments."
-        )
-
-
 def _unchecked(
-    candidates: Sequence[Candidate], log: OfflineDataset, behaviour: Any, deterministic: bool
+    candidates: Sequence[Candidate], held_out: Episodes, behaviour: Any, deterministic: bool
 ) -> str:
-    """Why the same policies cannot be evaluated by importance sampling; empty where they can.
-
-    ``deterministic``: whether fitted Q evaluation takes deterministic continuous actions.
-    """
+    """Why there is no importance sampling, or empty; ``deterministic``: of continuous actions."""
     if behaviour is None:
         return "the data hold no behaviour log-probabilities and no behaviour model was given"
     if deterministic:
@@ -347,21 +336,9 @@ def _unchecked(
             "importance sampling is left out, because values are of deterministic continuous actions, "
             "which have no density (deterministic=False evaluates the policies as they sample)"
         )
-    if isinstance(log.action_space, spaces.Discrete):
+    if not held_out.continuous:
         return ""
-    without = [candidate.name for candidate in candidates if not has_density(candidate, log)]
+    without = [each.name for each in candidates if not has_density(each, held_out.dataset)]
     have = f"{', '.join(without)} {'have' if len(without) > 1 else 'has'}"
     reason = f"importance sampling is left out, because {have} no density of actions"
     return reason if without else ""
-
-
-def _agreement(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
-    """Spearman's and Kendall's correlation over candidates without the caveat ``importance``.
-
-    NaN for fewer than ``MIN_COMPARED`` of them, for unknown (NaN) values, or where all are equal.
-    """
-    sound = [row for row in rows if "importance" not in row["caveats"]]
-    if len(sound) < MIN_COMPARED:
-        return math.nan, math.nan
-    values, checks = ([row[key] for row in sound] for key in ("value", "importance_value"))
-    return rank_correlations(values, checks)

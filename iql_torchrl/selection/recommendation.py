@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from iql_torchrl.data.digests import shared_share, sketch_of
-from iql_torchrl.selection.candidates import Candidate
 from iql_torchrl.selection.episodes import Episodes
 from iql_torchrl.selection.fitted_q import FittedQ
 
 Row = Mapping[str, Any]
 
 ERROR_GROWTH, TINY = 2.0, 1e-300
-MIN_EFFECTIVE_SHARE = 0.1
 WORST_STATE = 0.5
 MIN_CORRECTING = 20.0
 HISTORY = 4.5
@@ -53,7 +50,7 @@ CAVEATS = {
     ),
     "few": (
         "the correction by held-out steps has only {least[correcting_episodes]:.1f} effective "
-        "episodes of {episodes}, at least {enough:g} are needed; hold out more."
+        "episodes of {episodes}, at least {min_correcting:g} are needed; hold out more."
     ),
     "contradiction": (
         "fitted Q evaluation and importance sampling contradict each other beyond their intervals "
@@ -70,63 +67,51 @@ CAVEATS = {
         "rank on episodes that no candidate was trained on."
     ),
 }
+REMEDIES = {
+    "td_error": "; use more data or smaller critics",
+    "range": "; use smaller critics or fewer updates",
+}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Evidence:
-    """What caveats read beside the rows of a ranking, and the options of ``rank_policies``.
+def facts_of(fitted_q: FittedQ, train: Episodes, held_out: Episodes) -> dict[str, Any]:
+    """What caveats and their sentences read beside the rows.
 
-    ``fitted_q``: fitted on ``train``, corrected by ``held_out``. ``unchecked``: why there is no
-    importance sampling, or empty.
+    ``possible``: smallest and largest value. For networks the range of logged returns. A table may
+    combine parts of different episodes, so there the smallest and the largest logged reward count at
+    every step. ``converged``: whether rewards travelled far enough, and every step was seen.
     """
-
-    candidates: tuple[Candidate, ...]
-    fitted_q: FittedQ
-    train: Episodes
-    held_out: Episodes
-    unchecked: str
-    max_extrapolation: float
-    min_effective_episodes: float
-
-    def possible(self) -> tuple[float, float]:
-        """Smallest and largest possible value.
-
-        For networks the range of logged returns. A table may combine parts of different episodes,
-        so there the range is that of the smallest and the largest logged reward at every step.
-        """
-        low, high = self.fitted_q.episodes.return_range
-        if math.isfinite(self.fitted_q.backups):
-            return low, high
-        parts, discount = (self.train, self.held_out), self.fitted_q.discount
-        rewards = np.concatenate([part.reward for part in parts])
-        longest = max(int(part.lengths.max()) for part in parts)
+    low, high = fitted_q.episodes.return_range
+    table = not math.isfinite(fitted_q.backups)
+    if table:
+        discount = fitted_q.discount
+        rewards = np.concatenate([train.reward, held_out.reward])
+        longest = max(int(part.lengths.max()) for part in (train, held_out))
         steps = longest if discount == 1 else 1 / (1 - discount)
-        return min(low, steps * float(rewards.min())), max(high, steps * float(rewards.max()))
+        low, high = min(low, steps * float(rewards.min())), max(high, steps * float(rewards.max()))
+    far = fitted_q.backups >= HORIZONS * held_out.horizon
+    return {
+        "possible": (low, high),
+        "converged": far and fitted_q.passes >= PASSES,
+        "episodes": len(held_out),
+        "unit": "episodes" if table else "steps",
+        "behaviour_extrapolation": fitted_q.episodes.behaviour_unsupported,
+        "min_correcting": MIN_CORRECTING,
+    }
 
-    def converged(self) -> bool:
-        """True if rewards travelled far enough, and every step was seen, in fitted Q evaluation."""
-        far = self.fitted_q.backups >= HORIZONS * self.held_out.horizon
-        return far and self.fitted_q.passes >= PASSES
 
-    def seen(self, part: Episodes) -> list[float]:
-        """Share of the episodes that each candidate was trained on, 0 where unknown."""
-        digests, trained = part.dataset.episode_digests(), (c.episodes for c in self.candidates)
-        return [0.0 if own is None else shared_share(own, digests) for own in trained]
-
-
-def caveats_of(row: Row, known: Evidence) -> tuple[str, ...]:
+def caveats_of(
+    row: Row, facts: Mapping[str, Any], max_extrapolation: float, min_effective: float
+) -> tuple[str, ...]:
     """Names of the caveats of one candidate; with exact weights errors of the model do not matter."""
-    enough = max(known.min_effective_episodes, MIN_EFFECTIVE_SHARE * len(known.held_out))
-    more = row["extrapolation"] - known.fitted_q.episodes.behaviour_unsupported
-    low, high = known.possible()
+    more = row["extrapolation"] - facts["behaviour_extrapolation"]
+    low, high = facts["possible"]
     value, modelled = row["value"], not row["exact"]
     disjoint = (
         row["importance_low"] > row["value_high"] or row["importance_high"] < row["value_low"]
     )
     checks = {
-        "importance": row["effective_episodes"] < enough,
-        "extrapolation": more > known.max_extrapolation
-        or row["worst_extrapolation"] >= WORST_STATE,
+        "importance": row["effective_episodes"] < min_effective,
+        "extrapolation": more > max_extrapolation or row["worst_extrapolation"] >= WORST_STATE,
         "td_error": modelled and row["td_error"] > ERROR_GROWTH * row["td_error_training"],
         "range": math.isnan(value) or (modelled and not low <= value <= high),
         "few": row["correcting_episodes"] < MIN_CORRECTING,
@@ -165,10 +150,8 @@ def recommendation(rows: Sequence[Row], blocked: bool, confidence: float) -> tup
     )
 
 
-def candidate_warnings(rows: Sequence[Row], known: Evidence) -> Iterator[str]:
+def candidate_warnings(rows: Sequence[Row], facts: Mapping[str, Any]) -> Iterator[str]:
     """One sentence for each caveat, with the names of the candidates that have it."""
-    remedies = {"td_error": "; use more data or smaller critics"}
-    remedies["range"] = "; use smaller critics or fewer updates"
     for name, sentence in CAVEATS.items():
         having = [row for row in rows if name in row["caveats"]]
         if not having:
@@ -177,29 +160,28 @@ def candidate_warnings(rows: Sequence[Row], known: Evidence) -> Iterator[str]:
         least, most = ({k: of(row[k] for row in having) for k in numbers} for of in (min, max))
         growth = [row["td_error"] / max(row["td_error_training"], TINY) for row in having]
         text = sentence.format(
-            least=least, most=most, growth=max(growth), first=having[0],
-            worst=max(having, key=lambda row: row["extrapolation"]), possible=known.possible(),
-            behaviour_extrapolation=known.fitted_q.episodes.behaviour_unsupported,
-            unit="steps" if math.isfinite(known.fitted_q.backups) else "episodes",
+            **facts, least=least, most=most, growth=max(growth), first=having[0],
+            worst=max(having, key=lambda row: row["extrapolation"]),
             # more updates are the remedy of critics that have not converged; both would contradict
-            remedy=remedies.get(name, "") if known.converged() else "",
-            episodes=len(known.held_out), enough=MIN_CORRECTING,
+            remedy=REMEDIES.get(name, "") if facts["converged"] else "",
         )  # fmt: skip
         more = f" and {len(having) - NAMED} more" if len(having) > NAMED else ""
         yield f"{', '.join(row['candidate'] for row in having[:NAMED])}{more}: {text}"
 
 
-def blocking_warnings(rows: Sequence[Row], known: Evidence) -> Iterator[str]:
+def blocking_warnings(
+    fitted_q: FittedQ, train: Episodes, held_out: Episodes, converged: bool
+) -> Iterator[str]:
     """Reasons why no value may be compared with the behaviour policy's: one sentence each."""
-    fitted_q, modelled = known.fitted_q, not all(row["exact"] for row in rows)
-    if modelled and not known.converged():
+    modelled = not fitted_q.episodes.exact.all()
+    if modelled and not converged:
         yield (
             f"fitted Q evaluation renewed its targets {fitted_q.backups:.3g} times, in "
             f"{fitted_q.passes:.3g} passes of the data, where values look "
-            f"{known.held_out.horizon:.3g} steps ahead: it has not converged; use more updates."
+            f"{held_out.horizon:.3g} steps ahead: it has not converged; use more updates."
         )
-    digests = [part.dataset.episode_digests() for part in (known.train, known.held_out)]
-    if (shared := shared_share(sketch_of(digests[0]), digests[1])) > SHARED:
+    sketch = sketch_of(train.dataset.episode_digests())
+    if (shared := shared_share(sketch, held_out.dataset.episode_digests())) > SHARED:
         yield (
             f"{shared:.0%} of the held-out episodes are also among those fitted on, so they "
             "cannot show the error of the fit; give two parts of one dataset: "
@@ -216,15 +198,17 @@ def blocking_warnings(rows: Sequence[Row], known: Evidence) -> Iterator[str]:
 
 
 def general_warnings(
-    rows: Sequence[Row],
-    known: Evidence,
-    agreement: float,
-    baseline: Candidate | None,
-    behaviour: tuple[float, float, float],
-) -> Iterator[str]:
-    """Sentences about the whole ranking; ``behaviour``: value of the behaviour policy and bounds."""
-    uncovered = known.fitted_q.episodes.uncovered_ends
-    if (fit_seen := max(known.seen(known.train))) > SHARED:
+    fitted_q: FittedQ, held_out: Episodes, fit_seen: float, unchecked: str, agreement: float,
+    baseline: Row | None, behaviour: tuple[float, float, float],
+) -> Iterator[str]:  # fmt: skip
+    """Sentences about the whole ranking.
+
+    ``fit_seen``: largest share of the episodes fitted on that a candidate was trained on.
+    ``unchecked``: why there is no importance sampling, or empty. ``agreement``: Spearman's.
+    ``baseline``: of behaviour cloning. ``behaviour``: value of the behaviour policy and its bounds.
+    """
+    uncovered = fitted_q.episodes.uncovered_ends
+    if fit_seen > SHARED:
         yield (
             f"candidates were trained on up to {fit_seen:.0%} of the episodes fitted on, so the "
             "fit estimates them too high; held-out episodes correct that, but intervals are wider."
@@ -235,22 +219,20 @@ def general_warnings(
             "dataset never describes; intervals assume any logged return there, the estimates the "
             "least."
         )
-    if not known.fitted_q.deterministic and known.held_out.continuous:
+    if not fitted_q.deterministic and held_out.continuous:
         yield (
             "values are of actions as the candidates draw them, because importance sampling needs "
             "densities: act so too (deterministic=False), or rank with deterministic=True."
         )
-    if known.unchecked:
-        yield f"{known.unchecked}, so nothing independent checks the values."
+    if unchecked:
+        yield f"{unchecked}, so nothing independent checks the values."
     elif agreement < MIN_AGREEMENT:
         yield f"the two estimators order the candidates differently (Spearman {agreement:.2f})."
     value, low, high = behaviour
-    for row in rows:
-        own = baseline is not None and row["candidate"] == baseline.name
-        if own and (row["value_low"] > high or row["value_high"] < low):
-            yield (
-                f"{row['candidate']}, trained by behaviour cloning, is estimated at {row['value']:.4g} "
-                f"({row['value_low']:.4g} to {row['value_high']:.4g}) and the behaviour policy at "
-                f"{value:.4g} ({low:.4g} to {high:.4g}): the cloning is poor, or the observations "
-                "lack what the behaviour policy acted on."
-            )
+    if baseline and (baseline["value_low"] > high or baseline["value_high"] < low):
+        yield (
+            "{candidate}, trained by behaviour cloning, is estimated at {value:.4g} ({value_low:.4g} "
+            "to {value_high:.4g}) and the behaviour policy at ".format_map(baseline)
+            + f"{value:.4g} ({low:.4g} to {high:.4g}): the cloning is poor, or the observations "
+            "lack what the behaviour policy acted on."
+        )

@@ -1,9 +1,9 @@
-"""Values of policies in the empirical model of a log with few distinct states and actions."""
+"""Values of policies in the empirical model of a dataset with few distinct states and actions."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.sparse
@@ -18,8 +18,12 @@ from iql_torchrl.data import OfflineDataset
 from iql_torchrl.selection.bounds import FloatArray
 from iql_torchrl.selection.candidates import Candidate, log_probabilities, states
 from iql_torchrl.selection.episodes import Episodes, EpisodeScores, return_range
-from iql_torchrl.selection.estimators import LoggedLogProb, ModelValues, candidate_scores
-from iql_torchrl.selection.importance_sampling import LOG_PROB
+from iql_torchrl.selection.estimators import (
+    LOG_PROB,
+    LoggedLogProb,
+    ModelValues,
+    episode_scores,
+)
 
 IntArray = NDArray[np.int64]
 
@@ -31,9 +35,9 @@ LARGEST_DISCOUNT = 1 - 1e-9  # finite values also of a policy that never termina
 
 
 class FiniteStates(NamedTuple):
-    """The S distinct states of two logs, and the state of each row before and after its step.
+    """The S distinct states of two datasets, and the state before and after each transition.
 
-    ``representatives``: one row of each state with the policies' inputs, batch ``(S,)``.
+    ``representatives``: the policies' inputs in each state, batch ``(S,)``.
     """
 
     representatives: TensorDictBase
@@ -57,12 +61,11 @@ def finite_states(train: OfflineDataset, held_out: OfflineDataset) -> FiniteStat
         for part in (train, held_out)
         for following in (False, True)
     ]
-    most = MAX_CATEGORIES
-    if not isinstance(train.observation_space, spaces.Discrete):
+    categories = isinstance(train.observation_space, spaces.Discrete)
+    if not categories:
         probed = _columns(tables[0][torch.linspace(0, len(train) - 1, PROBED_ROWS).long()])
-        if len(np.unique(probed, axis=0)) > max(PROBED_ROWS // 2, 2):
+        if len(np.unique(probed, axis=0)) > PROBED_ROWS // 2:
             return None
-        most = MAX_STATES
     columns = np.concatenate([_columns(table) for table in tables])
     every, first, index = np.unique(columns, axis=0, return_index=True, return_inverse=True)
     index, ends = index.reshape(-1), np.cumsum([len(table) for table in tables])[:-1]
@@ -71,6 +74,7 @@ def finite_states(train: OfflineDataset, held_out: OfflineDataset) -> FiniteStat
     _, pair, count = np.unique(
         state * int(train.action_space.n) + taken, return_inverse=True, return_counts=True
     )
+    most = MAX_CATEGORIES if categories else MAX_STATES
     if len(every) > most or np.median(count[pair.reshape(-1)]) < ROWS_PER_PAIR:
         return None
     representatives = torch.cat(tables)[torch.from_numpy(first)]
@@ -99,38 +103,36 @@ def table_scores(
     The model's values are the fixed point of fitted Q evaluation with one number per state and
     action, solved exactly. Where a candidate would take an action that ``train`` contains fewer than
     ``min_count`` times in that state, or ``held_out`` never, its episode stops with the smallest
-    return from any state of either dataset (the filter of Liu, Swaminathan, Agarwal,
-    Brunskill 2020, "Provably good batch reinforcement learning without great exploration",
-    arXiv:2007.08202).
+    return from any state of either dataset (Liu, Swaminathan, Agarwal, Brunskill 2020, "Provably good
+    batch reinforcement learning without great exploration", arXiv:2007.08202).
 
     Where ``logged`` has no propensities, the weight of a step (:func:`estimators.doubly_robust`) is
-    the candidate's discounted visits of (s, a) in the model over those held out: the held-out steps
-    correct the model's errors and, since each episode corrects them differently, show how large they
-    may be.
+    the candidate's discounted visits of (s, a) in the model over those held out.
     """
     model = _Model(train, held_out, finite, min_count)
-    scores, rest = [], []
-    for candidate, known in zip(candidates, logged, strict=True):
-        policy = log_probabilities(
+    policies = [
+        log_probabilities(
             candidate, finite.representatives, model.count.shape[1], deterministic=deterministic
         )
-        models, shares = model.candidate(policy.exp().numpy() * model.supported)
-        largest = float(models[0].weight.max())
-        scores.append(candidate_scores(held_out, known, models, model.limits, largest))
-        rest.append((models[0].initial, *shares))
-    initial, share, worst = map(np.array, zip(*rest, strict=True))
+        for candidate in candidates
+    ]
+    models, unsupported, worst = zip(
+        *(model.candidate(policy.exp().numpy() * model.supported) for policy in policies),
+        strict=True,
+    )
     visits = model.factors(model.frequency * model.supported).solve(model.start, trans="T")
     ends = model.well_known[finite.held_out_next[held_out.last]]
-    return EpisodeScores.joined(
-        scores,
-        *model.behaviour(),
-        initial_values=initial,
-        unsupported=np.clip(share, 0, 1),
+    return episode_scores(
+        held_out,
+        logged,
+        models,
+        model.limits,
+        [low.weight.max() for low, _ in models],
+        **model.behaviour(),
+        unsupported=np.clip(unsupported, 0, 1),
         behaviour_unsupported=float(np.clip(visits @ model.usual, 0, 1)),
         worst_unsupported=np.clip(worst, 0, 1),
         uncovered_ends=float((held_out.truncation_weight * ~ends).mean()),
-        return_range=model.limits,
-        exact=np.array([known.behaviour is not None for known in logged]),
         history=model.history(),
     )
 
@@ -163,7 +165,7 @@ class _Model:
             (1 / each[pair[going]], (pair[going], finite.train_next[going])), (size, shape[0])
         )
         self.start = np.bincount(finite.train[train.first], minlength=shape[0]) / len(train)
-        # The states in which episodes were truncated, discounted.
+        # the states in which episodes were truncated, discounted
         ends = finite.train_next[train.last]
         self.cut = np.bincount(ends, train.truncation_weight, shape[0]) / len(train)
         self.pair = finite.held_out * shape[1] + self.action
@@ -171,14 +173,13 @@ class _Model:
         visited = self.count.sum(1, keepdims=True)
         self.frequency = self.count / np.maximum(visited, 1)
         self.well_known = visited[:, 0] >= least
-        # Held-out steps cannot correct a pair that they lack. Weights from held-out frequencies are not
-        # biased by candidates that overfit ``train``.
+        # held-out steps cannot correct a pair that they lack
         self.supported = (self.count >= least) & (self.fresh.reshape(shape) > 0)
-        # How probable an unsupported action is for the log itself.
+        # probability of an unsupported action under the behaviour policy
         self.usual = 1 - (self.frequency * self.supported).sum(1)
 
     def factors(self, policy: FloatArray) -> scipy.sparse.linalg.SuperLU:
-        """Of ``I - discount * P``; solved for rewards ``(S,)`` they give V, transposed visits."""
+        """LU factors of ``I - discount P``: solved for rewards ``(S,)`` V, transposed visits."""
         states, actions = policy.shape
         choose = scipy.sparse.csr_matrix(
             (policy.reshape(-1), np.arange(policy.size), np.arange(0, policy.size + 1, actions)),
@@ -195,13 +196,11 @@ class _Model:
         return np.asarray(factors.solve((policy * self.reward).sum(1) + stop * stop_value))
 
     def outcomes(self, value: FloatArray) -> FloatArray:
-        """``r + discount V(s')`` of the held-out rows ``(N,)``."""
+        """``r + discount V(s')`` of the held-out transitions ``(N,)``."""
         going = self.discount * ~self.held_out.terminated
         return np.asarray(self.held_out.reward + going * value[self.next_state])
 
-    def candidate(
-        self, policy: FloatArray
-    ) -> tuple[tuple[ModelValues, ModelValues], tuple[float, float]]:
+    def candidate(self, policy: FloatArray) -> tuple[tuple[ModelValues, ModelValues], float, float]:
         """Values of one policy, given its supported part, for both limits of unknown returns.
 
         Also the discounted probability that an episode reaches an unsupported action, and the
@@ -222,14 +221,14 @@ class _Model:
         most = scipy.stats.chi2.ppf(VISITS_CONFIDENCE, 2 * (visits * self.episodes + 1)) / 2
         often = (visits > 0) & (most >= OFTEN_VISITED * self.episodes)
         worst = float(((stop - self.usual) * often).max())
-        return (models[0], models[1]), (float(visits @ stop), worst)
+        return (models[0], models[1]), float(visits @ stop), worst
 
-    def behaviour(self) -> tuple[FloatArray, FloatArray, float]:
-        """Scores of the log's own policy ``(E,)``, low and high, and their ``max_score_deviation``.
+    def behaviour(self) -> dict[str, Any]:
+        """The behaviour policy's fields of ``EpisodeScores``.
 
-        An episode's return, and where it was truncated the value of its last state under the log's
-        own frequencies of actions, corrected by held-out steps like the candidates' values. A state
-        with too few rows in ``train`` has the smallest or largest return.
+        An episode's score is its return, and where it was truncated the value of its last state under
+        the dataset's frequencies of actions, corrected by held-out steps like the candidates' values. A
+        state with too few transitions in ``train`` has the smallest or largest return.
         """
         policy, held_out = self.frequency * self.well_known[:, None], self.held_out
         factors, fresh = self.factors(policy), np.bincount(self.state, minlength=len(policy))
@@ -242,20 +241,22 @@ class _Model:
             after = held_out.truncation_weight * value[self.next_state[held_out.last]]
             correction = weight[self.state] * (self.outcomes(value) - value[self.state])
             scores.append(returns + after + held_out.sums(correction))
-        return scores[0], scores[1], float(weight.max()) * (self.limits[1] - self.limits[0])
+        return {
+            "behaviour_scores": scores[0],
+            "behaviour_scores_high": scores[1],
+            "behaviour_max_deviation": float(weight.max()) * (self.limits[1] - self.limits[0]),
+        }
 
     def history(self) -> dict[str, float]:
         """How strongly held-out outcomes depend on more than state and action, as t statistics.
 
-        The outcome of a step is ``r + discount V(s')``, V the value of the log's own policy. Its
-        residual is the outcome minus the mean of its state and action. If the states have the Markov
-        property, residuals are uncorrelated with everything earlier (Shi, Wan, Song, Lu, Leng 2020,
-        "Does the Markov decision process fit the data", arXiv:2002.01751). Tested, each also minus its
-        mean: the number of the step, the residual of the step before, the sum of the numbers of earlier
-        actions, the number of the episode, and if it is known the probability with which the action was
-        chosen, which differs within a state only if the log's policy used more than the state. Episodes
-        are the independent units. Each action has its own statistic, because opposite dependences of
-        two actions would cancel; the one with the largest magnitude is returned.
+        The residual of a step is ``r + discount V(s')``, V of the behaviour policy, minus its mean for
+        the state and action. If states have the Markov property, residuals are uncorrelated with
+        everything earlier (Shi, Wan, Song, Lu, Leng 2020, "Does the Markov decision process fit the
+        data", arXiv:2002.01751), here the quantities in ``earlier``, each also minus its mean. A logged
+        probability differs within a state only if the behaviour policy used more than the state.
+        Episodes are the independent units. Of the statistics of all actions, which could cancel, the
+        one with the largest magnitude is returned.
         """
         first, number = self.held_out.first, self.held_out.number
         factors = self.factors(self.frequency)
@@ -285,6 +286,6 @@ class _Model:
         return result
 
     def _minus_mean(self, values: FloatArray) -> FloatArray:
-        """Of held-out rows ``(N,)``, minus the mean over the rows of the same state and action."""
+        """Values of held-out transitions ``(N,)`` minus the mean of their state and action."""
         mean = np.bincount(self.pair, values, len(self.fresh)) / np.maximum(self.fresh, 1)
         return np.asarray(values - mean[self.pair])

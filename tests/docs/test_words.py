@@ -16,7 +16,7 @@ LATER = tuple(
     f"iql_torchrl/{room}"
     for room in (
         "config", "distributed", "functional", "losses", "networks", "policies", "population",
-        "private_apis", "selection", "update",
+        "private_apis", "update",
     )
 )  # fmt: skip
 

@@ -445,7 +445,7 @@ def test_training_on_a_device_waits_for_nothing(make, monkeypatch):
     if more:
         log = replace(log, action_space=spaces.Discrete(4))
     who, episodes = resolve_candidates({"one": make()}), Episodes(log, DISCOUNT)
-    critics = Critics(who, episodes, torch.device("meta"), DISCOUNT, (0.0, 1.0))
+    critics = Critics(who, episodes, torch.device("meta"), (0.0, 1.0))
     steps, counts = Steps(critics, episodes, Coverage(log, log)), {}
     for updates in (1, 4, 5):
         with Copies() as mode:
@@ -483,7 +483,7 @@ ELSEWHERE = TensorDictModule(nn.Identity(), in_keys=["elsewhere"], out_keys=["ac
         ),
         ({"train": CUT, "discount": 1}, "of train end without termination"),
         ({"model": "tree"}, "model is 'tree'; choose one of 'auto', 'table', 'network'"),
-        ({"candidates": {"x": ELSEWHERE}}, r"reads \['elsewhere'\], which the log lacks"),
+        ({"candidates": {"x": ELSEWHERE}}, r"reads \['elsewhere'\], which the dataset lacks"),
         ({"candidates": {"x": actor(np.full((STATES, 4), 0.25))}}, "each of the 3 actions"),
         (
             {"candidates": {"x": actor(np.full((STATES, ACTIONS), np.nan))}},
