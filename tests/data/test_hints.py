@@ -184,6 +184,20 @@ def test_recorded_resets_after_large_steps():
     assert hints(rows, cut, reward=reward, ids=True) == []
 
 
+@pytest.mark.parametrize("ids", [True, False])
+def test_next_observations_of_vector_environments_that_reset_in_the_same_step(ids):
+    observation, following, ends = walk()
+    rows = np.flatnonzero(ends)[:-1]
+    following[rows] = observation[rows + 1]
+    words = "of 11 of the 11 rows that end episodes|infos['final_obs']|'next_observation': None"
+    said(words, observation, ends, following=following, ids=ids)
+    # the value of a next observation is not used where a row terminates
+    assert hints(observation, ends, terminated=ends, following=following, ids=ids) == []
+    # rows of several environments: the last of each has its true next observation
+    following[rows[[3, 7]]] += 1.0
+    said("of 9 of the 11 rows", observation, ends, following=following, ids=ids)
+
+
 # -- silence
 
 

@@ -119,8 +119,9 @@ def find_episodes(source: Columns, options: ReadOptions) -> tuple[Columns, Episo
     episodes = _transitions(columns, flags | {"truncated": truncated}, last, options.reward_offset)
     warnings = contradictions(columns, flags, last, broken, episodes.lengths) + warnings
     if not warnings:
+        proved = None if broken is None else broken | ~flags["valid"][:-1]
         hints = boundary_hints(
-            observed, broken, columns.columns["next/reward"], flags["terminated"], last,
+            observed, proved, columns.columns["next/reward"], flags["terminated"], last,
             names=columns.paths, unused=columns.unused, ids_given=bool(ids),
         )  # fmt: skip
         if options.autoreset is False:  # the user knows that these rows are steps

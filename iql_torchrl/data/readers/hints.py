@@ -59,10 +59,12 @@ def boundary_hints(
 
     ``last``: rows that end an episode; ``terminated``: rows that terminate. ``broken``: rows whose
     next observation is not the next row's observation, if known. ``names``: the source's columns by
-    our keys; ``unused``: its others. ``ids_given``: episode ids end the episodes, and the only hint is
-    about autoreset. There are no hints where consecutive rows are hardly nearer than random pairs, as
-    in the contexts of a bandit.
+    our keys; ``unused``: its others. ``ids_given``: episode ids end the episodes; only autoreset is
+    hinted at. There are no hints where consecutive rows are hardly nearer than random pairs, or every
+    row terminates, as in a bandit.
     """
+    if terminated.all() and not ids_given:
+        return []
     values = leading_values(observation)
     steps = steps_of(values, last[: max(0, len(values) - 1)])
     if steps is None or steps.usual > 0.35:
@@ -77,6 +79,11 @@ def boundary_hints(
             "from the end, and then the observation jumps: these rows look like resets of a vector "
             "environment with autoreset, which ignores their action. Pass autoreset=True to drop them."
         ]
+    same, terminates = np.ones_like(steps.ended), terminated[: len(steps.ended)]
+    if broken is not None:  # A next observation that is not the next row's proves an end.
+        same = ~broken[: len(same)]
+        if text := _first_of_next(steps, same, terminates):
+            return [text]
     if ids_given:
         return []
     if shift:
@@ -86,15 +93,10 @@ def boundary_hints(
             f"the flags of the {ends} ends of episodes are shifted: each lies one row {where} a row "
             f"after which the observation jumps. Set them one row {move}{remedy}."
         ]
-    same, terminates = np.ones_like(steps.ended), terminated[: len(steps.ended)]
-    known = broken is not None
-    if broken is not None:  # A next observation that is not the next row's proves an end.
-        same = ~broken[: len(same)]
+    share = 0.75 if broken is None else 0.9
     texts = [
         _continued(steps, steps.ended & terminates, same, "terminated", names),
-        _continued(
-            steps, steps.ended & ~terminates, same, "truncated", names, 0.9 if known else 0.75
-        ),
+        _continued(steps, steps.ended & ~terminates, same, "truncated", names, share),
     ]
     if not any(texts) and broken is None:
         texts = [_jumps(steps, len(last), unused)]
@@ -199,6 +201,23 @@ def _shift(steps: Steps) -> tuple[int, bool]:
         if rank(steps.length[rows], inside) >= max(0.85, 0.5 + np.sqrt(0.75 / len(rows))):
             return shift, bool(one_later or shift == 1)
     return 0, bool(one_later)
+
+
+def _first_of_next(steps: Steps, same: Flags, terminates: Flags) -> str:
+    """A sentence if the next observations of most ends are the first ones of the next episodes."""
+    ends, found = int(steps.ended.sum()), steps.ended & same
+    count = int(found.sum())
+    if count < max(FEWEST, ends / 2) or not (found & ~terminates).any():
+        return ""
+    if rank(steps.length[found], steps.length[steps.inside]) <= 0.8:
+        return ""
+    return (
+        f"next_observation of {count} of the {ends} rows that end episodes is the following row's "
+        "observation, to which the observation jumps: a vector environment that resets itself in the "
+        "same step returns the first observation of the next episode there, from which truncated "
+        "rows bootstrap. Record infos['final_obs'] of those rows as their next observation, or pass "
+        "columns={'next_observation': None}, which drops the truncated ones."
+    )
 
 
 def _continued(

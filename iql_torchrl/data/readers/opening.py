@@ -26,7 +26,7 @@ from iql_torchrl.data.readers.d3rlpy import (
     open_d3rlpy_buffer,
     open_d3rlpy_file,
 )
-from iql_torchrl.data.readers.frames import is_frame, open_frame
+from iql_torchrl.data.readers.frames import is_frame, open_frame, open_table
 from iql_torchrl.data.readers.huggingface import (
     HuggingFaceRows,
     is_saved_dataset,
@@ -119,7 +119,7 @@ def is_table_path(source: str | Path) -> bool:
 def _open_arrow(path: Path, options: ReadOptions) -> Columns:
     """The columns of a Parquet file, or of a folder of LeRobot, ``save_to_disk`` or Parquet files."""
     from iql_torchrl.data.readers.arrow import arrow_columns
-    from iql_torchrl.data.readers.parquet import ParquetRows, parquet_files
+    from iql_torchrl.data.readers.parquet import ParquetRows, hive_table, parquet_files
 
     if is_saved_dataset(path):
         rows = HuggingFaceRows(load_saved_dataset(path), path)
@@ -129,6 +129,8 @@ def _open_arrow(path: Path, options: ReadOptions) -> Columns:
 
         return open_lerobot(path, options)
     files, folder = ([path], path.parent) if path.is_file() else (parquet_files(path), path)
+    if any("=" in part for file in files for part in file.relative_to(folder).parts[:-1]):
+        return open_table(path.name, hive_table(files, folder), options.named)
     table = ParquetRows(path.name, files, folder)
     return Columns(path.name, arrow_columns(table, options.named))
 

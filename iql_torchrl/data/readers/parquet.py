@@ -43,6 +43,15 @@ def parquet_files(folder: Path) -> list[Path]:
     return files
 
 
+def hive_table(files: Sequence[Path], folder: Path) -> Any:
+    """A table in memory of files whose folders name columns, such as ``episode=3/part-0.parquet``."""
+    dataset = package("pyarrow.dataset", "a Parquet file")
+    with reading(folder, *DAMAGED):
+        names = list(map(str, files))
+        found = dataset.dataset(names, partitioning="hive", partition_base_dir=str(folder))
+        return found.to_table()
+
+
 class ParquetRows:
     """The rows of Parquet files, one file after the other.
 

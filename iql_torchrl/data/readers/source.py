@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -60,7 +60,11 @@ def open_source(source: Any, options: ReadOptions) -> Source:
     items = list(_items(source)) if isinstance(source, list | tuple) else [source]
     if not items:
         raise DatasetError("source: an empty list; name at least one dataset.")
-    named = [name_columns(open_columns(item, options), options) for item in items]
+    opened = [open_columns(item, options) for item in items]
+    for number, item in enumerate(items):
+        if len(items) > 1 and isinstance(item, Mapping):
+            opened[number] = replace(opened[number], name=f"dataset {number + 1}")
+    named = [name_columns(each, options) for each in opened]
     if any(np.dtype(c.dtype).kind in "UO" for each in named for c in each.columns.values()):
         named = number_texts(named)
     parts, left = list[tuple[Columns, Episodes]](), options.limit
