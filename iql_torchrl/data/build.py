@@ -18,7 +18,7 @@ from tqdm import tqdm
 from iql_torchrl.data.checks import ChunkChecker, time_limit_findings
 from iql_torchrl.data.dataset import Description
 from iql_torchrl.data.readers.arrays import Columns
-from iql_torchrl.data.readers.episodes import Episodes
+from iql_torchrl.data.readers.boundaries import Episodes
 from iql_torchrl.data.readers.options import ReadOptions
 from iql_torchrl.data.readers.source import Source
 from iql_torchrl.data.scaling import NAMED_MAPS, reward_map

@@ -81,7 +81,7 @@ def load_dataset(
             terminates; ``valid`` is 0 where a row only has the observation after the row before. A
             list of columns of one number each, for observations or actions, is joined to a vector of
             floats. ``a.b`` and ``a/b`` name the leaf b of a group a. Common names are recognised;
-            for ``masks`` and ``terminals`` in one file see ``readers.episodes.find_episodes``.
+            for ``masks`` and ``terminals`` in one file see ``readers.boundaries.find_episodes``.
         reward_offset: 1 where a row's reward belongs to the action of the row before.
         concatenate: leaves of a Dict observation to join, in order, into one ``observation``; the
             environments of ``make_env`` join it too.
@@ -104,7 +104,7 @@ def load_dataset(
         progress: a progress bar; None shows it on terminals only.
 
     Warns with ``DatasetWarning``, and adds the sentence to ``notes``, where done flags contradict the
-    rows or episode boundaries do not lie at discontinuities (``readers.contradictions``,
+    rows or episode boundaries do not lie at discontinuities (``readers.boundaries``,
     ``readers.hints``), where float32 removes changes of float64 observations, actions look like
     encoded categories, most rows are dropped, or a source has lost values or is not read completely.
     A memory-mapped table that is reused repeats its warnings.

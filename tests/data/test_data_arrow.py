@@ -45,9 +45,9 @@ def check(dataset, key=("observation",)):
 
 
 def rows_of(path):
-    from iql_torchrl.data.readers.parquet import ParquetRows
+    from iql_torchrl.data.readers.parquet import parquet_rows
 
-    return ParquetRows("log", [path])
+    return parquet_rows("log", [path])
 
 
 def columns_of(path):

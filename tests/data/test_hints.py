@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from small_logs import drift
 
-from iql_torchrl.data.readers.following import differs
+from iql_torchrl.data.readers.arrays import Columns
+from iql_torchrl.data.readers.boundaries import differs
 from iql_torchrl.data.readers.hints import (
     ROWS,
     boundary_hints,
@@ -74,16 +75,18 @@ def walk(lengths=LENGTHS, seed=0):
 
 
 def hints(observation, last, *, terminated=None, following=None, reward=None, ids=False, unused=()):
-    rows = len(last)
+    rows, names = len(last), {"truncated": "timeouts", "terminated": "dead"}
+    columns = {
+        "observation": observation,
+        "next/reward": np.ones(rows) if reward is None else reward,
+    }
     return boundary_hints(
-        {KEY: observation},
-        None if following is None else differs({KEY: observation}, {KEY: following}, rows),
-        np.ones(rows) if reward is None else reward,
+        Columns(
+            "log", columns, paths=names | ({"episode": "id"} if ids else {}), unused=dict(unused)
+        ),
         np.zeros(rows, bool) if terminated is None else terminated,
         last,
-        names={"truncated": "timeouts", "terminated": "dead"},
-        ids_given=ids,
-        unused=dict(unused),
+        None if following is None else differs({KEY: observation}, {KEY: following}, rows),
     )
 
 

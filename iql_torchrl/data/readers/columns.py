@@ -329,32 +329,30 @@ def number_texts(parts: Sequence[Columns]) -> list[Columns]:
         if place != "action" and not place.startswith("observation"):
             continue
         sides = [
-            (each, side) for each in columns for side in (place, f"next/{place}") if side in each
+            (part.name, each, side)
+            for part, each in zip(parts, columns, strict=True)
+            for side in (place, f"next/{place}")
+            if side in each
         ]
-        if not any(np.dtype(each[side].dtype).kind in "UO" for each, side in sides):
+        if not any(np.dtype(each[side].dtype).kind in "UO" for _, each, side in sides):
             continue
-        values = [np.asarray(each[side][:]).astype(str) for each, side in sides]
+        values = [np.asarray(each[side][:]).astype(str) for _, each, side in sides]
         texts = np.unique(np.concatenate([each.ravel() for each in values]))
         numbers = [_is_number(text) for text in texts]
-        what = place.replace("/", ".")
-        if any(numbers):
-            wrong = texts[numbers.index(False)] if not all(numbers) else texts[0]
-            found = [(each == wrong).reshape(len(each), -1).any(1) for each in values]
-            number = next(number for number, rows in enumerate(found) if rows.any())
-            first = int(found[number].argmax())
-            name = next(
-                p.name for p, e in zip(parts, columns, strict=True) if e is sides[number][0]
-            )
-            raise DatasetError(
-                f"{name}: {sides[number][1].replace('/', '.')} has numbers, and the text "
-                f"{str(wrong)!r}, first at row {first}; expected a number in every row, or the names "
-                "of categories: correct or leave out those rows, and convert numbers that are stored "
-                "as text (astype(float))."
-            )
-        for (each, side), text in zip(sides, values, strict=True):
-            each[side] = np.searchsorted(texts, text)
+        wrong = texts[numbers.index(False)] if not all(numbers) else texts[0]
+        for (name, each, side), rows in zip(sides, values, strict=True):
+            found = (rows == wrong).reshape(len(rows), -1).any(1)
+            if any(numbers) and found.any():
+                raise DatasetError(
+                    f"{name}: {side.replace('/', '.')} has numbers, and the text {str(wrong)!r}, first "
+                    f"at row {int(found.argmax())}; expected a number in every row, or the names of "
+                    "categories: correct or leave out those rows, and convert numbers that are stored "
+                    "as text (astype(float))."
+                )
+            each[side] = np.searchsorted(texts, rows)
         known = ", ".join(f"{text!r} {number}" for number, text in enumerate(texts[:12].tolist()))
         more = f", ... ({len(texts)} in all)" if len(texts) > 12 else ""
+        what = place.replace("/", ".")
         notes.append(f"{what}: text is numbered in sorted order: {known}{more}.")
     numbered = [replace(p, columns=each) for p, each in zip(parts, columns, strict=True)]
     numbered[0] = replace(numbered[0], notes=(*numbered[0].notes, *notes))

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -53,53 +52,34 @@ def open_frame(source: Any, mapping: Mapping[str, str | None]) -> Columns:
     return open_table(name, table, mapping)
 
 
-def open_table(name: str, table: Any, mapping: Mapping[str, str | None]) -> Columns:
-    """The columns of a ``pyarrow.Table``."""
-    from iql_torchrl.data.readers.arrow import arrow_columns
+def open_table(
+    name: str, table: Any, mapping: Mapping[str, str | None],
+    unreadable: Mapping[str, str] | None = None,
+) -> Columns:  # fmt: skip
+    """The columns of a ``pyarrow.Table``; ``unreadable`` columns are not in it, for that reason."""
+    from iql_torchrl.data.readers.arrow import arrow_columns, table_rows
 
-    arrays = [(field.name, table.column(i)) for i, field in enumerate(table.schema)]
-    return Columns(name, arrow_columns(TableRows(name, arrays), mapping))
+    return Columns(name, arrow_columns(table_rows(name, table, unreadable), mapping))
 
 
 def open_cells(
     name: str, columns: Mapping[str, Iterable[Any]], mapping: Mapping[str, str | None]
 ) -> Columns:
     """The columns of Python objects, or of pandas; those that Arrow has no type for are unreadable."""
-    from iql_torchrl.data.readers.arrow import arrow_columns
-
     pa = package("pyarrow", name)
-    arrays, unreadable = [], {}
+    arrays, unreadable = {}, {}
     for key, cells in columns.items():
         try:
             try:
-                arrays.append((key, pa.array(cells)))
+                arrays[key] = pa.array(cells)
             except (pa.ArrowException, TypeError, ValueError, OverflowError):
-                arrays.append((key, _lists_of_arrays(list(cells))))
+                arrays[key] = _lists_of_arrays(list(cells))
         except (pa.ArrowException, TypeError, ValueError, OverflowError, IndexError) as error:
             unreadable[key] = (
                 f"{name}: {key} cannot be read ({one_line(error)}); expected numbers, booleans or "
                 "text, or arrays of one shape, in every row."
             )
-    return Columns(name, arrow_columns(TableRows(name, arrays, unreadable), mapping))
-
-
-class TableRows:
-    """The rows of Arrow arrays, or chunked arrays, in memory."""
-
-    folder: Path | None = None
-
-    def __init__(
-        self,
-        name: str,
-        arrays: Sequence[tuple[str, Any]],
-        unreadable: dict[str, str] | None = None,
-    ) -> None:
-        self.name, self.unreadable, self._arrays = name, unreadable or {}, dict(arrays)
-        self.rows = len(arrays[0][1]) if arrays else 0
-        self.schema = package("pyarrow", name).schema([(key, each.type) for key, each in arrays])
-
-    def read(self, column: str, start: int, stop: int) -> Any:
-        return self._arrays[column][start:stop]
+    return open_table(name, pa.table(arrays), mapping, unreadable)
 
 
 def _lists_of_arrays(cells: list[Any]) -> Any:

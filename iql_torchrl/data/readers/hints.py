@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from iql_torchrl.data.readers.arrays import Column, UnreadableColumn
+from iql_torchrl.data.readers.arrays import Column, Columns, UnreadableColumn
+from iql_torchrl.data.readers.columns import IDS
 from iql_torchrl.data.schema import Key
 
 Flags = NDArray[np.bool_]
@@ -51,26 +52,24 @@ class Steps:
 
 
 def boundary_hints(
-    observation: Mapping[Key, Column], broken: Flags | None,
-    reward: Column, terminated: Flags, last: Flags,
-    *, names: Mapping[str, str], ids_given: bool, unused: Mapping[str, Column],
-) -> list[str]:  # fmt: skip
+    columns: Columns, terminated: Flags, last: Flags, broken: Flags | None
+) -> list[str]:
     """Sentences about episode boundaries that the observations contradict; empty if there are none.
 
-    ``last``: rows that end an episode; ``terminated``: rows that terminate. ``broken``: rows whose
-    next observation is not the next row's observation, if known. ``names``: the source's columns by
-    our keys; ``unused``: its others. ``ids_given``: episode ids end the episodes; only autoreset is
-    hinted at. There are no hints where consecutive rows are hardly nearer than random pairs, or every
-    row terminates, as in a bandit.
+    ``terminated``: rows that terminate; ``last``: rows that end an episode; ``broken``: rows whose next
+    observation is not the next row's observation, if known. Where ids end the episodes only autoreset
+    is hinted at. There are no hints where consecutive rows are hardly nearer than random pairs, or
+    every row terminates, as in a bandit.
     """
-    if terminated.all() and not ids_given:
+    names, ids = columns.paths, bool({*IDS} & columns.paths.keys())
+    if terminated.all() and not ids:
         return []
-    values = leading_values(observation)
+    values = leading_values(columns.leaves("observation"))
     steps = steps_of(values, last[: max(0, len(values) - 1)])
     if steps is None or steps.usual > 0.35:
         return []
     (shift, one_later), ends = _shift(steps), int(steps.ended.sum())
-    zero = np.ravel(np.asarray(reward[: len(values)])) == 0
+    zero = np.ravel(np.asarray(columns.columns["next/reward"][: len(values)])) == 0
     unrewarded = int(zero[1:][steps.ended].sum())  # the last row of an environment has no reset
     resets = one_later and unrewarded >= 0.9 * ends
     if resets and zero.mean() < 0.5:
@@ -84,7 +83,7 @@ def boundary_hints(
         same = ~broken[: len(same)]
         if text := _first_of_next(steps, same, terminates):
             return [text]
-    if ids_given:
+    if ids:
         return []
     if shift:
         where, move = ("before", "later") if shift == 1 else ("after", "earlier")
@@ -99,7 +98,7 @@ def boundary_hints(
         _continued(steps, steps.ended & ~terminates, same, "truncated", names, share),
     ]
     if not any(texts) and broken is None:
-        texts = [_jumps(steps, len(last), unused)]
+        texts = [_jumps(steps, len(last), columns.unused)]
     return [text for text in texts if text]
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from iql_torchrl.data.readers.arrays import package, reading
+from iql_torchrl.data.readers.arrays import Columns, package, reading
 from iql_torchrl.data.schema import DatasetError
 
 
@@ -17,35 +18,35 @@ def is_table_of_datasets(source: Any) -> bool:
     return any(isinstance(source, getattr(datasets, kind, ())) for kind in kinds)
 
 
-class HuggingFaceRows:
-    """The rows of a ``datasets.Dataset`` in its own order, which ``select`` or ``shuffle`` may set.
+def open_datasets(
+    dataset: Any, mapping: Mapping[str, str | None], folder: Path | None = None
+) -> Columns:
+    """The columns of a ``datasets.Dataset`` in its own order, which ``select`` or ``shuffle`` may set.
 
     Only what is asked for is read; a dataset on disk stays memory-mapped. Its format is not applied.
     Raises ``DatasetError`` for several splits, and for a stream.
     """
+    from iql_torchrl.data.readers.arrow import ArrowRows, arrow_columns
 
-    def __init__(self, dataset: Any, folder: Path | None = None) -> None:
-        self.unreadable: dict[str, str] = {}
-        self.name, self.folder = folder.name if folder else type(dataset).__name__, folder
-        if isinstance(dataset, dict):
-            first = next(iter(dataset), "train")
-            raise DatasetError(
-                f"{self.name}: holds the splits {', '.join(map(repr, dataset))}; pass one of them, "
-                f"such as {folder / first if folder else f'source[{first!r}]'}."
-            )
-        if not hasattr(dataset, "__len__"):
-            raise DatasetError(
-                f"{self.name}: a stream has no number of rows; load it without streaming=True, and "
-                "pass the Dataset."
-            )
-        self.rows, self.schema = len(dataset), dataset.features.arrow_schema
-        self._columns = {
-            column: dataset.select_columns([column]).with_format("arrow")
-            for column in dataset.column_names
-        }
+    name = folder.name if folder else type(dataset).__name__
+    if isinstance(dataset, dict):
+        first = next(iter(dataset), "train")
+        raise DatasetError(
+            f"{name}: holds the splits {', '.join(map(repr, dataset))}; pass one of them, "
+            f"such as {folder / first if folder else f'source[{first!r}]'}."
+        )
+    if not hasattr(dataset, "__len__"):
+        raise DatasetError(
+            f"{name}: a stream has no number of rows; load it without streaming=True, and "
+            "pass the Dataset."
+        )
+    columns = {c: dataset.select_columns([c]).with_format("arrow") for c in dataset.column_names}
 
-    def read(self, column: str, start: int, stop: int) -> Any:
-        return self._columns[column][start:stop].column(column)
+    def read(column: str, start: int, stop: int) -> Any:
+        return columns[column][start:stop].column(column)
+
+    rows = ArrowRows(name, dataset.features.arrow_schema, len(dataset), read, folder)
+    return Columns(name, arrow_columns(rows, mapping))
 
 
 def is_saved_dataset(folder: Path) -> bool:

@@ -27,7 +27,7 @@ from iql_torchrl.data.codec import (
     leaf_of,
     leaf_spaces,
 )
-from iql_torchrl.data.readers.arrays import Column, Columns, Parts, package, reading
+from iql_torchrl.data.readers.arrays import Column, Columns, columns_of_parts, package, reading
 from iql_torchrl.data.readers.options import ReadOptions
 from iql_torchrl.data.schema import DatasetError, Key
 from iql_torchrl.descriptions import describe_space, one_line
@@ -202,7 +202,7 @@ def _columns(
             columns["action_log_prob"] = logs[len(logs) - steps :]
         return columns
 
-    return Parts(lengths, read, name).columns()
+    return columns_of_parts(lengths, read, name)
 
 
 def _flags(dataset: minari.MinariDataset) -> list[NDArray[Any]]:

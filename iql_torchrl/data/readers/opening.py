@@ -28,10 +28,10 @@ from iql_torchrl.data.readers.d3rlpy import (
 )
 from iql_torchrl.data.readers.frames import is_frame, open_frame, open_table
 from iql_torchrl.data.readers.huggingface import (
-    HuggingFaceRows,
     is_saved_dataset,
     is_table_of_datasets,
     load_saved_dataset,
+    open_datasets,
 )
 from iql_torchrl.data.readers.json_files import open_json, open_npy
 from iql_torchrl.data.readers.minari import find_minari, is_minari_id, minari_files, open_minari
@@ -119,11 +119,10 @@ def is_table_path(source: str | Path) -> bool:
 def _open_arrow(path: Path, options: ReadOptions) -> Columns:
     """The columns of a Parquet file, or of a folder of LeRobot, ``save_to_disk`` or Parquet files."""
     from iql_torchrl.data.readers.arrow import arrow_columns
-    from iql_torchrl.data.readers.parquet import ParquetRows, hive_table, parquet_files
+    from iql_torchrl.data.readers.parquet import hive_table, parquet_files, parquet_rows
 
     if is_saved_dataset(path):
-        rows = HuggingFaceRows(load_saved_dataset(path), path)
-        return Columns(path.name, arrow_columns(rows, options.named))
+        return open_datasets(load_saved_dataset(path), options.named, path)
     if (path / "meta" / "info.json").is_file():
         from iql_torchrl.data.readers.lerobot import open_lerobot
 
@@ -131,7 +130,7 @@ def _open_arrow(path: Path, options: ReadOptions) -> Columns:
     files, folder = ([path], path.parent) if path.is_file() else (parquet_files(path), path)
     if any("=" in part for file in files for part in file.relative_to(folder).parts[:-1]):
         return open_table(path.name, hive_table(files, folder), options.named)
-    table = ParquetRows(path.name, files, folder)
+    table = parquet_rows(path.name, files, folder)
     return Columns(path.name, arrow_columns(table, options.named))
 
 
@@ -141,9 +140,7 @@ def _open_object(source: Any, options: ReadOptions) -> Columns:
     if isinstance(source, TensorDictBase | ReplayBuffer | Storage):
         return open_torchrl(source, options)
     if is_table_of_datasets(source):
-        from iql_torchrl.data.readers.arrow import arrow_columns
-
-        return Columns(name, arrow_columns(HuggingFaceRows(source), options.named))
+        return open_datasets(source, options.named)
     if is_frame(source):
         return open_frame(source, options.named)
     if isinstance(source, Mapping):

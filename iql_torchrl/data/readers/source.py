@@ -14,14 +14,13 @@ from numpy.typing import NDArray
 from iql_torchrl.data.codec import (
     UNCHANGED,
     Adaptation,
-    join,
     joined_leaves,
     leaf_spaces,
     transition_layout,
 )
-from iql_torchrl.data.readers.arrays import Column, Columns, ComputedColumn
+from iql_torchrl.data.readers.arrays import Columns, side_by_side
+from iql_torchrl.data.readers.boundaries import Episodes, find_episodes
 from iql_torchrl.data.readers.columns import name_columns, number_texts
-from iql_torchrl.data.readers.episodes import Episodes, find_episodes
 from iql_torchrl.data.readers.guess import guess_action_space, guess_observation_space
 from iql_torchrl.data.readers.opening import open_columns
 from iql_torchrl.data.readers.options import ReadOptions
@@ -64,9 +63,7 @@ def open_source(source: Any, options: ReadOptions) -> Source:
     for number, item in enumerate(items):
         if len(items) > 1 and isinstance(item, Mapping):
             opened[number] = replace(opened[number], name=f"dataset {number + 1}")
-    named = [name_columns(each, options) for each in opened]
-    if any(np.dtype(c.dtype).kind in "UO" for each in named for c in each.columns.values()):
-        named = number_texts(named)
+    named = number_texts([name_columns(each, options) for each in opened])
     parts, left = list[tuple[Columns, Episodes]](), options.limit
     for columns in named:
         ordered, episodes = find_episodes(columns, options)
@@ -180,16 +177,6 @@ def _concatenated(
         for side in ("observation", "next/observation"):
             paths = ["/".join((side, *key)) for key in leaves]
             if all(path in columns.columns for path in paths):
-                kept[side] = _flat([columns.columns[path] for path in paths])
+                kept[side] = side_by_side([columns.columns[path] for path in paths])
         joined.append((replace(columns, columns=kept), episodes))
     return joined, gym.spaces.flatten_space(gym.spaces.Tuple(leaves.values()))
-
-
-def _flat(columns: list[Column]) -> Column:
-    width = sum(int(np.prod(column.shape[1:])) for column in columns)
-    kind = np.result_type(*(np.dtype(column.dtype) for column in columns))
-    return ComputedColumn(
-        (columns[0].shape[0], width),
-        kind,
-        lambda rows: join([np.asarray(column[rows]) for column in columns], rows=True),
-    )
