@@ -469,36 +469,11 @@ def _transitions(
 ) -> Episodes:
     """The transitions, with what was dropped or repaired."""
     terminated, truncated = flags["terminated"].copy(), flags["truncated"].copy()
-    drop, paths, notes, warnings = ~flags["valid"], columns.paths, list[str](), list[str]()
-    if "valid" in paths and drop.any():
-        notes.append(
-            f"dropped {int(drop.sum())} rows of {columns.rows} where {paths['valid']!r} is 0: "
-            "they only contain the observation after a trajectory's last step."
-        )
-    if reward_offset:
-        drop = drop | last
-        notes.append(
-            f"reward_offset: dropped {int(drop.sum())} last rows, whose reward is unknown."
-        )
-        # The flags of a row belong to the transition into it.
+    if reward_offset:  # The flags of a row belong to the transition into it.
         inside = np.flatnonzero(~last)
         terminated[inside], truncated[inside] = terminated[inside + 1], truncated[inside + 1]
-    else:
-        if not columns.leaves("next/observation"):
-            cut = last & ~drop & ~terminated  # A terminated row needs no next observation.
-            drop = drop | cut
-            if cut.any():
-                notes.append(
-                    f"dropped {int(cut.sum())} truncated last rows of {columns.rows}: without "
-                    "next_observation they have no next observation."
-                )
-                warnings += _lost_rewards(columns, cut, drop)
-            if alone := int((terminated & last & ~drop).sum()):
-                notes.append(
-                    f"{alone} terminated rows have no next observation in the source; their own "
-                    "observation is used."
-                )
-        # A row before a dropped row is truncated, unless it terminates.
+    drop, notes, warnings = _dropped_rows(columns, flags, last, reward_offset)
+    if not reward_offset:  # A row before a dropped row is truncated, unless it terminates.
         before = np.flatnonzero(drop[1:] & ~last[:-1])
         truncated[before] = ~terminated[before]
     end_rows = np.flatnonzero(last)
@@ -520,24 +495,55 @@ def _transitions(
         truncated &= ~terminated
     open_ends = ends[~(terminated | truncated)[ends]]
     truncated[open_ends] = True
-    if len(open_ends) and "truncated" in paths:
+    if len(open_ends) and "truncated" in columns.paths:
         # a recording of several environments stops inside their episodes
-        (notes if "env_index" in paths else warnings).append(
+        (notes if "env_index" in columns.paths else warnings).append(
             f"{len(open_ends)} episodes end without a done flag; their last step was read as truncated "
             "(bootstrapped)."
         )
-    notes += _how_flags_were_read(paths, flags, int(terminated.sum() - terminated[ends].sum()))
+    notes += _how_flags_were_read(columns, flags, int(terminated.sum() - terminated[ends].sum()))
     return Episodes(
         rows=rows, after=rows + ~last[rows], terminated=terminated, truncated=truncated,
         lengths=lengths, notes=tuple(notes), warnings=tuple(warnings),
     )  # fmt: skip
 
 
-def _how_flags_were_read(
-    paths: Mapping[str, str], flags: Mapping[str, Flags], inside: int
-) -> list[str]:
+def _dropped_rows(
+    columns: Columns, flags: Mapping[str, Flags], last: Flags, reward_offset: int
+) -> tuple[Flags, list[str], list[str]]:
+    """Rows that are not transitions, ``(rows,)``; notes and warnings on them."""
+    drop, notes, warnings = ~flags["valid"], list[str](), list[str]()
+    if "valid" in columns.paths and drop.any():
+        notes.append(
+            f"dropped {int(drop.sum())} rows of {columns.rows} where {columns.paths['valid']!r} is 0: "
+            "they only contain the observation after a trajectory's last step."
+        )
+    if reward_offset:
+        drop = drop | last
+        notes.append(
+            f"reward_offset: dropped {int(drop.sum())} last rows, whose reward is unknown."
+        )
+    elif not columns.leaves("next/observation"):
+        terminated = flags["terminated"]
+        cut = last & ~drop & ~terminated  # A terminated row needs no next observation.
+        drop = drop | cut
+        if cut.any():
+            notes.append(
+                f"dropped {int(cut.sum())} truncated last rows of {columns.rows}: without "
+                "next_observation they have no next observation."
+            )
+            warnings += _lost_rewards(columns, cut, drop)
+        if alone := int((terminated & last & ~drop).sum()):
+            notes.append(
+                f"{alone} terminated rows have no next observation in the source; their own "
+                "observation is used."
+            )
+    return drop, notes, warnings
+
+
+def _how_flags_were_read(columns: Columns, flags: Mapping[str, Flags], inside: int) -> list[str]:
     """Notes; ``inside``: how many rows terminate inside a trajectory that continues."""
-    notes = []
+    notes, paths = list[str](), columns.paths
     if path := paths.get("not_terminated"):
         count = int((flags["terminated"] & flags["valid"]).sum())
         notes.append(
