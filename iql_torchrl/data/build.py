@@ -1,31 +1,55 @@
-"""From columns and episodes to checked transitions, in memory or in files, chunk by chunk."""
+"""From columns and episodes to transitions, chunk by chunk: converted, checked, measured, written."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from gymnasium import spaces
 from numpy.typing import NDArray
 from tensordict import TensorDict
 from torch import Tensor
 from tqdm import tqdm
 
-from iql_torchrl.data.checks import ChunkChecker, time_limit_findings
+from iql_torchrl.data.codec import CATEGORIES, leaf_spaces
 from iql_torchrl.data.dataset import Description
 from iql_torchrl.data.readers.arrays import Columns
-from iql_torchrl.data.readers.episodes import Episodes
+from iql_torchrl.data.readers.boundaries import Episodes
 from iql_torchrl.data.readers.options import ReadOptions
 from iql_torchrl.data.readers.source import Source
-from iql_torchrl.data.scaling import NAMED_MAPS, reward_map
-from iql_torchrl.data.schema import MASK, REWARD, TERMINATED, TRUNCATED, Key, Layout
+from iql_torchrl.data.scaling import NAMED_MAPS, StatisticsAccumulator, reward_map
+from iql_torchrl.data.schema import (
+    ACTION,
+    DONE,
+    EPISODE,
+    MASK,
+    NEXT_MASK,
+    REWARD,
+    TERMINATED,
+    TRUNCATED,
+    DatasetError,
+    Field,
+    Key,
+    Layout,
+    dotted,
+)
+from iql_torchrl.data.spaces import is_image
+from iql_torchrl.descriptions import bounds_in_words, describe_space
+from iql_torchrl.tolerance import EQUAL, outside_bounds
 
 #: At most so many transitions, and about so many bytes, are read, checked and written together.
 CHUNK, CHUNK_BYTES = 65_536, 16 * 2**20
+#: How many leading rows and columns are looked at for changes that rounding removes.
+SAMPLE, COLUMNS = 1024, 128
+#: Changes of fewer units in the last place are removed, or far from what they were.
+UNITS = 8
+#: At most so many rewards, each so many times larger than all others, dominate what is learned.
+HANDFUL, DOMINATES = 10, 1e5
 
 
 class DiskTables:
@@ -84,7 +108,7 @@ def build(
     size = max(1, min(CHUNK, CHUNK_BYTES // max(row_bytes(layout), 1), total))
     room = total if files is None else size
     table = {key: torch.empty((room, *f.shape), dtype=f.dtype) for key, f in layout.items()}
-    checker = ChunkChecker(source, layout, options.clip_actions)
+    checker = ChunkChecker(source, options.clip_actions)
     with tqdm(
         total=total, desc=source.name, unit="row", unit_scale=True, leave=False,
         disable=None if options.progress is None else not options.progress,
@@ -110,9 +134,7 @@ def build(
         limit = source.env_spec.max_episode_steps
     both = zip(checker.findings(), time_limit_findings(source, limit), strict=True)
     found, noted = ([f"{source.name}: {text}" for text in chain(*texts)] for texts in both)
-    known: dict[str, Any] = {
-        each.name: getattr(source, each.name, None) for each in fields(Description)
-    }
+    known: dict[str, Any] = {each.name: getattr(source, each.name) for each in fields(Description)}
     description = Description(**known | {
         "episode_returns": checker.returns,
         "statistics": {
@@ -152,3 +174,314 @@ def _raw_values(
                 raw[following][after == rows] = 1
     raw[REWARD] = raw[REWARD].reshape(-1)
     return raw
+
+
+class ChunkChecker:
+    """Converts, checks and measures consecutive chunks of the transitions of ``source``.
+
+    With ``clip_actions`` continuous actions are clipped and counted, otherwise they are an error.
+    NaN in a next observation of a terminated transition, which is never used, becomes its observation.
+
+    ``returns``: float64 ``(E,)``, of raw rewards, complete when all chunks are filled. ``statistics``:
+    by key, of observations that are numbers.
+    """
+
+    def __init__(self, source: Source, clip_actions: bool) -> None:
+        self.source, self.clip_actions = source, clip_actions
+        lengths, leaves = source.episode_lengths, leaf_spaces(source.observation_space)
+        self.offsets = np.concatenate([[0], np.cumsum(lengths)])
+        self.returns = np.zeros(len(lengths))
+        self.statistics = {
+            key: StatisticsAccumulator(source.layout[key].shape)
+            for key, space in leaves.items()
+            if not (isinstance(space, spaces.Discrete | spaces.MultiDiscrete) or is_image(space))
+        }
+        #: The space of each leaf with categories, and of actions, by key.
+        self.spaces = {ACTION: source.action_space}
+        for key, space in leaves.items():
+            if isinstance(space, CATEGORIES):
+                self.spaces |= {key: space, ("next", *key): space}
+        self.clipped = self.unused = self.filled = 0
+        #: Leading rows of observations that float32 rounds.
+        self.samples: dict[Key, list[NDArray[Any]]] = {}
+        self.lowest, self.highest = np.inf, -np.inf  # of raw rewards
+        self.largest = np.empty(0)  # the largest magnitudes of rewards, ascending
+
+    def fill(
+        self, chunk: Mapping[Key, Tensor], raw: Mapping[Key, NDArray[Any]], columns: Columns,
+        rows: NDArray[np.int64],
+    ) -> None:  # fmt: skip
+        """Fill the next chunk with ``raw``, the source's values, which are those of ``rows``.
+
+        Raises ``DatasetError`` naming the first wrong row.
+        """
+        self.columns, self.rows = columns, rows
+        for key, values in raw.items():
+            converted = self._converted(key, values, self.source.layout[key])
+            if np.any(start := getattr(self.spaces.get(key), "start", 0)):
+                converted = converted.astype(np.int64) - start
+            with np.errstate(over="ignore", invalid="ignore"):  # infinite numbers are refused below
+                chunk[key].numpy()[...] = converted
+        chunk[DONE].copy_(chunk[TERMINATED] | chunk[TRUNCATED])
+        numbers = np.arange(self.filled, self.filled + len(rows))
+        episodes = np.searchsorted(self.offsets, numbers, side="right") - 1
+        chunk[EPISODE].numpy()[...] = episodes
+        self._check({key: values.numpy() for key, values in chunk.items()}, raw)
+        self.filled += len(rows)
+        rewards = raw[REWARD].astype(np.float64)  # before they are rounded to the table's dtype
+        sums = np.bincount(episodes - episodes[0], weights=rewards)
+        self.returns[episodes[0] : episodes[-1] + 1] += sums
+        self.lowest, self.highest = (
+            min(self.lowest, rewards.min()),
+            max(self.highest, rewards.max()),
+        )
+        self.largest = np.sort(np.append(self.largest, np.abs(rewards)))[-HANDFUL - 1 :]
+        for key, accumulator in self.statistics.items():
+            accumulator.update(chunk[key])
+
+    def _converted(self, key: Key, values: NDArray[Any], expected: Field) -> NDArray[Any]:
+        """The values in a form that can be assigned to ``expected``; raises where none can.
+
+        Integers become floats where the space was made from the data, or the source is text, and no
+        number changes; floats become categories where all are integers and a space was declared.
+        """
+        kind, shape, name = values.dtype.kind, values.shape[1:], self.source.name
+        guessed = (key[1] if key[0] == "next" else key[0]) in self.source.guessed
+        if expected.dtype == torch.bool:
+            fits = kind == "b" or (kind in "iuf" and bool(((values == 0) | (values == 1)).all()))
+        elif expected.dtype.is_floating_point:  # rewards may be stored as integers
+            fits = kind in ("fiu" if key == REWARD or self.columns.text or guessed else "f")
+            if fits and kind in "iu" and key != REWARD:
+                self._refuse_rounded(key, values, expected.dtype)
+        else:
+            fits = kind in "iub"
+            if kind == "f" and not guessed and (values == np.rint(values)).all():
+                fits, values = bool(np.abs(values).max(initial=0) < 2**53), values.astype(np.int64)
+        if not fits:
+            raise DatasetError(
+                f"{name}: {dotted(key)} has {values.dtype} values, expected "
+                f"{expected.dtype}{' (0 or 1)' if expected.dtype == torch.bool else ''}; convert "
+                "it, or pass the env it came from: integers and floats are never cast into each "
+                "other."
+            )
+        if shape != expected.shape and {shape, expected.shape} != {(), (1,)}:
+            remedy = "pass the env the data came from"
+            if shape[1:] == tuple(expected.shape):
+                remedy = (
+                    "join the steps of a vector environment with numpy.concatenate, and number its "
+                    "environments in a column env_index"
+                )
+            raise DatasetError(
+                f"{name}: {dotted(key)} has rows of shape {shape}, expected {expected.shape}; {remedy}."
+            )
+        if expected.dtype == torch.float32 and values.itemsize > 4 and key[0] == "observation":
+            kept = self.samples.setdefault(key, [])
+            if (left := SAMPLE - sum(map(len, kept))) > 0:
+                kept.append(values.reshape(len(values), -1)[:left, :COLUMNS].astype(np.float64))
+        return values.reshape(len(values), *expected.shape)
+
+    def _refuse_rounded(self, key: Key, values: NDArray[Any], dtype: torch.dtype) -> None:
+        rounded = values.astype(str(dtype).removeprefix("torch."))
+        lost = rounded.astype(np.float64) != values.astype(np.float64)
+        if lost.any():
+            raise DatasetError(
+                f"{self.source.name}: {dotted(key)} has the integer {values[lost][0]}, which {dtype} "
+                "would round; subtract a constant, such as the start from times, pass "
+                "dtype=torch.float64, or observation_space= if these are categories."
+            )
+
+    def _check(self, rows: Mapping[Key, NDArray[Any]], raw: Mapping[Key, NDArray[Any]]) -> None:
+        """Check converted values; ``raw``: the source's. Raise naming the first wrong one."""
+        # NumPy is faster here than torch: chunks are short, and starting torch's threads takes time.
+        for key, values in rows.items():
+            # If the sum is finite, every term is; a sum that overflows needs the slower test.
+            with np.errstate(all="ignore"):
+                finite = values.dtype.kind != "f" or np.isfinite(values.sum())
+            if not finite and not np.isfinite(values).all():
+                self._check_infinite(key, rows, raw.get(key))
+        for key, space in self.spaces.items():
+            low, high = _limits(space)
+            low, high = low.astype(rows[key].dtype), high.astype(rows[key].dtype)
+            if (rows[key] < low).any() or (rows[key] > high).any():
+                self._check_outside(key, rows[key], low, high, raw[key].dtype)
+        if MASK not in rows:
+            return
+        mask, following = rows[MASK], rows[NEXT_MASK]
+        no_action, expected = "allows no action", "expected at least one allowed."
+        self._refuse(MASK, ~mask.any(axis=1), no_action, expected)
+        self._refuse(
+            MASK, ~np.take_along_axis(mask, rows[ACTION][:, None], 1),
+            "forbids the logged action",
+            "expected the mask of the same row's state: check for a shift by one.",
+        )  # fmt: skip
+        # After a termination no action is taken; environments then often forbid all.
+        unusable = ~following.any(axis=1) & ~rows[TERMINATED][:, 0]
+        self._refuse(NEXT_MASK, unusable, no_action, expected)
+
+    def _check_infinite(
+        self, key: Key, rows: Mapping[Key, NDArray[Any]], raw: NDArray[Any] | None
+    ) -> None:
+        values = rows[key]
+        if key[:2] == ("next", "observation"):
+            missing = np.isnan(values).reshape(len(values), -1).any(axis=1)
+            missing &= rows[TERMINATED][:, 0]
+            values[missing] = rows[key[1:]][missing]
+            self.unused += int(missing.sum())
+        wrong = ~np.isfinite(values)
+        if raw is not None and raw.size == wrong.size:
+            beyond = wrong & np.isfinite(raw.astype(np.float64).reshape(wrong.shape))
+            if beyond.any():
+                value = raw.reshape(wrong.shape)[beyond][0]
+                self._refuse(
+                    key, beyond, f"has the value {value:g}, beyond the range of {values.dtype},",
+                    "scale the column, or pass dtype=torch.float64.",
+                )  # fmt: skip
+        self._refuse(
+            key, wrong, "is NaN or infinite", "expected finite numbers: repair those rows."
+        )
+
+    def _check_outside(
+        self, key: Key, values: NDArray[Any], low: Any, high: Any, stored: Any
+    ) -> None:
+        """Actions may be outside their bounds by rounding; with ``clip_actions`` by more."""
+        space = self.spaces[key]
+        if not isinstance(space, spaces.Box):
+            shifted = np.any(getattr(space, "start", 0))
+            self._refuse(
+                key, (values < low) | (values > high), "is out of range",
+                f"expected {'start <= value < start + n' if shifted else '0 <= value < n'} of "
+                f"{describe_space(space)}: give the environment the data came from, or repair those "
+                "rows.",
+            )  # fmt: skip
+        wrong = outside_bounds(values, low, high, stored)
+        if self.clip_actions:
+            self.clipped += int(wrong.reshape(len(wrong), -1).any(1).sum())
+        elif wrong.any():
+            self._refuse(
+                key, wrong, f"is outside its bounds (up to |{np.abs(values[wrong]).max():.6g}|)",
+                f"expected {bounds_in_words(low, high)}: pass clip_actions=True, or the env with the "
+                "right bounds.",
+            )  # fmt: skip
+        np.clip(values, low, high, out=values)
+
+    def _refuse(self, key: Key, wrong: Any, problem: str, expected: str) -> None:
+        """Raise ``DatasetError`` naming the first row of the source in ``wrong``, if there is one."""
+        if not wrong.any():
+            return
+        found = np.flatnonzero(wrong.reshape(len(wrong), -1).any(1))
+        number, row = self.filled + int(found[0]), self.columns.source_row(self.rows[found[0]])
+        episode = int(np.searchsorted(self.offsets, number, side="right")) - 1
+        raise DatasetError(
+            f"{self.columns.name}: {dotted(key)} {problem} in {len(found)} of the {len(wrong)} "
+            f"transitions checked together, first at row {row} of "
+            f"{self.columns.rows} (episode {episode}, step {number - self.offsets[episode]}); "
+            f"{expected}"
+        )
+
+    def findings(self) -> tuple[list[str], list[str]]:
+        """Warnings on what looks wrong or was repaired; notes on what is unusual, but often correct."""
+        warnings, notes, count = list[str](), list[str](), self.filled
+        for key, kept in self.samples.items():
+            names = self.source.parts[0][0].paths.get(dotted(key), "").split(", ")
+            warnings += _lost_by_rounding(dotted(key), np.concatenate(kept), names)
+        if self.clipped and isinstance(space := self.source.action_space, spaces.Box):
+            bounds = bounds_in_words(space.low, space.high)
+            warnings.append(f"{self.clipped} rows had actions outside {bounds}; clipped.")
+        pairs = enumerate(pairwise(self.largest[::-1]), start=1)
+        for few, high, low in [(n, h, k) for n, (h, k) in pairs if 0 < k * DOMINATES < h][:1]:
+            warnings.append(
+                f"{few} of {count} rewards are of magnitude {high:.3g} and more, the "
+                f"others at most {low:.3g}: they dominate the sum of squares, so that values are "
+                "learned of them alone. Repair those rows if they are errors, or scale or clip "
+                "the rewards."
+            )
+        if self.unused:
+            notes.append(
+                f"next_observation is NaN in {self.unused} rows that terminate, where it is never "
+                "used; the observation is stored there."
+            )
+        if count > 1 and self.lowest == self.highest:
+            notes.append(f"every reward is {self.lowest:g}; episodes differ in their lengths only.")
+        for key, each in self.statistics.items():
+            constant = np.flatnonzero(each.low == each.high).tolist()
+            if constant and count > 1:
+                more = "..." if len(constant) > 8 else ""
+                notes.append(
+                    f"{dotted(key)} never changes in {len(constant)} of {len(each.low)} columns "
+                    f"({', '.join(map(str, constant[:8]))}{more}); their std is taken as 1."
+                )
+        return warnings, notes
+
+
+def _limits(space: Any) -> tuple[NDArray[Any], NDArray[Any]]:
+    """The smallest and the largest stored value of a space with bounds or categories."""
+    if isinstance(space, spaces.Box):
+        return space.low, space.high
+    counts = 2 if isinstance(space, spaces.MultiBinary) else getattr(space, "nvec", None)
+    return np.array(0), np.asarray(space.n if counts is None else counts) - 1
+
+
+def _lost_by_rounding(key: str, rows: NDArray[np.float64], names: list[str]) -> Iterator[str]:
+    """A sentence on columns of ``(rows, columns)`` whose changes from row to row float32 removes.
+
+    ``names``: of the columns, where there are as many. Changes of a part in 1e12 may be of the rounding
+    of float64 and do not count, nor do those up to ``tolerance.EQUAL``: simulators have such
+    changes in bodies at rest.
+    """
+    varying = np.flatnonzero(np.ptp(rows, axis=0) > 1e-12 * np.abs(rows).max(axis=0))
+    if not varying.size:
+        return
+    values = rows[1:, varying]
+    changes, units = np.abs(values - rows[:-1, varying]), np.spacing(np.abs(values).astype("f4"))
+    changes[changes == 0] = np.nan
+    change, unit = np.nanmedian(changes, axis=0), np.median(units, axis=0)
+    if not len(lost := np.flatnonzero((change > EQUAL) & (change < UNITS * unit))):
+        return
+    first, columns = lost[0], varying[lost].tolist()
+    which = [repr(names[c]) if len(names) == rows.shape[1] else str(c) for c in columns]
+    yield (
+        f"{key}: column {', '.join(which[:8])} changes by about {change[first]:.3g} from row to row, "
+        f"but float32 numbers of its size ({np.abs(values[:, first]).max():.6g}) are "
+        f"{unit[first]:.3g} apart: different values become equal, or their differences wrong. Subtract "
+        "a constant from the column, such as the start from times; if the changes are only noise, "
+        "ignore this warning."
+    )
+
+
+def time_limit_findings(source: Source, limit: int | None) -> tuple[list[str], list[str]]:
+    """Warnings and notes where the episodes contradict the environment's time limit, or hide one.
+
+    Episodes may be longer than the limit. All may terminate at one step: a warning where this is the
+    limit, a note where none is known.
+    """
+    length, warnings = source.episode_lengths, []
+    longest = int(length.max())
+    if limit is not None and longest > limit:
+        warnings.append(
+            f"episodes have up to {longest} steps, but the environment ends them after {limit}: "
+            "returns of evaluations are of shorter episodes. Pass env= with the limit that the data "
+            f"were recorded with: env=lambda: gymnasium.make(..., max_episode_steps={longest})."
+        )
+    terminated = np.concatenate([episodes.terminated for _, episodes in source.parts])
+    end = terminated[length.cumsum() - 1]
+    # The file may cut the last episode short. Short episodes often have equal lengths.
+    complete, steps = length if end[-1] else length[:-1], int(length[0])
+    if len(complete) < 3 or not end[: len(complete)].all() or not 5 <= steps == longest:
+        return warnings, []
+    if (complete != steps).any() or limit not in (None, steps):
+        return warnings, []
+    paths, column, remedy = source.parts[0][0].paths, "", "store those ends as truncations"
+    if name := paths.get("terminated", paths.get("trajectory_end")):
+        column = f" ({name!r})"
+        remedy = f"pass columns={{'terminated': None, 'truncated': {name!r}}}"
+    text = (
+        f"all {int(end.sum())} terminations{column} come at step {steps} of their episode and no other "
+        "step ends one"
+    )
+    if limit is None:
+        note = f"{text}. If that is a time limit, at which values must be bootstrapped, {remedy}."
+        return warnings, [note]
+    return [
+        f"{text}: that is the environment's time limit, at which values must be bootstrapped: "
+        f"{remedy}. If each episode really terminates after that many steps, ignore this warning."
+    ], []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any, NoReturn, TextIO
 
@@ -38,6 +38,7 @@ from iql_torchrl.data.goals import (
 )
 from iql_torchrl.data.readers.environments import adapted_env
 from iql_torchrl.data.scaling import (
+    NAMED_MAPS,
     ObservationStatistics,
     RewardMap,
     StatisticsAccumulator,
@@ -71,10 +72,10 @@ class Description:
     name: str = "dataset"
     observation_space: gym.Space[Any]
     action_space: gym.Space[Any]
-    statistics: dict[str | Key, ObservationStatistics]
-    episode_returns: NDArray[np.float64]
+    statistics: dict[str | Key, ObservationStatistics] = field(default_factory=dict)
+    episode_returns: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
     episode_lengths: NDArray[np.int64]
-    reward_map: RewardMap
+    reward_map: RewardMap = NAMED_MAPS["raw"]
     reference_scores: tuple[float, float] | None = None
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()

@@ -1,19 +1,24 @@
-"""``load_dataset``: from any source to an ``OfflineDataset``."""
+"""``load_dataset``: from a source, or a folder that was built of it, to an ``OfflineDataset``."""
 
 from __future__ import annotations
 
+import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import gymnasium as gym
+import minari
+import numpy as np
 import torch
+from tensordict import TensorDict
 
 from iql_torchrl.data.build import build
 from iql_torchrl.data.codec import UNCHANGED
 from iql_torchrl.data.dataset import Description, OfflineDataset
+from iql_torchrl.data.digests import digest
 from iql_torchrl.data.readers.environments import (
     EnvLike,
     adapted_env,
@@ -21,11 +26,20 @@ from iql_torchrl.data.readers.environments import (
     recorded_env,
 )
 from iql_torchrl.data.readers.options import ReadOptions
-from iql_torchrl.data.readers.source import open_source
-from iql_torchrl.data.reuse import load_or_build
-from iql_torchrl.data.saved import is_saved, open_saved
+from iql_torchrl.data.readers.source import open_source, source_files
+from iql_torchrl.data.saved import (
+    RECORD,
+    Location,
+    SavedDataset,
+    is_saved,
+    is_sharded,
+    open_saved,
+    read_record,
+    write_dataset,
+)
 from iql_torchrl.data.scaling import known_scores
 from iql_torchrl.data.schema import DatasetError, DatasetWarning
+from iql_torchrl.files import folder_lock, make_folder
 
 #: Tables of packages that are not imported here have no common base class.
 SourceLike: TypeAlias = Any
@@ -34,6 +48,10 @@ FIXED = (
     "memmap", "concatenate", "limit", "columns", "clip_actions", "max_episode_steps",
     "reward_offset", "observation_space", "action_space", "autoreset",
 )  # fmt: skip
+#: A file up to ``WHOLE`` bytes is digested completely; of a larger one so many chunks of so many
+#: bytes are. Many files share these numbers.
+WHOLE = 16 * 2**20
+CHUNKS, CHUNK = 64, 64 * 2**10
 
 
 def load_dataset(
@@ -81,7 +99,7 @@ def load_dataset(
             terminates; ``valid`` is 0 where a row only has the observation after the row before. A
             list of columns of one number each, for observations or actions, is joined to a vector of
             floats. ``a.b`` and ``a/b`` name the leaf b of a group a. Common names are recognised;
-            for ``masks`` and ``terminals`` in one file see ``readers.episodes.find_episodes``.
+            for ``masks`` and ``terminals`` in one file see ``readers.boundaries.find_episodes``.
         reward_offset: 1 where a row's reward belongs to the action of the row before.
         concatenate: leaves of a Dict observation to join, in order, into one ``observation``; the
             environments of ``make_env`` join it too.
@@ -104,7 +122,7 @@ def load_dataset(
         progress: a progress bar; None shows it on terminals only.
 
     Warns with ``DatasetWarning``, and adds the sentence to ``notes``, where done flags contradict the
-    rows or episode boundaries do not lie at discontinuities (``readers.contradictions``,
+    rows or episode boundaries do not lie at discontinuities (``readers.boundaries``,
     ``readers.hints``), where float32 removes changes of float64 observations, actions look like
     encoded categories, most rows are dropped, or a source has lost values or is not read completely.
     A memory-mapped table that is reused repeats its warnings.
@@ -158,3 +176,98 @@ def dataset_fields(
     if reference_scores is not None:
         scores = known_scores(reference_scores)
     return vars(description) | {"env": maker, "reference_scores": scores}
+
+
+def load_or_build(
+    source: Any, folder: Path, options: ReadOptions
+) -> tuple[TensorDict, Description]:
+    """Return the dataset in ``folder`` if it was built from the same source and options, else build it.
+
+    Other processes and threads that use the folder wait meanwhile (see ``folder_lock``), so that they
+    cannot replace the dataset before it is returned.
+    """
+    built_from = identity(source, options)
+    if not os.path.isdir(folder):  # one that is there may be opened without the right to write
+        make_folder("memmap", folder, above=True, error=DatasetError)
+    folder = folder.resolve()  # a link stays one
+    with folder_lock(folder):
+        saved = _reusable(folder, built_from)
+        if saved is None:
+            make_folder("memmap", folder, above=True, error=DatasetError)
+            opened = open_source(source, options)
+            edges = np.array([0, len(opened.episode_lengths)])
+            saved = write_dataset(opened, folder, edges, options, built_from)
+        return saved.load(saved.description.reward_map)
+
+
+def _reusable(folder: Path, built_from: dict[str, Any]) -> SavedDataset | None:
+    """The dataset in ``folder`` if it was built from the same; None if it is to be built.
+
+    Raises ``DatasetError`` if the folder contains anything else, which is never overwritten.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return None
+    saved = None
+    if (folder / RECORD).is_file() and not is_sharded(folder):
+        try:
+            saved = read_record(Location(str(folder)))
+            saved.check(contents=False)
+        except DatasetError:
+            return None  # Written by another version, or damaged: it is built again.
+    if saved is None or saved.source is None:
+        raise DatasetError(
+            f"memmap={folder}: exists and was not made by load_dataset; choose another path."
+        )
+    return saved if built_from["files"] and saved.source == built_from else None
+
+
+def identity(source: Any, options: ReadOptions) -> dict[str, Any]:
+    """Everything that a dataset depends on: size, time and content of each file, and the options.
+
+    Of a file larger than 16 MiB the digest is of 64 chunks of 64 KiB at even distances, so that a file
+    of any size is digested in milliseconds; a change between them is noticed by size and time only.
+    Each of n files gets an n-th of both numbers, but at least one chunk and 3 chunks. Without files
+    (data in memory) a dataset is never reused.
+    """
+    files = source_files(source, options)
+    records = [
+        [str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns, digest(_sampled(p, len(files)))]
+        for p in files
+    ]
+    # Of an environment the limit and the spaces decide, which may change under its id.
+    decisive = {
+        **vars(options), "env": None,
+        "observation_space": _space_identity(options.observation_space),
+        "action_space": _space_identity(options.action_space),
+        "source": _source_identity(source),
+        "download": None, "progress": None,  # these decide nothing
+    }  # fmt: skip
+    return {"files": records, "options": {name: repr(value) for name, value in decisive.items()}}
+
+
+def _source_identity(source: Any) -> Any:
+    """Names and paths, and which episodes of a Minari dataset, in the lists that the source has."""
+    if isinstance(source, list | tuple):
+        return [_source_identity(part) for part in source]
+    if isinstance(source, minari.MinariDataset) and len(source) != source.storage.total_episodes:
+        return digest([str(list(map(int, source.episode_indices))).encode()])
+    return source if isinstance(source, str | Path) else None
+
+
+def _sampled(path: Path, files: int) -> Iterator[bytes]:
+    size, chunks = path.stat().st_size, max(CHUNKS // files, 3)
+    whole = size <= max(WHOLE // files, CHUNK)
+    places = [(size - CHUNK) * number // (chunks - 1) for number in range(chunks)]
+    with path.open("rb", buffering=0) as file:
+        for place in range(0, size, CHUNK) if whole else places:
+            file.seek(place)
+            yield file.read(CHUNK)
+
+
+def _space_identity(space: gym.Space[Any] | None) -> str:
+    """The text of a space, with a digest of its bounds, because the text shortens them."""
+    if isinstance(space, gym.spaces.Dict):
+        return str({key: _space_identity(inner) for key, inner in space.spaces.items()})
+    if isinstance(space, gym.spaces.Box):
+        return f"{space} {digest([space.low.tobytes(), space.high.tobytes()])}"
+    return str(space)

@@ -16,6 +16,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torchrl import logger as torchrl_logger
 from torchrl.checkpoint import Checkpoint, CheckpointRotation
+from torchrl.data import PrioritizedSampler
 from torchrl.trainers import Trainer
 
 from iql_torchrl.agent.build import Agent
@@ -71,7 +72,8 @@ class OfflineTrainer(ResumableTrainer):
         loss_module, optimizer, target_net_updater: in place of ``step``: TorchRL's, for a plain
             step.
         replay_buffer: has ``sample()``; see also ``OfflineDataset.replay_buffer``. With ``agent``
-            and ``dataset``, by default a buffer with the settings of the agent's config.
+            and ``dataset``, by default a buffer with the settings of the agent's config. With a
+            ``PrioritizedSampler`` each update also updates the priorities of its batch.
         dataset: the data of the buffer, whole or in shards; its digest, reward scaling and returns are
             recorded.
         seed: as TorchRL's; seeds torch's and NumPy's global generators in the constructor.
@@ -216,6 +218,9 @@ class OfflineTrainer(ResumableTrainer):
         if seed is not None:
             torch.manual_seed(seed)
             np.random.seed(seed)
+        sampler = getattr(replay_buffer, "sampler", None)
+        if isinstance(sampler, PrioritizedSampler) and not self.samples_itself:
+            self.register_op("post_optim_log", replay_buffer.update_tensordict_priority)
 
     def register_op(self, dest: str, op: Callable[..., Any], **kwargs: Any) -> None:
         """As TorchRL's; see the class for when each stage runs."""

@@ -82,6 +82,10 @@ def test_every_row_of_a_bandit_terminates():
     data = load_dataset(log(terminated=np.ones(ROWS, bool), truncated=None))
     assert data.episode_lengths.tolist() == [1] * ROWS
     assert not data.warnings
+    smooth = np.sin(np.arange(ROWS) / 4)[:, None]  # such as the temperature of each hour
+    for following in (None, np.roll(smooth, -1)):
+        source = log(observation=smooth, terminated=np.ones(ROWS), next_observation=following)
+        assert not load_dataset(source).warnings
 
 
 def test_next_observations_of_terminations_may_be_nan():
@@ -115,6 +119,13 @@ def test_joined_datasets_have_the_union_of_guessed_spaces():
         bounds = load_dataset([log(), log(action=wide)]).action_space
     assert bounds.low[0] == -4
     assert bounds.high[1] == 3
+
+
+def test_joined_dicts_are_told_apart():
+    with pytest.raises(DatasetError, match="dataset 2: observation has rows of shape"):
+        load_dataset([log(), log(observation=np.zeros((ROWS, 2), np.float32))])
+    assert load_dataset([log(), log()]).name == "dataset 1 + dataset 2"
+    assert load_dataset(log()).name == "arrays"
 
 
 def test_joined_text_is_numbered_together(tmp_path):

@@ -45,9 +45,9 @@ def check(dataset, key=("observation",)):
 
 
 def rows_of(path):
-    from iql_torchrl.data.readers.parquet import ParquetRows
+    from iql_torchrl.data.readers.parquet import parquet_rows
 
-    return ParquetRows("log", [path])
+    return parquet_rows("log", [path])
 
 
 def columns_of(path):
@@ -202,6 +202,21 @@ def test_damaged_and_different_files_are_named(tmp_path):
         save(tmp_path / "two" / f"{name}.parquet", other)
         if words:
             refused(words, tmp_path / "two")
+
+
+def test_columns_in_names_of_folders_are_read(tmp_path):
+    """As Hive, Spark and pandas' ``partition_cols`` write them."""
+    data = counted(2, 3, 4)
+    number = np.repeat([9, 10, 11], [2, 3, 4])
+    del data["truncated"]
+    for each in (9, 10, 11):
+        part = {key: list(values[number == each]) for key, values in data.items()}
+        save_parquet(tmp_path / "log" / f"episode={each}" / "part-0.parquet", part)
+    dataset = load_dataset(tmp_path / "log")
+    assert dataset.episode_lengths.tolist() == [2, 3, 4]
+    assert dataset.transitions["observation"].numpy().tolist() == data["observation"].tolist()
+    (tmp_path / "log" / "episode=10" / "part-0.parquet").write_bytes(b"PAR1")
+    refused("not a complete Parquet file", tmp_path / "log")
 
 
 @pytest.mark.parametrize(

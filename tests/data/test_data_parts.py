@@ -1,9 +1,9 @@
-"""``Parts``: columns whose rows lie in consecutive parts that are read together."""
+"""Columns whose rows lie in consecutive parts that are read together."""
 
 import numpy as np
 import pytest
 
-from iql_torchrl.data.readers.arrays import Parts, PartsColumn
+from iql_torchrl.data.readers.arrays import column_of_parts, columns_of_parts
 from iql_torchrl.data.schema import DatasetError
 
 LENGTHS = (0, 3, 0, 1, 4)
@@ -27,7 +27,7 @@ class Reads:
     "rows", [slice(None), slice(2, 5), slice(3, 4), slice(5, 2), slice(-3, 99)]
 )
 def test_slices_are_those_of_the_joined_parts(rows):
-    columns = Parts(LENGTHS, Reads()).columns()
+    columns = columns_of_parts(LENGTHS, Reads())
     assert (columns["a"].shape, columns["a"].dtype) == ((8,), np.dtype(np.int32))
     assert (columns["b"].shape, columns["b"].dtype) == ((8, 2), np.dtype(np.float64))
     assert np.array_equal(columns["a"][rows], ROWS[rows])
@@ -36,7 +36,7 @@ def test_slices_are_those_of_the_joined_parts(rows):
 
 def test_all_columns_of_a_slice_read_each_part_once():
     reads = Reads()
-    columns = Parts(LENGTHS, reads).columns()
+    columns = columns_of_parts(LENGTHS, reads)
     for rows in (slice(0, 2), slice(2, 5), slice(5, 8)):
         assert len(columns["a"][rows]) == len(columns["b"][rows]) == rows.stop - rows.start
     assert reads.numbers == [1, 3, 4]
@@ -44,12 +44,12 @@ def test_all_columns_of_a_slice_read_each_part_once():
 
 def test_memory_is_bounded():
     reads = Reads()
-    columns = Parts(LENGTHS, reads, kept_bytes=59).columns()  # the first part has 60 bytes
+    columns = columns_of_parts(LENGTHS, reads, kept_bytes=59)  # the first part has 60 bytes
     for _ in range(2):
         assert np.array_equal(columns["a"][:], ROWS)
     assert reads.numbers == [1, 3, 4, 1, 3, 4]
     reads = Reads()
-    column = PartsColumn(LENGTHS, lambda number: reads(number)["a"], (), np.int32)
+    column = column_of_parts(LENGTHS, lambda number: reads(number)["a"], (), np.int32)
     assert np.concatenate([column[0:2], column[2:3], column[3:8], column[0:1]]).tolist() == [
         *ROWS,
         0,
@@ -59,7 +59,7 @@ def test_memory_is_bounded():
 
 def test_text_of_any_length_is_complete():
     texts = [np.array(["go"]), np.array(["go to the door", "stop"])]
-    column = Parts([1, 2], lambda number: {"mission": texts[number]}).columns()["mission"]
+    column = columns_of_parts([1, 2], lambda number: {"mission": texts[number]})["mission"]
     assert column[:].tolist() == ["go", "go to the door", "stop"]
 
 
@@ -72,7 +72,7 @@ def test_text_of_any_length_is_complete():
     ],
 )
 def test_parts_of_another_shape_or_dtype_are_refused(values, words):
-    columns = Parts(LENGTHS, Reads(a=values), "log").columns()
+    columns = columns_of_parts(LENGTHS, Reads(a=values), "log")
     assert columns["a"][:4].tolist() == [0, 1, 2, 3]
     with pytest.raises(DatasetError) as error:
         columns["a"][3:5]
@@ -80,11 +80,9 @@ def test_parts_of_another_shape_or_dtype_are_refused(values, words):
 
 
 def test_a_missing_column_is_refused_and_narrower_numbers_are_not():
-    columns = Parts(
-        [1, 1], lambda number: {"a": np.ones(1)} if number == 0 else {}, "log"
-    ).columns()
-    with pytest.raises(DatasetError, match="log: episode 1 has no a"):
+    columns = columns_of_parts([1, 1], lambda n: {"a": np.ones(1)} if n == 0 else {}, "log")
+    with pytest.raises(DatasetError, match="log: a of episode 1 is missing"):
         columns["a"][:]
-    column = Parts(LENGTHS, Reads(b=np.ones((4, 2), np.float32))).columns()["b"]
+    column = columns_of_parts(LENGTHS, Reads(b=np.ones((4, 2), np.float32)))["b"]
     assert column[4:].tolist() == [[1, 1]] * 4
-    assert Parts([], Reads()).columns() == {}
+    assert columns_of_parts([], Reads()) == {}

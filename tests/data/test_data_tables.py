@@ -20,6 +20,7 @@ from iql_torchrl.data.readers.arrays import (
 )
 from iql_torchrl.data.readers.csv_files import open_csv
 from iql_torchrl.data.readers.json_files import open_json, open_npy
+from iql_torchrl.data.readers.options import ReadOptions
 
 LENGTHS = (4, 2, 5)
 
@@ -267,7 +268,7 @@ def test_json_of_one_object_a_step(tmp_path):
     path.write_text(json.dumps({name: [row[name] for row in rows] for name in rows[0]}))
     assert_counted(load_dataset(path.rename(tmp_path / "log.json")), LENGTHS, [1])
     (tmp_path / "log.json").write_text(json.dumps(frame))
-    columns = open_json(tmp_path / "log.json", {}).columns
+    columns = open_json(tmp_path / "log.json", ReadOptions()).columns
     assert_column(columns["reward"], [row["reward"] for row in rows])
     assert_column(columns["note"], ["a"] * len(rows))
 
@@ -283,7 +284,7 @@ def test_json_times_and_missing_values(tmp_path):
         ("log.jsonl", "\n".join(map(json.dumps, rows))), ("log.json", json.dumps(rows)),
     ):  # fmt: skip
         (tmp_path / name).write_text(text)
-        columns = open_json(tmp_path / name, {}).columns
+        columns = open_json(tmp_path / name, ReadOptions()).columns
         assert_column(columns["time"], [1.0, 86400.0])
         assert_column(columns["y"], [np.nan, np.nan])
         refused("x has 1 empty values, first at row 1", columns["x"], lambda column: column[:])

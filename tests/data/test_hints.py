@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from small_logs import drift
 
-from iql_torchrl.data.readers.following import differs
+from iql_torchrl.data.readers.arrays import Columns
+from iql_torchrl.data.readers.boundaries import differs
 from iql_torchrl.data.readers.hints import (
     ROWS,
     boundary_hints,
@@ -74,16 +75,18 @@ def walk(lengths=LENGTHS, seed=0):
 
 
 def hints(observation, last, *, terminated=None, following=None, reward=None, ids=False, unused=()):
-    rows = len(last)
+    rows, names = len(last), {"truncated": "timeouts", "terminated": "dead"}
+    columns = {
+        "observation": observation,
+        "next/reward": np.ones(rows) if reward is None else reward,
+    }
     return boundary_hints(
-        {KEY: observation},
-        None if following is None else differs({KEY: observation}, {KEY: following}, rows),
-        np.ones(rows) if reward is None else reward,
+        Columns(
+            "log", columns, paths=names | ({"episode": "id"} if ids else {}), unused=dict(unused)
+        ),
         np.zeros(rows, bool) if terminated is None else terminated,
         last,
-        names={"truncated": "timeouts", "terminated": "dead"},
-        ids_given=ids,
-        unused=dict(unused),
+        None if following is None else differs({KEY: observation}, {KEY: following}, rows),
     )
 
 
@@ -182,6 +185,20 @@ def test_recorded_resets_after_large_steps():
     said(words, rows, cut, reward=reward, ids=True)
     reward[ends + 1] = 1.0
     assert hints(rows, cut, reward=reward, ids=True) == []
+
+
+@pytest.mark.parametrize("ids", [True, False])
+def test_next_observations_of_vector_environments_that_reset_in_the_same_step(ids):
+    observation, following, ends = walk()
+    rows = np.flatnonzero(ends)[:-1]
+    following[rows] = observation[rows + 1]
+    words = "of 11 of the 11 rows that end episodes|infos['final_obs']|'next_observation': None"
+    said(words, observation, ends, following=following, ids=ids)
+    # the value of a next observation is not used where a row terminates
+    assert hints(observation, ends, terminated=ends, following=following, ids=ids) == []
+    # rows of several environments: the last of each has its true next observation
+    following[rows[[3, 7]]] += 1.0
+    said("of 9 of the 11 rows", observation, ends, following=following, ids=ids)
 
 
 # -- silence

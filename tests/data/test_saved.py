@@ -79,7 +79,7 @@ def test_memory_memmap_and_copies_are_equal_bit_for_bit(built, tmp_path, monkeyp
     memory = load_dataset(archive, reward=reward)
     assert_same(memory, load_dataset(str(built), reward=reward))  # without its source
     assert_same(memory, load_dataset(archive, reward=reward, memmap=table))
-    monkeypatch.setattr("iql_torchrl.data.reuse.open_source", None)  # it is not read again
+    monkeypatch.setattr("iql_torchrl.data.load.open_source", None)  # it is not read again
     start = time.perf_counter()
     reopened = load_dataset(archive, reward=reward, memmap=table)
     assert time.perf_counter() - start < 1
@@ -319,8 +319,8 @@ def test_a_source_of_equal_size_and_time_but_other_content_is_read_again(
     archive, tmp_path, monkeypatch, large
 ):
     if large:  # Sampled, not read whole.
-        monkeypatch.setattr("iql_torchrl.data.reuse.WHOLE", 1000)
-        monkeypatch.setattr("iql_torchrl.data.reuse.CHUNK", 500)
+        monkeypatch.setattr("iql_torchrl.data.load.WHOLE", 1000)
+        monkeypatch.setattr("iql_torchrl.data.load.CHUNK", 500)
     data, before = numbered(LENGTHS), archive.stat()
     first = load_dataset(archive, memmap=tmp_path / "table")
     save(archive, {**data, "reward": data["reward"] + 1})
@@ -332,8 +332,8 @@ def test_a_source_of_equal_size_and_time_but_other_content_is_read_again(
 
 
 def test_a_large_source_is_digested_fast(tmp_path):
+    from iql_torchrl.data.load import identity
     from iql_torchrl.data.readers.options import ReadOptions
-    from iql_torchrl.data.reuse import identity
 
     path = tmp_path / "large.npz"
     with open(path, "wb") as file:

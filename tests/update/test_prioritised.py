@@ -160,14 +160,11 @@ def trainer_of(dataset, folder=None, updates=10, capacity=None, sampler=None, **
         step=make_step(), replay_buffer=buffer, total_updates=updates, log_interval=5,
         save_trainer_interval=5, folder=folder, **options,
     )  # fmt: skip
-    trainer.register_op("post_optim_log", buffer.update_tensordict_priority)
     return trainer, buffer
 
 
 @pytest.mark.parametrize("capacity", [None, ROWS])
-def test_a_trainer_updates_priorities_by_a_hook_and_continues_with_them(
-    dataset, tmp_path, capacity
-):
+def test_a_trainer_updates_priorities_and_continues_with_them(dataset, tmp_path, capacity):
     straight, expected = trainer_of(dataset, capacity=capacity)
     straight.train()
     trainer_of(dataset, tmp_path / "run", 5, capacity)[0].train()

@@ -7,7 +7,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
@@ -87,7 +87,7 @@ class Columns:
     """
 
     name: str
-    columns: dict[str, Column]
+    columns: Mapping[str, Column]
     action_space: gym.Space[Any] | None = None
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -152,97 +152,82 @@ class ComputedColumn:
         return self.read(rows)
 
 
-class Parts:
+def columns_of_parts(
+    lengths: Sequence[int] | NDArray[np.int64],
+    read: Callable[[int], Mapping[str, NDArray[Any]]],
+    name: str = "",
+    kept_bytes: int | None = None,
+) -> dict[str, Column]:
     """Columns whose rows lie in consecutive parts that are read together, such as episodes.
 
-    ``read(number)`` returns the columns of one part, each with ``lengths[number]`` rows. The part read
-    last is kept in memory, and those before it as long as they have at most ``kept_bytes`` (by default
-    ``KEPT_BYTES``). Reading a smaller slice of several columns, one after the other, reads each part
-    once. ``name`` begins messages, in which a part is an episode.
+    ``read(number)`` returns the columns of one part, each with ``lengths[number]`` rows; the first part
+    with rows has all columns. The part read last is kept in memory, and those before it as long as they
+    have at most ``kept_bytes`` (by default ``KEPT_BYTES``): reading a smaller slice of several columns,
+    one after the other, reads each part once. ``name`` begins messages; there a part is an episode.
     """
+    kept, used = dict[int, Mapping[str, NDArray[Any]]](), 0
+    limit = KEPT_BYTES if kept_bytes is None else kept_bytes
 
-    def __init__(
-        self,
-        lengths: Sequence[int] | NDArray[np.int64],
-        read: Callable[[int], Mapping[str, NDArray[Any]]],
-        name: str = "",
-        kept_bytes: int | None = None,
-    ) -> None:
-        self._lengths, self._read, self._name = np.asarray(lengths, np.int64), read, name
-        self._ends = np.cumsum(self._lengths)
-        self._kept: dict[int, Mapping[str, NDArray[Any]]] = {}
-        self._bytes = dict[int, int]()
-        self._kept_bytes = KEPT_BYTES if kept_bytes is None else kept_bytes
-        self.rows = int(self._lengths.sum())
+    def part(number: int) -> Mapping[str, NDArray[Any]]:
+        nonlocal used
+        if number not in kept:
+            while kept and used > limit:
+                used -= sum(values.nbytes for values in kept.pop(next(iter(kept))).values())
+            kept[number] = read(number)
+            used += sum(values.nbytes for values in kept[number].values())
+        return kept[number]
 
-    def columns(self) -> dict[str, Column]:
-        """The columns of the first part that has rows."""
-        if not len(self._lengths):
-            return {}
-        number = int((self._lengths > 0).argmax())
-        return {
-            key: self.column(key, values.shape[1:], values.dtype)
-            for key, values in self._part(number).items()
-        }
+    def values_of(key: str, number: int) -> NDArray[Any] | None:
+        return part(number).get(key)
 
-    def column(self, key: str, row_shape: tuple[int, ...], dtype: Any) -> Column:
-        """The column ``key`` of all parts. Text has the dtype object: its length varies."""
-        dtype = np.dtype(object if np.dtype(dtype).kind in "US" else dtype)
-        values = partial(self._values, key, row_shape, dtype)
-        return ComputedColumn((self.rows, *row_shape), dtype, values)
+    if not len(lengths):
+        return {}
+    first = part(int((np.asarray(lengths) > 0).argmax()))
+    return {
+        key: column_of_parts(
+            lengths, partial(values_of, key), each.shape[1:], each.dtype, f"{name}: {key}"
+        )
+        for key, each in first.items()
+    }
 
-    def _values(
-        self, key: str, row_shape: tuple[int, ...], dtype: np.dtype[Any], rows: slice
-    ) -> NDArray[Any]:
-        start, stop, _ = rows.indices(self.rows)
+
+def column_of_parts(
+    lengths: Sequence[int] | NDArray[np.int64],
+    read: Callable[[int], NDArray[Any] | None],
+    row_shape: tuple[int, ...],
+    dtype: Any,
+    subject: str = "a column",
+) -> Column:
+    """One column whose rows lie in consecutive parts; ``read(number)`` returns those of one part.
+
+    The part read last is kept in memory. Text has the dtype object: its length varies.
+    """
+    sizes, dtype = np.asarray(lengths, np.int64), np.dtype(dtype)
+    dtype = np.dtype(object) if dtype.kind in "US" else dtype
+    ends, part_of = np.cumsum(sizes), lru_cache(maxsize=1)(read)
+
+    def values_of(rows: slice) -> NDArray[Any]:
+        start, stop, _ = rows.indices(int(sizes.sum()))
         values = np.empty((max(stop - start, 0), *row_shape), dtype)
         if start >= stop:
             return values
-        first, last = np.searchsorted(self._ends, [start, stop - 1], side="right")
-        for number in range(int(first), int(last) + 1):
-            begin = int(self._ends[number] - self._lengths[number])
-            low, high = max(start, begin), min(stop, int(self._ends[number]))
-            if low < high:
-                part = self._part(number).get(key)
-                expected = (int(self._lengths[number]), *row_shape)
-                if part is None:
-                    raise DatasetError(
-                        f"{self._name}: episode {number} has no {key}, which other episodes have; "
-                        "repair the source, or leave the column out."
-                    )
-                if part.shape != expected or not np.can_cast(part.dtype, dtype):
-                    raise DatasetError(
-                        f"{self._name}: {key} of episode {number} has shape {part.shape} and dtype "
-                        f"{part.dtype}; expected {expected} and {dtype}: one row per step, as in the "
-                        "other episodes."
-                    )
-                values[low - start : high - start] = part[low - begin : high - begin]
+        first, last = np.searchsorted(ends, [start, stop - 1], side="right")
+        for number in (first + np.flatnonzero(sizes[first : last + 1])).tolist():
+            part, expected = part_of(number), (int(sizes[number]), *row_shape)
+            if part is None or part.shape != expected or not np.can_cast(part.dtype, dtype):
+                found = "is missing"
+                if part is not None:
+                    found = f"has shape {part.shape} and dtype {part.dtype}"
+                raise DatasetError(
+                    f"{subject} of episode {number} {found}; expected {expected} and {dtype}: one row "
+                    "per step, as in the other episodes. Repair the source, or leave the column out."
+                )
+            begin = int(ends[number] - sizes[number])
+            low, high = max(start, begin), min(stop, int(ends[number]))
+            values[low - start : high - start] = part[low - begin : high - begin]
         return values
 
-    def _part(self, number: int) -> Mapping[str, NDArray[Any]]:
-        if number not in self._kept:
-            while self._kept and sum(self._bytes.values()) > self._kept_bytes:
-                oldest = next(iter(self._kept))
-                del self._kept[oldest], self._bytes[oldest]
-            self._kept[number] = part = self._read(number)
-            self._bytes[number] = sum(values.nbytes for values in part.values())
-        return self._kept[number]
-
-
-class PartsColumn(ComputedColumn):
-    """One column whose rows lie in consecutive parts: see :class:`Parts`."""
-
-    def __init__(
-        self,
-        lengths: Sequence[int] | NDArray[np.int64],
-        read: Callable[[int], NDArray[Any]],
-        row_shape: tuple[int, ...],
-        dtype: Any,
-    ) -> None:
-        parts = Parts(lengths, lambda number: {"column": read(number)}, kept_bytes=0)
-        super().__init__(
-            (parts.rows, *row_shape), dtype, parts.column("column", row_shape, dtype).__getitem__
-        )
+    return ComputedColumn((int(sizes.sum()), *row_shape), dtype, values_of)
 
 
 def chosen_rows(columns: Mapping[str, Column], keep: NDArray[np.bool_]) -> dict[str, Column]:
@@ -368,7 +353,7 @@ def _is_single(column: Column) -> bool:
 
 
 def side_by_side(columns: Sequence[Column], dtype: Any = None) -> Column:
-    """Columns of one value a row as one array ``(rows, columns)``, by default of their common dtype."""
+    """Columns as one array ``(rows, numbers)`` of flattened rows, by default of their common dtype."""
     try:
         rows = sorted({int(column.shape[0]) for column in columns})
     except DatasetError as error:  # only an error if the array is used
@@ -377,11 +362,15 @@ def side_by_side(columns: Sequence[Column], dtype: Any = None) -> Column:
         return UnreadableColumn(f"columns of {rows[0]} and of {rows[-1]} rows are no array.")
     kinds = [np.dtype(column.dtype) for column in columns]
     kind = np.dtype(dtype or (object if np.dtype(object) in kinds else np.result_type(*kinds)))
+    widths = [int(np.prod(column.shape[1:])) for column in columns]
 
     def read(part: slice) -> NDArray[Any]:
-        return np.stack([np.asarray(c[part], kind).reshape(-1) for c in columns], axis=1)
+        parts = [np.asarray(column[part], kind) for column in columns]
+        return np.hstack(
+            [each.reshape(len(each), w) for each, w in zip(parts, widths, strict=True)]
+        )
 
-    return ComputedColumn((rows[0], len(columns)), kind, read)
+    return ComputedColumn((rows[0], sum(widths)), kind, read)
 
 
 def open_hdf5(path: Path) -> dict[str, Column]:

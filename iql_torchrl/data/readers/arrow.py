@@ -7,15 +7,15 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from iql_torchrl.data.readers.arrays import Column, PartsColumn, UnreadableColumn, package
+from iql_torchrl.data.readers.arrays import Column, UnreadableColumn, column_of_parts, package
 from iql_torchrl.data.readers.columns import NAMES
 from iql_torchrl.data.schema import DatasetError
 from iql_torchrl.descriptions import one_line
@@ -29,21 +29,30 @@ EPISODES = 256
 LISTS = (pa.ListType, pa.LargeListType, pa.FixedSizeListType)
 
 
-class ArrowRows(Protocol):
+@dataclass(frozen=True)
+class ArrowRows:
     """Rows of Arrow columns, read when they are asked for.
 
-    ``unreadable``: by their names, columns that are not in ``schema``, and the reason. ``folder``: of
-    the files that rows name.
+    ``read(column, start, stop)`` gives the column's rows ``start`` to ``stop - 1`` as an array or
+    chunked array. ``folder``: of the files that rows name. ``unreadable``: by their names, columns that
+    are not in ``schema``, and the reason.
     """
 
     name: str
-    folder: Path | None
-    rows: int
     schema: Any
-    unreadable: dict[str, str]
+    rows: int
+    read: Callable[[str, int, int], Any]
+    folder: Path | None = None
+    unreadable: Mapping[str, str] = field(default_factory=dict)
 
-    def read(self, column: str, start: int, stop: int) -> Any:
-        """The column's rows ``start`` to ``stop - 1`` as an array or chunked array."""
+
+def table_rows(name: str, table: Any, unreadable: Mapping[str, str] | None = None) -> ArrowRows:
+    """The rows of a ``pyarrow.Table``."""
+
+    def read(column: str, start: int, stop: int) -> Any:
+        return table.column(column)[start:stop]
+
+    return ArrowRows(name, table.schema, table.num_rows, read, unreadable=unreadable or {})
 
 
 def arrow_columns(table: ArrowRows, mapping: Mapping[str, str | None]) -> dict[str, Column]:
@@ -62,7 +71,7 @@ def arrow_columns(table: ArrowRows, mapping: Mapping[str, str | None]) -> dict[s
     if not table.rows:
         raise DatasetError(f"{table.name}: has no rows; expected at least one.")
     names = Counter(table.schema.names)
-    fields = [field for field in table.schema if names[field.name] == 1]
+    fields = [each for each in table.schema if names[each.name] == 1]
     columns: dict[str, Column] = {
         name: UnreadableColumn(f"{table.name}: {count} columns are named {name}; rename one.")
         for name, count in names.items()
@@ -70,7 +79,7 @@ def arrow_columns(table: ArrowRows, mapping: Mapping[str, str | None]) -> dict[s
     }
     for name, reason in table.unreadable.items():
         columns[name.replace(".", "/")] = UnreadableColumn(reason)
-    leaves = [leaf for field in fields for leaf in _leaves(table, field.name, field.type)]
+    leaves = [leaf for each in fields for leaf in _leaves(table, each.name, each.type)]
     rewards = [mapping["reward"]] if mapping.get("reward") else NAMES["reward"]
     known = [str(name).replace(".", "/") for name in rewards]
     steps = next((leaf.lengths() for leaf in leaves if leaf.name in known), None)
@@ -94,8 +103,8 @@ def _leaves(
     if isinstance(kind, LISTS):
         yield from _leaves(table, column, kind.value_type, path, True)
     elif pa.types.is_struct(kind) and not _is_picture(kind):
-        for field in kind:
-            yield from _leaves(table, column, field.type, (*path, field.name), listed)
+        for each in kind:
+            yield from _leaves(table, column, each.type, (*path, each.name), listed)
     else:
         yield _Leaf(table, column, path, kind, listed)
 
@@ -319,7 +328,7 @@ def _column(
             )
         return values
 
-    return PartsColumn([int(counts[a:b].sum()) for a, b in parts], part, shape, leaf.dtype)
+    return column_of_parts([int(counts[a:b].sum()) for a, b in parts], part, shape, leaf.dtype)
 
 
 def _episode_columns(

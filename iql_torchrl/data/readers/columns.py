@@ -62,29 +62,46 @@ def name_columns(source: Columns, options: ReadOptions) -> Columns:
     Booleans become 0 and 1; text stays (:func:`number_texts`). ``reward`` is 0 where ``options``
     leave it out.
     """
-    name, columns, notes = source.name, dict(source.columns), [*source.notes]
-    if any("." in path for path in columns):
-        columns = group_numbered(columns, name)
+    columns = group_numbered(source.columns, source.name)
+    source = replace(source, columns=columns)
     if source.named:
         options = replace(options, columns={})
-    joined = {
-        str(options.named[key]): _joined(name, columns, key, listed)
-        for key, listed in options.columns.items()
-        if isinstance(listed, list | tuple)
-    }
-    paths = _paths(name, columns, options.named, joined)
-    columns |= joined
-    entries: dict[str, Column] = {}
-    rows: int | None = None
+    for key, listed in options.columns.items():
+        if isinstance(listed, list | tuple):
+            columns[str(options.named[key])] = _joined(source, key, listed)
+    paths = _paths(source, options.named)
+    entries, notes = _entries(source, paths)
+    unused = {path: column for path, column in columns.items() if path not in paths.values()}
+    named = replace(
+        source, columns=entries, paths=paths, unused=unused, notes=(*source.notes, *notes)
+    )
+    if {"action_prob", "action_log_prob"} & entries.keys():
+        named = _log_probabilities(named)
+    here, after = (
+        ", ".join(
+            sorted(f"{'.'.join(key)} {tuple(each.shape[1:])}" for key, each in leaves.items())
+        )
+        for leaves in (named.leaves("observation"), named.leaves("next/observation"))
+    )
+    if after and here != after:
+        raise DatasetError(
+            f"{source.name}: next_observation has the leaves {after}, observation has {here}; "
+            "expected the same."
+        )
+    return named
+
+
+def _entries(source: Columns, paths: Mapping[str, str]) -> tuple[dict[str, Column], list[str]]:
+    """The columns at ``paths`` by our names, checked; notes."""
+    entries, notes, rows = dict[str, Column](), list[str](), None
     for key, path in paths.items():
         place = "next/" + key.removeprefix("next_") if key in OF_NEXT else key
-        leaves = (
-            group_of(columns, path) if key in GROUPS else {(): _single(name, columns, key, path)}
-        )
+        single = key not in GROUPS
+        leaves = {(): _single(source, key, path)} if single else group_of(source.columns, path)
         for rest, column in leaves.items():
             if rest and not column.shape:
                 continue
-            rows = _checked_rows(f"{name}: {'/'.join((key, *rest))}", column, rows, key)
+            rows = _checked_rows(f"{source.name}: {'/'.join((key, *rest))}", column, rows, key)
             if np.dtype(column.dtype) == np.bool_ and key in (*GROUPS, "action", "reward"):
                 column = np.asarray(column[:], np.float32 if key == "reward" else np.int64)
                 if key != "reward":
@@ -92,62 +109,45 @@ def name_columns(source: Columns, options: ReadOptions) -> Columns:
                     notes.append(f"{what}: False and True are 0 and 1.")
             entries["/".join((place, *rest))] = column
     if not rows:
-        raise DatasetError(f"{name}: observation has 0 rows; expected at least one transition.")
+        raise DatasetError(
+            f"{source.name}: observation has 0 rows; expected at least one transition."
+        )
     if "action_mask" not in entries:
         entries.pop("next/action_mask", None)
     entries.setdefault("next/reward", np.zeros(rows, np.float32))  # left out: data without a task
-    unused = {path: column for path, column in columns.items() if path not in paths.values()}
-    named = replace(source, columns=entries, paths=paths, unused=unused, notes=tuple(notes))
-    if {"action_prob", "action_log_prob"} & entries.keys():
-        named = _log_probabilities(named)
-    following = named.leaves("next/observation")
-    here, after = (
-        {key: tuple(each.shape[1:]) for key, each in side.items()}
-        for side in (named.leaves("observation"), following)
-    )
-    if following and here != after:
-        observed, found = (
-            ", ".join(sorted(f"{'.'.join(key)} {shape}" for key, shape in side.items()))
-            for side in (here, after)
-        )
-        raise DatasetError(
-            f"{name}: next_observation has the leaves {found}, observation has {observed}; "
-            "expected the same."
-        )
-    return named
+    return entries, notes
 
 
 # -- which column is which
 
 
-def _single(name: str, columns: Mapping[str, Column], key: str, path: str) -> Column:
+def _single(source: Columns, key: str, path: str) -> Column:
     """The column ``path``; raises for a group."""
-    if path in columns:
-        return columns[path]
-    inner = ", ".join(map("/".join, group_of(columns, path)))
-    raise DatasetError(f"{name}: {key} ({path!r}) is a group of {inner}; expected one array.")
+    if path in source.columns:
+        return source.columns[path]
+    inner = ", ".join(map("/".join, group_of(source.columns, path)))
+    raise DatasetError(
+        f"{source.name}: {key} ({path!r}) is a group of {inner}; expected one array."
+    )
 
 
-def _joined(name: str, columns: Mapping[str, Column], key: str, listed: Sequence[str]) -> Column:
+def _joined(source: Columns, key: str, listed: Sequence[str]) -> Column:
     """The columns of one number that ``listed`` names as one column of floats."""
-    parts = [_single(name, columns, key, _named(name, columns, key, each)) for each in listed]
+    parts = [_single(source, key, _named(source, key, each)) for each in listed]
     rows: int | None = None
     for each, part in zip(listed, parts, strict=True):
-        subject = f"{name}: {each!r}, one of the columns of {key},"
+        subject = f"{source.name}: {each!r}, one of the columns of {key},"
         rows = _checked_rows(subject, part, rows, "reward")
     return side_by_side(parts, np.float64)
 
 
-def _paths(
-    name: str, columns: Mapping[str, Column], options: Mapping[str, str | None],
-    joined: Mapping[str, Column],
-) -> dict[str, str]:  # fmt: skip
-    """The column, group of columns, or ``joined`` columns of each key that has one."""
+def _paths(source: Columns, options: Mapping[str, str | None]) -> dict[str, str]:
+    """The column, or group of columns, of each key that has one."""
+    name, mapping = source.name, dict(options)
     if unknown := set(options) - set(NAMES):
         raise DatasetError(
             f"{name}: columns maps {sorted(unknown)}; the keys are {', '.join(NAMES)}."
         )
-    mapping = dict(options)
     if mapping.get("terminated") in NAMES["not_terminated"]:
         # The name gives the meaning of its values: 0 where a row terminates.
         mapping.setdefault("not_terminated", mapping.pop("terminated"))
@@ -158,40 +158,36 @@ def _paths(
                 f"{mapping['not_terminated']!r}; one is the opposite of the other: name one of them."
             )
         mapping.setdefault("not_terminated", None)
-    paths = {
-        key: _find(name, columns, mapping, key, joined) for key in NAMES if key != "terminated"
-    }
+    paths = {key: _find(source, mapping, key) for key in NAMES if key != "terminated"}
     if paths["not_terminated"] or (paths["valid"] and "terminated" not in mapping):
         # Columns that could mean either end trajectories, they do not terminate.
-        ends = [path for path in TRAJECTORY_ENDS if path in columns]
+        ends = [path for path in TRAJECTORY_ENDS if path in source.columns]
         if mapping.get("truncated") in TRAJECTORY_ENDS:
             ends = [str(paths.pop("truncated"))]
         paths["trajectory_end"] = ends[0] if ends else None
-        flags = [p for p in NAMES["terminated"] if p in columns and p not in TRAJECTORY_ENDS]
+        others = [path for path in NAMES["terminated"] if path not in TRAJECTORY_ENDS]
+        flags = [path for path in others if path in source.columns]
         paths["terminated"] = flags[0] if flags and "terminated" not in mapping else None
     else:
-        paths["terminated"] = _find(name, columns, mapping, "terminated", joined)
+        paths["terminated"] = _find(source, mapping, "terminated")
     return {key: path for key, path in paths.items() if path is not None}
 
 
-def _named(name: str, columns: Mapping[str, Column], key: str, path: str) -> str:
+def _named(source: Columns, key: str, path: str) -> str:
     """The column, or group of columns, that ``columns`` names for a key."""
     # LeRobot's names have dots, such as next.reward.
     for present in (path, path.replace(".", "/")):
-        if group_of(columns, present):
+        if group_of(source.columns, present):
             return present
-    raise DatasetError(
-        f"{name}: columns maps {key} to {path!r}; the data has {', '.join(sorted(columns))}."
-    )
+    known = ", ".join(sorted(source.columns))
+    raise DatasetError(f"{source.name}: columns maps {key} to {path!r}; the data has {known}.")
 
 
-def _find(
-    name: str, columns: Mapping[str, Column], mapping: Mapping[str, str | None], key: str,
-    joined: Mapping[str, Column],
-) -> str | None:  # fmt: skip
+def _find(source: Columns, mapping: Mapping[str, str | None], key: str) -> str | None:
     """The column (or group of columns) of a key."""
+    name, columns = source.name, source.columns
     if (path := mapping.get(key)) is not None:
-        return path if path in joined else _named(name, columns, key, path)
+        return _named(source, key, path)
     if key in mapping:
         if key in ("observation", "action"):
             raise DatasetError(f"{name}: {key} cannot be left out.")
@@ -207,9 +203,10 @@ def _find(
             f"columns={{{key!r}: ...}}."
         )
     if not matches and key in REQUIRED:
+        left = ", ".join(sorted(columns.keys() - set(mapping.values())))  # without joined columns
         raise DatasetError(
-            f"{name}: no column for {key} among {', '.join(sorted(columns)) or 'nothing'}; name it "
-            f"with columns={{{key!r}: ...}}.{_hint(key, columns)}"
+            f"{name}: no column for {key} among {left or 'nothing'}; name it with "
+            f"columns={{{key!r}: ...}}.{_hint(key, columns)}"
         )
     return matches[0] if matches else None
 
@@ -292,11 +289,6 @@ def _checked_rows(subject: str, column: Column, rows: int | None, key: str) -> i
     raise DatasetError(f"{subject} {problem}; expected {expected}. {remedy}")
 
 
-def _is_text(column: Column) -> bool:
-    """All values are text; a missing value (None, NaN) is not."""
-    return all(isinstance(value, str) for value in np.ravel(column[:]))
-
-
 def _is_number(text: str) -> bool:
     try:
         float(text)
@@ -307,15 +299,16 @@ def _is_number(text: str) -> bool:
 
 def _first_text(column: Column) -> str:
     """The first text that is not a number, and its row; empty if there is none."""
-    kind = np.dtype(column.dtype).kind
-    if not column.shape[0] or (kind != "U" and not (kind == "O" and _is_text(column))):
+    if np.dtype(column.dtype).kind not in "UO" or not (column.shape[0] and _is_text(column)):
         return ""
     values = np.asarray(column[:]).reshape(column.shape[0], -1)
-    for row, texts in enumerate(values):
-        for text in texts:
-            if not _is_number(text):
-                return f"{str(text)!r} at row {row}"
-    return ""
+    found = ((r, text) for r, texts in enumerate(values) for text in texts if not _is_number(text))
+    return next((f"{str(text)!r} at row {row}" for row, text in found), "")
+
+
+def _is_text(column: Column) -> bool:
+    """All values are text; a missing value (None, NaN) is not."""
+    return all(isinstance(value, str) for value in np.ravel(column[:]))
 
 
 def number_texts(parts: Sequence[Columns]) -> list[Columns]:
@@ -329,32 +322,30 @@ def number_texts(parts: Sequence[Columns]) -> list[Columns]:
         if place != "action" and not place.startswith("observation"):
             continue
         sides = [
-            (each, side) for each in columns for side in (place, f"next/{place}") if side in each
+            (part.name, each, side)
+            for part, each in zip(parts, columns, strict=True)
+            for side in (place, f"next/{place}")
+            if side in each
         ]
-        if not any(np.dtype(each[side].dtype).kind in "UO" for each, side in sides):
+        if not any(np.dtype(each[side].dtype).kind in "UO" for _, each, side in sides):
             continue
-        values = [np.asarray(each[side][:]).astype(str) for each, side in sides]
+        values = [np.asarray(each[side][:]).astype(str) for _, each, side in sides]
         texts = np.unique(np.concatenate([each.ravel() for each in values]))
         numbers = [_is_number(text) for text in texts]
-        what = place.replace("/", ".")
-        if any(numbers):
-            wrong = texts[numbers.index(False)] if not all(numbers) else texts[0]
-            found = [(each == wrong).reshape(len(each), -1).any(1) for each in values]
-            number = next(number for number, rows in enumerate(found) if rows.any())
-            first = int(found[number].argmax())
-            name = next(
-                p.name for p, e in zip(parts, columns, strict=True) if e is sides[number][0]
-            )
-            raise DatasetError(
-                f"{name}: {sides[number][1].replace('/', '.')} has numbers, and the text "
-                f"{str(wrong)!r}, first at row {first}; expected a number in every row, or the names "
-                "of categories: correct or leave out those rows, and convert numbers that are stored "
-                "as text (astype(float))."
-            )
-        for (each, side), text in zip(sides, values, strict=True):
-            each[side] = np.searchsorted(texts, text)
+        wrong = texts[numbers.index(False)] if not all(numbers) else texts[0]
+        for (name, each, side), rows in zip(sides, values, strict=True):
+            found = (rows == wrong).reshape(len(rows), -1).any(1)
+            if any(numbers) and found.any():
+                raise DatasetError(
+                    f"{name}: {side.replace('/', '.')} has numbers, and the text {str(wrong)!r}, first "
+                    f"at row {int(found.argmax())}; expected a number in every row, or the names of "
+                    "categories: correct or leave out those rows, and convert numbers that are stored "
+                    "as text (astype(float))."
+                )
+            each[side] = np.searchsorted(texts, rows)
         known = ", ".join(f"{text!r} {number}" for number, text in enumerate(texts[:12].tolist()))
         more = f", ... ({len(texts)} in all)" if len(texts) > 12 else ""
+        what = place.replace("/", ".")
         notes.append(f"{what}: text is numbered in sorted order: {known}{more}.")
     numbered = [replace(p, columns=each) for p, each in zip(parts, columns, strict=True)]
     numbered[0] = replace(numbered[0], notes=(*numbered[0].notes, *notes))

@@ -15,7 +15,14 @@ import gymnasium as gym
 import h5py
 import numpy as np
 
-from iql_torchrl.data.readers.arrays import Column, Columns, Parts, flatten, open_hdf5, reading
+from iql_torchrl.data.readers.arrays import (
+    Column,
+    Columns,
+    columns_of_parts,
+    flatten,
+    open_hdf5,
+    reading,
+)
 from iql_torchrl.data.readers.options import ReadOptions
 from iql_torchrl.data.schema import DatasetError
 
@@ -138,5 +145,5 @@ def _columns(
     for number, end in enumerate(np.cumsum(lengths)):
         if lengths[number]:
             ends[end - 1], terminals[end - 1] = True, np.asarray(stored(number, "terminated"))
-    columns = Parts(lengths, read, name).columns()
+    columns = columns_of_parts(lengths, read, name)
     return {**columns, "terminals": terminals, "timeouts": ends & ~terminals}

@@ -1,9 +1,9 @@
-"""Tables in memory: DataFrames of pandas and polars, tables of pyarrow, relations of DuckDB."""
+"""Tables of pandas, polars, pyarrow and DuckDB in memory; tables of Hugging Face's ``datasets``."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,22 +11,34 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from iql_torchrl.data.readers.arrays import Column, Columns, UnreadableColumn, array_of, package
+from iql_torchrl.data.readers.arrays import (
+    Column,
+    Columns,
+    UnreadableColumn,
+    array_of,
+    package,
+    reading,
+)
 from iql_torchrl.data.schema import DatasetError
 from iql_torchrl.descriptions import one_line
 
 
 def is_frame(source: Any) -> bool:
     """Return True for a DataFrame of pandas or polars, and for what has ``__arrow_c_stream__``."""
-    return _is_pandas(source) or _is_lazy(source) or hasattr(source, "__arrow_c_stream__")
+    known = _is(source, "pandas", "DataFrame") or _is(source, "polars", "LazyFrame")
+    return known or hasattr(source, "__arrow_c_stream__")
 
 
-def _is_lazy(source: Any) -> bool:
-    return isinstance(source, getattr(sys.modules.get("polars"), "LazyFrame", ()))
+def is_table_of_datasets(source: Any) -> bool:
+    """True if ``source`` is an object of ``datasets``."""
+    kinds = ("Dataset", "DatasetDict", "IterableDataset", "IterableDatasetDict")
+    return _is(source, "datasets", *kinds)
 
 
-def _is_pandas(source: Any) -> bool:
-    return isinstance(source, getattr(sys.modules.get("pandas"), "DataFrame", ()))
+def _is(source: Any, package: str, *kinds: str) -> bool:
+    """True for an object of one of these classes of a package, which is not imported."""
+    module = sys.modules.get(package)
+    return isinstance(source, tuple(getattr(module, kind, ()) for kind in kinds))
 
 
 def open_frame(source: Any, mapping: Mapping[str, str | None]) -> Columns:
@@ -37,14 +49,14 @@ def open_frame(source: Any, mapping: Mapping[str, str | None]) -> Columns:
     are steps, not episodes. Raises ``DatasetError`` for another kind of object.
     """
     name = type(source).__name__
-    if _is_pandas(source):
+    if _is(source, "pandas", "DataFrame"):
         series = _series(source)
         if find_spec("pyarrow") is None:
             return Columns(name, {key: _array(values, key) for key, values in series.items()})
         return open_cells(name, series, mapping)
     pa = package("pyarrow", name)
     try:
-        table = pa.table(source.collect() if _is_lazy(source) else source)
+        table = pa.table(source.collect() if _is(source, "polars", "LazyFrame") else source)
     except (pa.ArrowException, TypeError, ValueError) as error:
         raise DatasetError(
             f"{name}: is not a table ({one_line(error)}); expected a DataFrame, a pyarrow.Table, or "
@@ -53,53 +65,34 @@ def open_frame(source: Any, mapping: Mapping[str, str | None]) -> Columns:
     return open_table(name, table, mapping)
 
 
-def open_table(name: str, table: Any, mapping: Mapping[str, str | None]) -> Columns:
-    """The columns of a ``pyarrow.Table``."""
-    from iql_torchrl.data.readers.arrow import arrow_columns
+def open_table(
+    name: str, table: Any, mapping: Mapping[str, str | None],
+    unreadable: Mapping[str, str] | None = None,
+) -> Columns:  # fmt: skip
+    """The columns of a ``pyarrow.Table``; ``unreadable`` columns are not in it, for that reason."""
+    from iql_torchrl.data.readers.arrow import arrow_columns, table_rows
 
-    arrays = [(field.name, table.column(i)) for i, field in enumerate(table.schema)]
-    return Columns(name, arrow_columns(TableRows(name, arrays), mapping))
+    return Columns(name, arrow_columns(table_rows(name, table, unreadable), mapping))
 
 
 def open_cells(
     name: str, columns: Mapping[str, Iterable[Any]], mapping: Mapping[str, str | None]
 ) -> Columns:
     """The columns of Python objects, or of pandas; those that Arrow has no type for are unreadable."""
-    from iql_torchrl.data.readers.arrow import arrow_columns
-
     pa = package("pyarrow", name)
-    arrays, unreadable = [], {}
+    arrays, unreadable = {}, {}
     for key, cells in columns.items():
         try:
             try:
-                arrays.append((key, pa.array(cells)))
+                arrays[key] = pa.array(cells)
             except (pa.ArrowException, TypeError, ValueError, OverflowError):
-                arrays.append((key, _lists_of_arrays(list(cells))))
+                arrays[key] = _lists_of_arrays(list(cells))
         except (pa.ArrowException, TypeError, ValueError, OverflowError, IndexError) as error:
             unreadable[key] = (
                 f"{name}: {key} cannot be read ({one_line(error)}); expected numbers, booleans or "
                 "text, or arrays of one shape, in every row."
             )
-    return Columns(name, arrow_columns(TableRows(name, arrays, unreadable), mapping))
-
-
-class TableRows:
-    """The rows of Arrow arrays, or chunked arrays, in memory."""
-
-    folder: Path | None = None
-
-    def __init__(
-        self,
-        name: str,
-        arrays: Sequence[tuple[str, Any]],
-        unreadable: dict[str, str] | None = None,
-    ) -> None:
-        self.name, self.unreadable, self._arrays = name, unreadable or {}, dict(arrays)
-        self.rows = len(arrays[0][1]) if arrays else 0
-        self.schema = package("pyarrow", name).schema([(key, each.type) for key, each in arrays])
-
-    def read(self, column: str, start: int, stop: int) -> Any:
-        return self._arrays[column][start:stop]
+    return open_table(name, pa.table(arrays), mapping, unreadable)
 
 
 def _lists_of_arrays(cells: list[Any]) -> Any:
@@ -153,3 +146,50 @@ def _array(series: Any, name: str) -> Column:
     filled = np.full((len(values), *stacked.shape[1:]), np.nan, np.result_type(stacked, np.float32))
     filled[known] = stacked
     return filled
+
+
+def open_datasets(
+    dataset: Any, mapping: Mapping[str, str | None], folder: Path | None = None
+) -> Columns:
+    """The columns of a ``datasets.Dataset`` in its own order, which ``select`` or ``shuffle`` may set.
+
+    Only what is asked for is read; a dataset on disk stays memory-mapped. Its format is not applied.
+    Raises ``DatasetError`` for several splits, and for a stream.
+    """
+    from iql_torchrl.data.readers.arrow import ArrowRows, arrow_columns
+
+    name = folder.name if folder else type(dataset).__name__
+    if isinstance(dataset, dict):
+        first = next(iter(dataset), "train")
+        raise DatasetError(
+            f"{name}: holds the splits {', '.join(map(repr, dataset))}; pass one of them, "
+            f"such as {folder / first if folder else f'source[{first!r}]'}."
+        )
+    if not hasattr(dataset, "__len__"):
+        raise DatasetError(
+            f"{name}: a stream has no number of rows; load it without streaming=True, and "
+            "pass the Dataset."
+        )
+    columns = {c: dataset.select_columns([c]).with_format("arrow") for c in dataset.column_names}
+
+    def read(column: str, start: int, stop: int) -> Any:
+        return columns[column][start:stop].column(column)
+
+    rows = ArrowRows(name, dataset.features.arrow_schema, len(dataset), read, folder)
+    return Columns(name, arrow_columns(rows, mapping))
+
+
+def is_saved_dataset(folder: Path) -> bool:
+    """True if ``save_to_disk`` wrote the folder, of one table or of several splits."""
+    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+
+
+def load_saved_dataset(folder: Path) -> Any:
+    """The object of ``datasets`` that ``save_to_disk`` wrote, memory-mapped.
+
+    Raises ``DatasetError``: the folder is damaged, or ``datasets`` is missing.
+    """
+    datasets = package("datasets", str(folder))
+    # the package raises errors of many kinds for damaged folders
+    with reading(folder, "cannot be read as a folder that save_to_disk wrote", Exception):
+        return datasets.load_from_disk(str(folder))

@@ -87,36 +87,31 @@ def _categories(parts: Sequence[Columns], place: str) -> int:
 
 def guess_action_space(parts: Sequence[Columns]) -> Guess:
     """Discrete for one integer a row, MultiDiscrete for several, a Box with bounds for floats."""
-    shape, path = _row_shape(parts, "action"), parts[0].paths["action"]
+    shape, path = _row_shape(parts, "action") or (1,), parts[0].paths["action"]
     kind = np.result_type(*(np.dtype(part.columns["action"].dtype) for part in parts), np.float16)
     floats = any(np.dtype(part.columns["action"].dtype).kind == "f" for part in parts)
     mask = parts[0].columns.get("action_mask")
     if not floats and mask is not None and mask.shape[1:]:
         return gym.spaces.Discrete(int(mask.shape[1])), [], ""
-    shape = shape or (1,)
     low, high, integers, one_hot = _ranges(parts, shape)
     if not floats:
-        return _discrete(parts, low, high, path, one_hot)
+        space, notes = _discrete(parts, low, high, path)
+        return space, notes, _one_hot_warning(path, low.size) if one_hot else ""
+    rows = sum(part.rows for part in parts)
     unit, notes, warning = bool(low.min() >= -1 and high.max() <= 1), list[str](), ""
-    first, last, rows = low.min(), high.max(), sum(part.rows for part in parts)
     if one_hot:
         warning = _one_hot_warning(path, low.size)
-        low, high = np.minimum(low, -1), np.maximum(high, 1)
-    elif integers and low.size == 1 and 1 <= last - first < min(MOST_FLOAT_CATEGORIES, rows / 3):
-        start = f", start={int(first)}" if first < 0 else ""
-        count = int(last - min(first, 0)) + 1
-        bounds = "[-1, 1]" if unit else f"[{first:g}, {last:g}], the data's own range"
-        warning = (
-            f"all actions ({path!r}) are integers from {int(first)} to {int(last)} stored as "
-            f"floats, and were read as continuous within {bounds}. If they are discrete, "
-            f"pass action_space=gymnasium.spaces.Discrete({count}{start}), or convert them to integers "
-            "of shape (N,): astype(int)."
-        )
+    elif (
+        integers
+        and low.size == 1
+        and 1 <= np.ptp([low, high]) < min(MOST_FLOAT_CATEGORIES, rows / 3)
+    ):
+        warning = _categories_warning(path, int(low.min()), int(high.max()), unit)
     elif unit:
         notes.append("action bounds taken as [-1, 1]; pass env= if they are others.")
     else:
         warning = (
-            f"actions reach {first:.6g} to {last:.6g} and no environment says what their "
+            f"actions reach {low.min():.6g} to {high.max():.6g} and no environment says what their "
             "bounds are; the data's own range per column is used: pass env= or action_space=."
         )
     if unit:
@@ -126,7 +121,7 @@ def guess_action_space(parts: Sequence[Columns]) -> Guess:
             f"actions never change in dimension {', '.join(map(str, constant[:8]))}; their bounds are "
             "taken 1 below and above."
         )
-        low, high = np.where(low == high, low - 1, low), np.where(low == high, high + 1, high)
+        low, high = np.where(low == high, [low - 1, high + 1], [low, high])
     low, high = np.nan_to_num(low).astype(kind), np.nan_to_num(high).astype(kind)
     return gym.spaces.Box(low, high, shape, kind.type), notes, warning
 
@@ -156,10 +151,21 @@ def _one_hot_warning(path: str, width: int) -> str:
     )
 
 
+def _categories_warning(path: str, first: int, last: int, unit: bool) -> str:
+    start = f", start={first}" if first < 0 else ""
+    bounds = "[-1, 1]" if unit else f"[{first}, {last}], the data's own range"
+    return (
+        f"all actions ({path!r}) are integers from {first} to {last} stored as floats, and were read "
+        f"as continuous within {bounds}. If they are discrete, pass "
+        f"action_space=gymnasium.spaces.Discrete({last - min(first, 0) + 1}{start}), or convert them "
+        "to integers of shape (N,): astype(int)."
+    )
+
+
 def _discrete(
-    parts: Sequence[Columns], low: NDArray[Any], high: NDArray[Any], path: str, one_hot: bool
-) -> Guess:
-    """The space of integer actions, numbered from 0."""
+    parts: Sequence[Columns], low: NDArray[Any], high: NDArray[Any], path: str
+) -> tuple[gym.Space[Any], list[str]]:
+    """The space of integer actions, numbered from 0, and a note."""
     if low.min() < 0 or high.max() >= MOST_ACTIONS:
         value = int(low.min() if low.min() < 0 else high.max())
         for part in parts:
@@ -180,5 +186,4 @@ def _discrete(
     found: gym.Space[Any] = gym.spaces.MultiDiscrete(counts)
     if low.size == 1:
         found = gym.spaces.Discrete(int(counts.max()))
-    note = f"action space taken from the largest action in the data: {found}."
-    return found, [note], _one_hot_warning(path, low.size) if one_hot else ""
+    return found, [f"action space taken from the largest action in the data: {found}."]

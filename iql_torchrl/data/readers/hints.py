@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from iql_torchrl.data.readers.arrays import Column, UnreadableColumn
+from iql_torchrl.data.readers.arrays import Column, Columns, UnreadableColumn
+from iql_torchrl.data.readers.columns import IDS
 from iql_torchrl.data.schema import Key
 
 Flags = NDArray[np.bool_]
@@ -51,24 +52,24 @@ class Steps:
 
 
 def boundary_hints(
-    observation: Mapping[Key, Column], broken: Flags | None,
-    reward: Column, terminated: Flags, last: Flags,
-    *, names: Mapping[str, str], ids_given: bool, unused: Mapping[str, Column],
-) -> list[str]:  # fmt: skip
+    columns: Columns, terminated: Flags, last: Flags, broken: Flags | None
+) -> list[str]:
     """Sentences about episode boundaries that the observations contradict; empty if there are none.
 
-    ``last``: rows that end an episode; ``terminated``: rows that terminate. ``broken``: rows whose
-    next observation is not the next row's observation, if known. ``names``: the source's columns by
-    our keys; ``unused``: its others. ``ids_given``: episode ids end the episodes, and the only hint is
-    about autoreset. There are no hints where consecutive rows are hardly nearer than random pairs, as
-    in the contexts of a bandit.
+    ``terminated``: rows that terminate; ``last``: rows that end an episode; ``broken``: rows whose next
+    observation is not the next row's observation, if known. Where ids end the episodes only autoreset
+    is hinted at. There are no hints where consecutive rows are hardly nearer than random pairs, or
+    every row terminates, as in a bandit.
     """
-    values = leading_values(observation)
+    names, ids = columns.paths, bool({*IDS} & columns.paths.keys())
+    if terminated.all() and not ids:
+        return []
+    values = leading_values(columns.leaves("observation"))
     steps = steps_of(values, last[: max(0, len(values) - 1)])
     if steps is None or steps.usual > 0.35:
         return []
     (shift, one_later), ends = _shift(steps), int(steps.ended.sum())
-    zero = np.ravel(np.asarray(reward[: len(values)])) == 0
+    zero = np.ravel(np.asarray(columns.columns["next/reward"][: len(values)])) == 0
     unrewarded = int(zero[1:][steps.ended].sum())  # the last row of an environment has no reset
     resets = one_later and unrewarded >= 0.9 * ends
     if resets and zero.mean() < 0.5:
@@ -77,7 +78,12 @@ def boundary_hints(
             "from the end, and then the observation jumps: these rows look like resets of a vector "
             "environment with autoreset, which ignores their action. Pass autoreset=True to drop them."
         ]
-    if ids_given:
+    same, terminates = np.ones_like(steps.ended), terminated[: len(steps.ended)]
+    if broken is not None:  # A next observation that is not the next row's proves an end.
+        same = ~broken[: len(same)]
+        if text := _first_of_next(steps, same, terminates):
+            return [text]
+    if ids:
         return []
     if shift:
         where, move = ("before", "later") if shift == 1 else ("after", "earlier")
@@ -86,18 +92,13 @@ def boundary_hints(
             f"the flags of the {ends} ends of episodes are shifted: each lies one row {where} a row "
             f"after which the observation jumps. Set them one row {move}{remedy}."
         ]
-    same, terminates = np.ones_like(steps.ended), terminated[: len(steps.ended)]
-    known = broken is not None
-    if broken is not None:  # A next observation that is not the next row's proves an end.
-        same = ~broken[: len(same)]
+    share = 0.75 if broken is None else 0.9
     texts = [
         _continued(steps, steps.ended & terminates, same, "terminated", names),
-        _continued(
-            steps, steps.ended & ~terminates, same, "truncated", names, 0.9 if known else 0.75
-        ),
+        _continued(steps, steps.ended & ~terminates, same, "truncated", names, share),
     ]
     if not any(texts) and broken is None:
-        texts = [_jumps(steps, len(last), unused)]
+        texts = [_jumps(steps, len(last), columns.unused)]
     return [text for text in texts if text]
 
 
@@ -199,6 +200,23 @@ def _shift(steps: Steps) -> tuple[int, bool]:
         if rank(steps.length[rows], inside) >= max(0.85, 0.5 + np.sqrt(0.75 / len(rows))):
             return shift, bool(one_later or shift == 1)
     return 0, bool(one_later)
+
+
+def _first_of_next(steps: Steps, same: Flags, terminates: Flags) -> str:
+    """A sentence if the next observations of most ends are the first ones of the next episodes."""
+    ends, found = int(steps.ended.sum()), steps.ended & same
+    count = int(found.sum())
+    if count < max(FEWEST, ends / 2) or not (found & ~terminates).any():
+        return ""
+    if rank(steps.length[found], steps.length[steps.inside]) <= 0.8:
+        return ""
+    return (
+        f"next_observation of {count} of the {ends} rows that end episodes is the following row's "
+        "observation, to which the observation jumps: a vector environment that resets itself in the "
+        "same step returns the first observation of the next episode there, from which truncated "
+        "rows bootstrap. Record infos['final_obs'] of those rows as their next observation, or pass "
+        "columns={'next_observation': None}, which drops the truncated ones."
+    )
 
 
 def _continued(

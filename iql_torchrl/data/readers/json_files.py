@@ -13,6 +13,7 @@ import numpy as np
 
 from iql_torchrl.data.readers.arrays import Column, Columns, flatten, package, reading, text_seconds
 from iql_torchrl.data.readers.frames import open_cells, open_table
+from iql_torchrl.data.readers.options import ReadOptions
 from iql_torchrl.data.schema import DatasetError
 
 #: About how many bytes pyarrow reads together; no object may be larger.
@@ -21,7 +22,7 @@ LINES = (".jsonl", ".ndjson")
 EXPECTED = "expected a list of objects, or one object a line, with one value for each column"
 
 
-def open_json(path: Path, mapping: Mapping[str, str | None]) -> Columns:
+def open_json(path: Path, options: ReadOptions) -> Columns:
     """The columns of a list of objects, or of one object a line. The file is read whole.
 
     An object is a step, or an episode where its reward is a list, as ``readers.arrow`` reads them;
@@ -39,7 +40,7 @@ def open_json(path: Path, mapping: Mapping[str, str | None]) -> Columns:
         lines = False
     if lines:
         _check_batch(path, first)
-        columns = _read_by_arrow(path.name, data, mapping)
+        columns = _read_by_arrow(path.name, data, options.named)
         if columns is not None:
             return columns
     values = _values(path, data) if lines else _value(path, data, "")
@@ -54,7 +55,7 @@ def open_json(path: Path, mapping: Mapping[str, str | None]) -> Columns:
         if all(isinstance(cell, str) for cell in column):
             seconds = text_seconds(column)  # as pyarrow reads them
             cells[name] = column if seconds is None else seconds
-    return replace(open_cells(path.name, cells, mapping), text=True)
+    return replace(open_cells(path.name, cells, options.named), text=True)
 
 
 def _read_by_arrow(name: str, data: bytes, mapping: Mapping[str, str | None]) -> Columns | None:

@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 from iql_torchrl.data.readers.arrays import (
     Column,
     Columns,
-    PartsColumn,
     UnreadableColumn,
+    column_of_parts,
     package,
     reading,
 )
 from iql_torchrl.data.readers.arrow import PART_BYTES, arrow_columns
 from iql_torchrl.data.readers.options import ReadOptions
-from iql_torchrl.data.readers.parquet import ParquetRows, parquet_files
+from iql_torchrl.data.readers.parquet import parquet_files, parquet_rows
 from iql_torchrl.data.schema import DatasetError
 from iql_torchrl.descriptions import one_line
 from iql_torchrl.files import is_safe_relative_path
@@ -66,7 +66,7 @@ def open_lerobot(folder: Path, options: ReadOptions) -> Columns:
             f"{folder}: has no Parquet files below {folder / 'data'}; expected data/chunk-000/... as "
             "LeRobot writes them: download or copy the dataset completely."
         )
-    table = ParquetRows(folder.name, files, folder)
+    table = parquet_rows(folder.name, files, folder)
     announced = info.get("total_frames")
     if isinstance(announced, int) and announced != table.rows:
         raise DatasetError(
@@ -143,7 +143,7 @@ def _video(
             pictures[place] = picture
         return pictures
 
-    return PartsColumn([len(clip.rows) for clip in parts], part, shape, np.uint8)
+    return column_of_parts([len(clip.rows) for clip in parts], part, shape, np.uint8)
 
 
 def _clips(
@@ -239,7 +239,7 @@ def _place(
 def _episodes(folder: Path) -> list[dict[str, Any]]:
     """The descriptions of the episodes."""
     if (folder / "meta" / "episodes").is_dir():
-        table = ParquetRows("meta/episodes", parquet_files(folder / "meta" / "episodes"))
+        table = parquet_rows("meta/episodes", parquet_files(folder / "meta" / "episodes"))
         names = [name for name in table.schema.names if name.split("/")[0] in DESCRIPTION]
         cells = [table.read(name, 0, table.rows).to_pylist() for name in names]
         return [dict(zip(names, values, strict=True)) for values in zip(*cells, strict=True)]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import difflib
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, suppress
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from iql_torchrl.data.codec import (
     leaf_of,
     leaf_spaces,
 )
-from iql_torchrl.data.readers.arrays import Column, Columns, Parts, package, reading
+from iql_torchrl.data.readers.arrays import Column, Columns, columns_of_parts, package, reading
 from iql_torchrl.data.readers.options import ReadOptions
 from iql_torchrl.data.schema import DatasetError, Key
 from iql_torchrl.descriptions import describe_space, one_line
@@ -202,7 +202,7 @@ def _columns(
             columns["action_log_prob"] = logs[len(logs) - steps :]
         return columns
 
-    return Parts(lengths, read, name).columns()
+    return columns_of_parts(lengths, read, name)
 
 
 def _flags(dataset: minari.MinariDataset) -> list[NDArray[Any]]:
@@ -236,23 +236,22 @@ def _reader(dataset: minari.MinariDataset) -> Callable[[int, Key], Any]:
     as they are: Arrow's and Parquet's, compressed images, and Tuples.
     """
     indices = [int(i) for i in dataset.episode_indices]
-    number, episode, stream = -1, dict[str, Any](), iter(list[minari.EpisodeData]())
 
-    def direct(wanted: int, path: Key) -> Any:
+    def direct(number: int, path: Key) -> Any:
         with _reading(dataset), suppress(KeyError):
-            return _stored(file, indices[wanted], path)
+            return _stored(file, indices[number], path)
 
-    def decoded(wanted: int, path: Key) -> Any:
-        nonlocal number, episode, stream
+    @lru_cache(maxsize=1)
+    def episode(number: int) -> dict[str, Any]:
+        # One at a time: given many, Minari's Arrow reader splits long episodes silently.
         with _reading(dataset):
-            if wanted != number:
-                if wanted != number + 1 or number < 0:
-                    stream = _episodes(dataset, indices[wanted:])
-                read, number = next(stream), wanted
-                episode = {k: getattr(read, k) for k in ("observations", "actions", "rewards")}
-                episode["infos"] = read.infos or {}
+            read = next(iter(dataset.iterate_episodes([indices[number]])))
+        return {**vars(read), "infos": read.infos or {}}
+
+    def decoded(number: int, path: Key) -> Any:
+        read = episode(number)
         with suppress(LookupError, TypeError, ValueError):
-            return leaf_of(episode, path)
+            return leaf_of(read, path)
 
     if dataset.storage.FORMAT != "hdf5":
         return decoded
@@ -264,13 +263,6 @@ def _reader(dataset: minari.MinariDataset) -> Callable[[int, Key], Any]:
             if has_tensor_form(leaf) and (values is None or values.shape[1:] != leaf.shape):
                 return decoded
     return direct
-
-
-def _episodes(dataset: minari.MinariDataset, indices: list[int]) -> Iterator[minari.EpisodeData]:
-    # One at a time: given many, Minari's Arrow reader splits long episodes silently.
-    groups = [indices] if dataset.storage.FORMAT == "hdf5" else [[i] for i in indices]
-    for group in groups:
-        yield from dataset.iterate_episodes(group)
 
 
 def _reading(dataset: minari.MinariDataset) -> AbstractContextManager[None]:

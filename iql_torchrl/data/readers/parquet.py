@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from iql_torchrl.data.readers.arrays import package, reading
-from iql_torchrl.data.readers.arrow import LISTS
+from iql_torchrl.data.readers.arrow import LISTS, ArrowRows
 from iql_torchrl.data.schema import DatasetError
 
 pa, pq = (package(name, "a Parquet file") for name in ("pyarrow", "pyarrow.parquet"))
@@ -43,7 +43,16 @@ def parquet_files(folder: Path) -> list[Path]:
     return files
 
 
-class ParquetRows:
+def hive_table(files: Sequence[Path], folder: Path) -> Any:
+    """A table in memory of files whose folders name columns, such as ``episode=3/part-0.parquet``."""
+    dataset = package("pyarrow.dataset", "a Parquet file")
+    with reading(folder, *DAMAGED):
+        names = list(map(str, files))
+        found = dataset.dataset(names, partitioning="hive", partition_base_dir=str(folder))
+        return found.to_table()
+
+
+def parquet_rows(name: str, files: Sequence[Path], folder: Path | None = None) -> ArrowRows:
     """The rows of Parquet files, one file after the other.
 
     A column is read forwards in batches of rows of about 8 MB, so that neither a file nor one of its
@@ -51,45 +60,41 @@ class ParquetRows:
     cast to the wider one. ``unreadable`` says which columns differ more, or are missing in some files.
     Raises ``DatasetError`` naming a damaged file.
     """
+    groups: dict[Path, list[int]] = {}  # rows of the row groups of each file
+    types, unreadable = dict[str, Any](), dict[str, str]()
+    for path in files:
+        with reading(path, *DAMAGED):
+            metadata = pq.read_metadata(path)
+            schema = metadata.schema.to_arrow_schema()
+        found = dict(zip(schema.names, schema.types, strict=True))
+        for column in found | types if groups else ():
+            kind, other = types.get(column), found.get(column)
+            if (wider := _wider(kind, other)) is None and column not in unreadable:
+                unreadable[column] = (
+                    f"{path}: its columns differ from those of {files[0].name} in {column}: "
+                    f"{other or 'missing'}, {kind or 'missing'} before; expected a column of one "
+                    "type in all files: cast it, or load the files one by one."
+                )
+            types[column] = wider or kind or other
+        types = types if groups else found
+        numbers = range(metadata.num_row_groups)
+        groups[path] = [metadata.row_group(number).num_rows for number in numbers]
+    #: By column: the row read last from, what is decoded from there on, and the batches after that.
+    decoded: dict[str, tuple[int, list[Any], Iterator[Any]]] = {}
 
-    def __init__(self, name: str, files: Sequence[Path], folder: Path | None = None) -> None:
-        self.name, self.folder, self.rows = name, folder, 0
-        self.unreadable: dict[str, str] = {}
-        self._groups: dict[Path, list[int]] = {}  # rows of the row groups of each file
-        types: dict[str, Any] = {}
-        for path in files:
-            with reading(path, *DAMAGED):
-                metadata = pq.read_metadata(path)
-                schema = metadata.schema.to_arrow_schema()
-            found = dict(zip(schema.names, schema.types, strict=True))
-            for column in found | types if self._groups else ():
-                kind, other = types.get(column), found.get(column)
-                if (wider := _wider(kind, other)) is None and column not in self.unreadable:
-                    self.unreadable[column] = (
-                        f"{path}: its columns differ from those of {files[0].name} in {column}: "
-                        f"{other or 'missing'}, {kind or 'missing'} before; expected a column of one "
-                        "type in all files: cast it, or load the files one by one."
-                    )
-                types[column] = wider or kind or other
-            types = types if self._groups else found
-            groups = range(metadata.num_row_groups)
-            self._groups[path] = [metadata.row_group(number).num_rows for number in groups]
-            self.rows += metadata.num_rows
-        self.schema = pa.schema([(c, t) for c, t in types.items() if c not in self.unreadable])
-        #: By column: the row read last from, what is decoded from there on, and the batches after that.
-        self._decoded: dict[str, tuple[int, list[Any], Iterator[Any]]] = {}
-
-    def read(self, column: str, start: int, stop: int) -> Any:
-        """The column's rows ``start`` to ``stop - 1`` as a chunked array."""
-        kind = self.schema.field(column).type
-        first, arrays, batches = self._decoded.get(column, (start + 1, [], iter(())))
+    def read(column: str, start: int, stop: int) -> Any:
+        kind = types[column]
+        first, arrays, batches = decoded.get(column, (start + 1, [], iter(())))
         if not first <= start <= first + sum(map(len, arrays)):
-            first, arrays, batches = start, [], _batches(self._groups, column, start)
+            first, arrays, batches = start, [], _batches(groups, column, start)
         while first + sum(map(len, arrays)) < stop:
             arrays.append(next(batches).cast(kind))
         values = pa.chunked_array(arrays, kind)[start - first :]
-        self._decoded[column] = (start, values.chunks, batches)
+        decoded[column] = (start, values.chunks, batches)
         return values[: stop - start]
+
+    schema = pa.schema([(c, t) for c, t in types.items() if c not in unreadable])
+    return ArrowRows(name, schema, sum(map(sum, groups.values())), read, folder, unreadable)
 
 
 def _wider(first: Any, second: Any) -> Any:

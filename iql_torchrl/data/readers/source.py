@@ -2,53 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
+import minari
 import numpy as np
-from gymnasium.envs.registration import EnvSpec
-from numpy.typing import NDArray
+from tensordict import TensorDictBase
+from torchrl.data import ReplayBuffer, Storage
 
-from iql_torchrl.data.codec import (
-    UNCHANGED,
-    Adaptation,
-    join,
-    joined_leaves,
-    leaf_spaces,
-    transition_layout,
-)
-from iql_torchrl.data.readers.arrays import Column, Columns, ComputedColumn
+from iql_torchrl.data.codec import joined_leaves, leaf_spaces, transition_layout
+from iql_torchrl.data.dataset import Description
+from iql_torchrl.data.readers import arrays, d3rlpy, frames, json_files, ogbench
+from iql_torchrl.data.readers.arrays import Columns, side_by_side
+from iql_torchrl.data.readers.boundaries import Episodes, find_episodes
 from iql_torchrl.data.readers.columns import name_columns, number_texts
-from iql_torchrl.data.readers.episodes import Episodes, find_episodes
+from iql_torchrl.data.readers.csv_files import open_csv
 from iql_torchrl.data.readers.guess import guess_action_space, guess_observation_space
-from iql_torchrl.data.readers.opening import open_columns
+from iql_torchrl.data.readers.minari import find_minari, is_minari_id, minari_files, open_minari
 from iql_torchrl.data.readers.options import ReadOptions
+from iql_torchrl.data.readers.torchrl_datasets import open_torchrl
 from iql_torchrl.data.schema import DatasetError, Layout
+
+#: What reads the columns of a file, by its suffix.
+FILES: dict[str, Callable[[Path, ReadOptions], Columns]] = {
+    **dict.fromkeys((".hdf5", ".h5"), d3rlpy.open_d3rlpy_file),
+    ".parquet": lambda path, options: _open_arrow(path, options),
+    ".npz": lambda path, _: Columns(path.name, arrays.open_npz(path)),
+    ".npy": lambda path, _: Columns(path.name, json_files.open_npy(path)),
+    **dict.fromkeys((".csv", ".tsv"), lambda path, _: open_csv(path)),
+    **dict.fromkeys((".json", ".jsonl", ".ndjson"), json_files.open_json),
+}
+EXPECTED = (
+    f"a file of one of the kinds {', '.join(FILES)}, a folder of Parquet files, of LeRobot or of "
+    "datasets.save_to_disk, or a Minari id"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class Source(Description):
     """Everything about a source that is known before its transitions are read.
 
     ``parts``: the named columns and the episodes of each joined dataset, in their order. ``layout``:
     the entries of transitions. ``guessed``: ``"observation"`` and ``"action"`` where the space was made
-    from the data.
+    from the data. Returns and statistics are not known yet.
     """
 
-    name: str
     parts: Sequence[tuple[Columns, Episodes]]
-    episode_lengths: NDArray[np.int64]
     layout: Layout
-    observation_space: gym.Space[Any]
-    action_space: gym.Space[Any]
-    guessed: frozenset[str] = frozenset()
-    adaptation: Adaptation = UNCHANGED
-    env_spec: EnvSpec | None = None
-    reference_scores: tuple[float, float] | None = None
-    notes: tuple[str, ...] = ()
-    warnings: tuple[str, ...] = ()
+    guessed: frozenset[str]
 
 
 def open_source(source: Any, options: ReadOptions) -> Source:
@@ -60,9 +66,11 @@ def open_source(source: Any, options: ReadOptions) -> Source:
     items = list(_items(source)) if isinstance(source, list | tuple) else [source]
     if not items:
         raise DatasetError("source: an empty list; name at least one dataset.")
-    named = [name_columns(open_columns(item, options), options) for item in items]
-    if any(np.dtype(c.dtype).kind in "UO" for each in named for c in each.columns.values()):
-        named = number_texts(named)
+    opened = [open_columns(item, options) for item in items]
+    for number, item in enumerate(items):
+        if len(items) > 1 and isinstance(item, Mapping):
+            opened[number] = replace(opened[number], name=f"dataset {number + 1}")
+    named = number_texts([name_columns(each, options) for each in opened])
     parts, left = list[tuple[Columns, Episodes]](), options.limit
     for columns in named:
         ordered, episodes = find_episodes(columns, options)
@@ -176,16 +184,102 @@ def _concatenated(
         for side in ("observation", "next/observation"):
             paths = ["/".join((side, *key)) for key in leaves]
             if all(path in columns.columns for path in paths):
-                kept[side] = _flat([columns.columns[path] for path in paths])
+                kept[side] = side_by_side([columns.columns[path] for path in paths])
         joined.append((replace(columns, columns=kept), episodes))
     return joined, gym.spaces.flatten_space(gym.spaces.Tuple(leaves.values()))
 
 
-def _flat(columns: list[Column]) -> Column:
-    width = sum(int(np.prod(column.shape[1:])) for column in columns)
-    kind = np.result_type(*(np.dtype(column.dtype) for column in columns))
-    return ComputedColumn(
-        (columns[0].shape[0], width),
-        kind,
-        lambda rows: join([np.asarray(column[rows]) for column in columns], rows=True),
+# -- opening
+
+
+def open_columns(source: Any, options: ReadOptions) -> Columns:
+    """The columns of one source, by their names in it. Raises ``DatasetError`` saying what is read."""
+    if isinstance(source, minari.MinariDataset):
+        return open_minari(source, options)
+    if not isinstance(source, str | Path):
+        return _open_object(source, options)
+    if is_table_path(source):
+        path = Path(source)
+        if not path.exists():
+            raise DatasetError(f"{path}: no such file.")
+        reader = _open_arrow if path.is_dir() else FILES[path.suffix.lower()]
+        return reader(path, options)
+    if os.path.lexists(source) and not is_minari_id(source):
+        raise DatasetError(
+            f"{source}: exists, but is not of a kind that is read; expected {EXPECTED}."
+        )
+    if isinstance(source, Path):
+        raise DatasetError(f"{source}: no such file; expected {EXPECTED} as text.")
+    if ogbench.is_ogbench(source):
+        return ogbench.open_ogbench(source, options)
+    return open_minari(find_minari(source, download=options.download), options)
+
+
+def source_files(source: Any, options: ReadOptions) -> tuple[Path, ...]:
+    """Every file that the source reads; empty if any part of it is in memory."""
+    if isinstance(source, list | tuple):
+        parts = [source_files(item, options) for item in source]
+        return tuple(path for part in parts for path in part) if all(parts) else ()
+    if isinstance(source, str | Path) and is_table_path(path := Path(source)):
+        if path.is_dir():
+            return tuple(sorted(p for p in path.rglob("*") if p.is_file()))
+        others: tuple[Path, ...] = ()
+        with suppress(DatasetError):  # a damaged file is refused when it is read
+            if path.suffix.lower() in (".hdf5", ".h5") and path.is_file():
+                others = arrays.hdf5_parts(path, arrays.hdf5_arrays(path))
+        return (path, *others) if path.is_file() else ()
+    if ogbench.is_ogbench(source):
+        return ogbench.ogbench_files(source)
+    if isinstance(source, str) and (is_minari_id(source) or not os.path.lexists(source)):
+        source = find_minari(source, download=options.download)
+    return minari_files(source) if isinstance(source, minari.MinariDataset) else ()
+
+
+def is_table_path(source: str | Path) -> bool:
+    """A path or text names a file or folder that is a table of steps."""
+    path = Path(source)
+    if path.suffix.lower() in FILES:
+        return True
+    # os.path: a text may be too long for a path.
+    return os.path.isdir(source) and (
+        (path / "meta" / "info.json").is_file()  # of LeRobot
+        or frames.is_saved_dataset(path)
+        or next(path.rglob("*.parquet"), None) is not None
+    )
+
+
+def _open_arrow(path: Path, options: ReadOptions) -> Columns:
+    """The columns of a Parquet file, or of a folder of LeRobot, ``save_to_disk`` or Parquet files."""
+    from iql_torchrl.data.readers.arrow import arrow_columns
+    from iql_torchrl.data.readers.parquet import hive_table, parquet_files, parquet_rows
+
+    if frames.is_saved_dataset(path):
+        return frames.open_datasets(frames.load_saved_dataset(path), options.named, path)
+    if (path / "meta" / "info.json").is_file():
+        from iql_torchrl.data.readers.lerobot import open_lerobot
+
+        return open_lerobot(path, options)
+    files, folder = ([path], path.parent) if path.is_file() else (parquet_files(path), path)
+    if any("=" in part for file in files for part in file.relative_to(folder).parts[:-1]):
+        return frames.open_table(path.name, hive_table(files, folder), options.named)
+    table = parquet_rows(path.name, files, folder)
+    return Columns(path.name, arrow_columns(table, options.named))
+
+
+def _open_object(source: Any, options: ReadOptions) -> Columns:
+    """The columns of an object in memory."""
+    name = type(source).__name__
+    if isinstance(source, TensorDictBase | ReplayBuffer | Storage):
+        return open_torchrl(source, options)
+    if frames.is_table_of_datasets(source):
+        return frames.open_datasets(source, options.named)
+    if frames.is_frame(source):
+        return frames.open_frame(source, options.named)
+    if isinstance(source, Mapping):
+        return Columns("arrays", arrays.flatten(source))
+    if d3rlpy.is_d3rlpy_buffer(source):
+        return d3rlpy.open_d3rlpy_buffer(source, options)
+    raise DatasetError(
+        f"source: {name} cannot be read; expected a Minari or OGBench id, a path, a dict of "
+        "arrays, a TensorDict, a TorchRL or d3rlpy buffer, a datasets.Dataset, or a DataFrame."
     )
