@@ -19,7 +19,7 @@ PACKAGE = ROOT / "iql_torchrl"
 # lower layers.
 LAYERS = (
     ("config", "descriptions", "files", "functional", "private_apis", "tolerance"),
-    ("networks", "processes"),
+    ("networks",),
     ("data", "policies"),
     ("distributed", "evaluation", "losses"),
     ("report", "selection", "update"),
