@@ -483,9 +483,7 @@ def test_useless_reference_scores_are_refused(scores):
 )  # fmt: skip
 def test_numbers_out_of_range_are_named(name, value):
     arguments = {"episodes": 1, "seed": 0, name: value}
-    with pytest.raises(
-        ValueError, match=f"{name} is {value}; expected (?:a whole number|an integer)"
-    ):
+    with pytest.raises(ValueError, match=f"{name} is {value}; expected an integer"):
         evaluate(constant(HALF), Seeded, **arguments)
 
 
