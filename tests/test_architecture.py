@@ -155,7 +155,7 @@ def test_private_names_of_the_libraries_are_in_one_file():
     private_file = trees.pop(PACKAGE / "private_apis.py")
     ours = set().union(*map(defined_here, trees.values()))
     private = private_attributes(private_file) - inherited
-    # os._exit; what executors do at exit, and their processes (public from Python 3.14 by kill_workers);
+    # os._exit; what executors do at exit, and their processes (in public from Python 3.14);
     # the tables of nn.Module, which every module has; and no others
     other = {"_exit", "_register_atexit", "_processes", "_modules", "_parameters", "_buffers"}
     for path, tree in trees.items():
