@@ -285,7 +285,9 @@ def test_refusals_of_a_script_and_of_a_config_are_one_line_and_name_the_presets(
             call()
         assert capsys.readouterr().err == f"error: {line}\n"
     assert "locomotive" not in PRESETS
-    with pytest.raises(KeyError, match=r"no preset 'locomotive'; the presets are quick, .*motion"):
+    with pytest.raises(
+        KeyError, match=r"no preset 'locomotive'; the presets are quick, .*locomotion"
+    ):
         PRESETS["locomotive"]
 
 

@@ -150,9 +150,9 @@ def test_equations():
         for loss in (functional.expectile_loss, functional.quantile_loss):
             with pytest.raises(ValueError, match=r"must lie in \[0, 1\]"):
                 loss(row, **{loss.__name__.removesuffix("_loss"): level})
-    for ceiling in (0.0, -1.0):
+    for clip in (0.0, -1.0):
         with pytest.raises(ValueError, match=r"max_weight is .*must be > 0"):
-            functional.exponential_weight(row, temperature=1.0, max_weight=ceiling)
+            functional.exponential_weight(row, temperature=1.0, max_weight=clip)
     with pytest.raises(ValueError, match=r"action has torch.float32 indices.*action.long\(\)"):
         functional.pick_action(torch.ones(3, 4), torch.tensor([0.0, 1.5, 2.0]))
 

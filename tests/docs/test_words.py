@@ -6,6 +6,7 @@ Each pattern has its exceptions: files that use the word in another meaning.
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 from snippets import ROOT
@@ -16,13 +17,15 @@ WORDS = {
     r"\bmarks of (?:the )?ends?\b": ("done flags", ()),
     r"\breward maps?\b": ("reward scaling", ()),
     r"\bknobs?\b": ("setting", ()),
-    r"\bwhole numbers?\b": ("integer", ()),
+    r"\bwhole numbers?\b": ("integer", ("benchmarks/bench_boundaries.py",)),  # of an older version
     r"\b(?:live|detached) critics?\b": ("online critics", ()),
     r"\bceilings?\b": ("clip", ()),
     r"\bmotions?\b": ("discontinuity", ()),
     r"\b(?:says|say|where|wrong|shifted|missing) marks\b": ("done flags", ()),
-    r"\bthe clone\b|\b(?:plain|a) clone\b(?! of)": ("behaviour cloning (BC) baseline", ()),
-    r"\b(?:all|the|its|their|usual|higher|lower|TorchRL's) rates\b(?! of| are)": ("learning rates", ()),
+    r"\bthe clone\b|\b(?:plain|a) clone\b(?! of|\|)": ("behaviour cloning (BC) baseline", ()),
+    r"\b(?:all|the|its|their|usual|higher|lower|TorchRL's) rates\b(?! of| are)": (
+        "learning rates", ("benchmarks/bench_goal_maze.py",),
+    ),
     r"\bwhere there is (?:one|none)\b|\bof choice\b|\bfor itself\b": ("if any, that you pass", ()),
     r"(?<!there )(?<!There )\bis no (?!longer|more|less|sing)\w": ("is not a", ()),
     r"\bsick\b": ("failing", ()),
@@ -38,9 +41,10 @@ WORDS = {
 }  # fmt: skip
 FILES = sorted(
     path.relative_to(ROOT).as_posix()
-    for pattern in ("iql_torchrl/**/*.py", "docs/*.md", "docs/*.py", "examples/*", "*.md")
-    for path in ROOT.glob(pattern)
-    if path.is_file() and path.parent.name != "selection"  # which is being rewritten
+    for folder in ("iql_torchrl", "docs", "examples", "benchmarks", "tests", "")
+    for path in (ROOT / folder).glob("**/*" if folder in ("iql_torchrl", "tests") else "*")
+    if path.suffix in (".py", ".md", ".ipynb") and path.name != Path(__file__).name
+    if path.parent.name != "selection"  # which is being rewritten
 )
 
 

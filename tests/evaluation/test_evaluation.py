@@ -427,7 +427,7 @@ def test_wilson_interval_of_known_rates():
     for trials in (1, 3, 50):
         for successes in range(trials + 1):
             low, high = wilson_interval(successes, trials)
-            # The ends are the rates q at which the observed rate is z standard errors away.
+            # The ends are rates q at which the observed rate is z standard errors away.
             for q in (low, high):
                 distance = trials * (successes / trials - q) ** 2
                 assert distance == pytest.approx(z * z * q * (1 - q), abs=1e-12)
