@@ -1,11 +1,11 @@
-"""Returns before and after the switch from the log to the environment, with several methods.
+"""Returns before and after the switch from the dataset to the environment, with several methods.
 
     python benchmarks/bench_finetune.py
 
 Runs ``examples/iql_finetune.py`` on two Pendulum logs: all 300 episodes, with too few offline
 updates to learn the task, and the first two episodes, from which it cannot be learned. Methods:
-fine-tuning; the same with half of each batch from the log; the same number of updates on the log
-alone; and the online phase from new networks. Each run has one thread and its own process.
+fine-tuning; the same with half of each batch from the dataset; the same number of updates on the
+dataset alone; and the online phase from new networks. Each run has one thread and its own process.
 Writes benchmarks/results/finetune.json and finetune.png.
 """
 
@@ -38,7 +38,7 @@ Row = dict[str, float]
 EARLY = 0.2  # the part of the online phase in which a collapse would show
 #: name: transitions (None: all) and offline updates
 LOGS = {"300 episodes": (None, 2_000), "2 episodes": (400, 4_000)}
-#: name: part of each batch from the log, and whether it begins with the offline phase
+#: name: part of each batch from the dataset, and whether it begins with the offline phase
 METHODS = {
     "fine-tuned": (None, True),
     "fine-tuned, half log": (0.5, True),
@@ -69,9 +69,9 @@ def prepare(
 def make_buffer(
     dataset: OfflineDataset, config: IQLConfig, room: int, fraction: float | None
 ) -> Any:
-    """The log and ``room`` for online steps, as one pool or with ``fraction`` of a batch from the log.
+    """The dataset and ``room`` for online steps, as one pool or with ``fraction`` of a batch from it.
 
-    The latter as RLPD (arXiv:2302.02948); ``sample()`` draws from the log alone while there are no
+    The latter as RLPD (arXiv:2302.02948); ``sample()`` draws from the dataset alone while there are no
     online steps.
     """
     if fraction is None:
@@ -85,7 +85,7 @@ def make_buffer(
 
 
 def stay_offline(dataset: OfflineDataset, config: IQLConfig, options: Options) -> list[Row]:
-    """The same number of updates and the same evaluations, on the log alone."""
+    """The same number of updates and the same evaluations, on the dataset alone."""
     points = curve(config, dataset, every=options.eval_every, episodes=options.episodes)
     return [{"update": update, **played.summary()} for update, played in points]
 
@@ -136,7 +136,7 @@ def draw(path: Path, runs: list[dict[str, Any]], logs: dict[str, float]) -> None
 
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     for axes, (log, level) in zip(figure.subplots(1, 2, sharey=True), logs.items(), strict=True):
-        axes.axhline(level, color="0.4", linestyle="--", label="the log")
+        axes.axhline(level, color="0.4", linestyle="--", label="the dataset")
         axes.axvline(LOGS[log][1], color="0.4", linestyle=":", label="switch")
         for method in METHODS:
             curves = [r["curve"] for r in runs if (r["log"], r["method"]) == (log, method)]

@@ -54,7 +54,7 @@ def line(state: np.ndarray, action: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     return np.abs(a) < two_modes.HALF_WIDTH, two_modes.reward(state[:, 0], a)
 
 
-#: log -> the log, its config, and (between the modes, reward) of an action
+#: log -> the dataset, its config, and (between the modes, reward) of an action
 LOGS: dict[str, tuple[Callable[[], OfflineDataset], IQLConfig, Any]] = {
     "plane": (lambda: iql_multimodal.make_log(0), iql_multimodal.CONFIG, plane),
     "line": (two_modes.make_log, two_modes.CONFIG, line),

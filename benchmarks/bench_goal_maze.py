@@ -4,7 +4,7 @@
 
 The maze, its log of 300 walks of 60 steps and the exact distances are those of ``tests/goal_maze.py``
 (33 cells, 1,056 pairs, the largest distance is 13). ``all`` has every change of ``CHANGES``; the other
-lines leave out one of them, or all. Seed s is that of the log and of the run. Writes
+lines leave out one of them, or all. Seed s is that of the dataset and of the run. Writes
 benchmarks/results/goal_maze.json.
 """
 

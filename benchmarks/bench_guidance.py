@@ -1,4 +1,4 @@
-"""How near a trained conditioned flow is to the log (w = 0) and to its positive part (w = 1).
+"""How near a trained conditioned flow is to the dataset (w = 0) and to its positive part (w = 1).
 
     python benchmarks/bench_guidance.py
     python benchmarks/bench_guidance.py --only baseline all --seeds 5 --result guidance_seeds
@@ -29,7 +29,7 @@ import torch
 from gymnasium.spaces import Box
 from scipy import stats
 
-SHARE = np.array([0.5, 0.3, 0.2])  # how often the log takes an arm
+SHARE = np.array([0.5, 0.3, 0.2])  # how often the dataset takes an arm
 ACTION, WIDTH = np.array([-0.55, 0.0, 0.55]), 0.12
 REWARD = np.array([-1.0, 0.4, 0.6])  # V is their mean, -0.26
 POSITIVE = np.where(REWARD > 0, SHARE, 0) / SHARE[REWARD > 0].sum()
@@ -48,7 +48,7 @@ BASELINE = replace(
 HELPFUL = {"hidden": (64, 64, 64), "updates": 16_000}
 STEPS = (10, 50)  # Euler steps of an action: of the same trained flow
 CASES = {f"{w:g}, {steps}": (w, steps) for w in KNOWN for steps in STEPS}
-#: name -> settings that differ from the baseline, and the log's rows
+#: name -> settings that differ from the baseline, and the dataset's rows
 LINES: dict[str, dict[str, Any]] = {
     "baseline": {},
     "schedule constant": {"schedule": "constant"},

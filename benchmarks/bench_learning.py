@@ -1,4 +1,4 @@
-"""Returns of the log, behaviour cloning and IQL over several training seeds.
+"""Returns of the dataset, behaviour cloning and IQL over several training seeds.
 
     python benchmarks/bench_learning.py --result pendulum
     python benchmarks/bench_learning.py --result halfcheetah --dataset halfcheetah_medium.npz \\
@@ -84,7 +84,7 @@ def run(options: argparse.Namespace, method: str, seed: int) -> dict[str, Any]:
 
 def summarise(dataset: OfflineDataset, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Mean over seeds of the last evaluation, and its standard error over seeds."""
-    values = {"the log": dataset.episode_returns}
+    values = {"the dataset": dataset.episode_returns}
     for method in dict.fromkeys(each["method"] for each in runs):
         last = [each["curve"][-1]["return"] for each in runs if each["method"] == method]
         values[method] = np.array(last)

@@ -41,7 +41,7 @@ SEED = 10_000  # of the evaluations
 
 
 class Task(NamedTuple):
-    """A log, settings, the levels of alpha, and the score of an agent."""
+    """A dataset, settings, the levels of alpha, and the score of an agent."""
 
     data: OfflineDataset
     config: IQLConfig

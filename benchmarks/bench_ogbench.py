@@ -7,9 +7,9 @@ Each task and method is trained with several seeds as one population, and evalua
 episodes a seed. Seeds have batches of their own, or all the same where a chosen method has chunks of
 actions (see ``batches_of``). The rows are made on this machine first where they are missing (about
 half an hour to an hour a task); ``--draw v0`` takes the published files in OGBench's folder. Compared
-are the log, cloning, IQL, IQL whose policy maximises Q with cloning (DDPG+BC), and the best of 32
-actions of a flow that clones the log (IFQL). ``--methods IFQL "IFQL, chunks of 5"`` compares IFQL with
-the same of five actions at once. Nothing is tuned here: settings and temperatures are those of the
+are the dataset, cloning, IQL, IQL whose policy maximises Q with cloning (DDPG+BC), and the best of 32
+actions of a flow that clones the dataset (IFQL). ``--methods IFQL "IFQL, chunks of 5"`` compares IFQL
+with the same of five actions at once. Nothing is tuned here: settings and temperatures are those of the
 published baselines (see ``BASE``, ``METHODS`` and ``TASKS``). Writes benchmarks/results/NAME.json after
 each task and method. The table ends with what differs from the published protocol.
 """
@@ -134,7 +134,7 @@ def load(o: argparse.Namespace, task: Task) -> OfflineDataset:
 
 
 def of_the_log(dataset: OfflineDataset) -> float:
-    """Share of the log's trajectories that complete the task at some step, in %."""
+    """Share of the dataset's trajectories that complete the task at some step, in %."""
     rows = dataset.transitions
     done = rows["next", "terminated"].flatten().numpy()
     number = rows["collector", "traj_ids"].numpy()
@@ -184,12 +184,12 @@ def summarise(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def table(lines: Sequence[Mapping[str, Any]]) -> str:
-    """The summary as text; the log's rate is that of its own trajectories."""
+    """The summary as text; the dataset's rate is that of its own trajectories."""
     text = [["success in %", "here", "95 %", "published"]]
     for task in dict.fromkeys(line["task"] for line in lines):
         of_task = [line for line in lines if line["task"] == task]
         name = f"{task} task {TASKS[task].number}"
-        text.append([f"{name}, the log", f"{of_task[0]['log']:.0f}", "", ""])
+        text.append([f"{name}, the dataset", f"{of_task[0]['log']:.0f}", "", ""])
         for line in of_task:
             interval = "{:.0f} to {:.0f}".format(*line["interval"])
             published = str(line["published"] or "")

@@ -1,9 +1,9 @@
-"""IQL, behaviour cloning and the log in two mazes, over several training seeds.
+"""IQL, behaviour cloning and the dataset in two mazes, over several training seeds.
 
     python benchmarks/bench_pointmaze.py
 
 Runs ``examples/iql_pointmaze.py``: one distant goal, to be reached by joining parts of drives (share
-of episodes that reach it, and their steps), and the log's own task of random observed targets
+of episodes that reach it, and their steps), and the dataset's task of random observed targets
 (targets reached per episode; with fewer updates, because it is learned sooner).
 Writes benchmarks/results/pointmaze.json.
 """
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def compare(maze: str, task: str, config: IQLConfig, episodes: int) -> list[dict[str, Any]]:
-    """The results of the log, of cloning and of IQL."""
+    """The results of the dataset, of cloning and of IQL."""
     source = ensure_dataset(f"pointmaze/{maze}-v0")
     if task == "fixed":
         data, of_log = fixed_goal(load_dataset(source), maze)

@@ -10,8 +10,9 @@ actions by the online or the target critics, from fixed or fresh noise, and draw
 policies of a line have the same critics' settings, updates and seeds, and the runs of a flow are
 evaluated in all ways. Writes benchmarks/results/policies.json after each task.
 
-With --only-flows: IQL with a Gaussian, weighted flow, the best of 32 of a clone, and a conditioned flow
-at several values of guidance, each with its return, the value gap, and the time of an action.
+With --only-flows: IQL with a Gaussian, weighted flow, the best of 32 of behaviour cloning, and a
+conditioned flow at several values of guidance, each with its return, the value gap, and the time
+of an action.
 """
 
 from __future__ import annotations
@@ -207,7 +208,7 @@ def run(o: argparse.Namespace, name: str) -> dict[str, Any]:
 def table(tasks: list[dict[str, Any]]) -> str:
     """Mean return over seeds with Student's 95 % interval: a method a line, a task a column."""
     rows = [["", *(task["task"] for task in tasks)]]
-    rows.append(["the log", *(f"{task['log']:.2f}" for task in tasks)])
+    rows.append(["the dataset", *(f"{task['log']:.2f}" for task in tasks)])
     for method in tasks[0]["scores"]:
         means = [mean_interval(np.array(task["scores"][method])) for task in tasks]
         rows.append([method, *("{:.2f} ({:.2f} to {:.2f})".format(*each) for each in means)])

@@ -13,7 +13,7 @@ continues with the cells that are missing.
 
 The defaults are the plan of the published table: ``--seeds 5``, and for each log the updates in
 ``LOGS`` (``--updates LOG=N`` changes them). Settings are those of each library's authors (``METHODS``
-names the files); only the schedules' lengths, and the bounds of actions, follow from the log.
+names the files); only the schedules' lengths, and the bounds of actions, follow from the dataset.
 CORL takes part if ``--corl FILE`` names its iql.py, which is not a package:
 
     curl -O https://raw.githubusercontent.com/corl-team/CORL/main/algorithms/offline/iql.py
@@ -101,7 +101,7 @@ CORL = {
     "lr": 3e-4, "batch_size": 256, "discount": 0.99, "tau": 0.005, "beta": 3.0, "iql_tau": 0.7,
     "iql_deterministic": False,
 }  # fmt: skip
-#: examples/iql_sepsis.py, which says how reward map and temperature follow from the log alone.
+#: examples/iql_sepsis.py, which says how reward scaling and temperature follow from the dataset alone.
 SEPSIS = {
     "hidden": [64], "batch_size": 2048, "discount": 0.999, "expectile": 0.7, "temperature": 2.0,
     "actor_lr": 1e-2, "critic_lr": 1e-2, "value_lr": 1e-2, "polyak": 0.05, "schedule": "cosine",
@@ -122,7 +122,7 @@ DISCRETE = ("cloning", "ours", "TorchRL")
 
 @dataclass
 class Data:
-    """A log as all methods get it, with raw rewards, and what is needed to play in its environment.
+    """A dataset as all methods get it, with raw rewards, and what is needed to play in its environment.
 
     ``score``: of the mean return; ``play``: in place of ``evaluate`` where the value is exact.
     """
@@ -149,7 +149,7 @@ class Log:
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
-# -- the logs --------------------------------------------------------------------------------------
+# -- the datasets --------------------------------------------------------------------------------------
 
 
 def columns(dataset: Any) -> dict[str, Any]:
@@ -241,7 +241,7 @@ def maze2d(maze: str, goal: tuple[int, int], folder: Path) -> Data:
 
 
 def d4rl_maze2d(maze: str, folder: Path) -> Data:
-    """The log that d4rl_maze2d.py writes, as long as D4RL's, and D4RL's task; a window a return."""
+    """The dataset that d4rl_maze2d.py writes, as long as D4RL's, and D4RL's task; a window a return."""
     import d4rl_maze2d as d4rl
 
     path, limit = folder / f"d4rl_{maze}.npz", d4rl.MAZES[maze][1]
@@ -255,7 +255,7 @@ def d4rl_maze2d(maze: str, folder: Path) -> Data:
 
 
 def hopper(folder: Path) -> Data:
-    """The log that make_hopper.py writes, with a small buffer of SAC's training."""
+    """The dataset that make_hopper.py writes, with a small buffer of SAC's training."""
     path = folder / "hopper_replay.npz"
     if not path.is_file():
         import make_hopper
@@ -427,7 +427,7 @@ class Worker:
 def worker(
     o: argparse.Namespace, name: str, method: str, seed: int, updates: int, **changed: Any
 ) -> Iterator[tuple[Worker, Data]]:
-    """A process that will train ``method`` on the log ``name``, and the log."""
+    """A process that will train ``method`` on the dataset ``name``, and the dataset."""
     data, path = log_data(name, o.peers)
     task: dict[str, Any] = {
         "rows": str(path), "seed": seed, "updates": updates,
@@ -467,7 +467,7 @@ def _log_data(name: str, peers: Path) -> tuple[Data, Path]:
 
 
 def log_data(name: str, peers: Path) -> tuple[Data, Path]:
-    """The log, and the file of its rows that all methods read."""
+    """The dataset, and the file of its rows that all methods read."""
     with LOG_LOCK:
         return _log_data(name, peers)
 
@@ -688,7 +688,7 @@ def with_interval(value: float, interval: Sequence[float], digits: int = 1) -> s
 
 
 def table(content: Mapping[str, Any]) -> str:
-    """Markdown: a row a log, with the interquartile mean of the scores of each method."""
+    """Markdown: a row a dataset, with the interquartile mean of the scores of each method."""
     methods = [m for m in CONTINUOUS if any(line["method"] == m for line in content["summary"])]
     head = ["log", "updates", "of the dataset", *methods, "processor"]
     text = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 2) + "|---|"]
@@ -730,7 +730,7 @@ def published_table(content: Mapping[str, Any]) -> str:
 
 
 def times_table(content: Mapping[str, Any]) -> str:
-    """Markdown: a row a method and a column a log: seconds of 1,000 updates, and the ratio to ours."""
+    """Markdown: a row a method, a column a dataset: seconds of 1,000 updates, their ratio to ours."""
     names = list(dict.fromkeys(line["log"] for line in content["times"]))
     labels = list(dict.fromkeys(line["method"] for line in content["times"]))
     text = ["| | " + " | ".join(names) + " |", "|---" + "|---:" * len(names) + "|"]
@@ -743,7 +743,7 @@ def times_table(content: Mapping[str, Any]) -> str:
 
 
 def learning_table(content: Mapping[str, Any]) -> str:
-    """Markdown: the mean score of the seeds at each evaluation, a row a log and method."""
+    """Markdown: the mean score of the seeds at each evaluation, a row a dataset and method."""
     text = ["| log | method | mean score after a quarter, half, three quarters and all updates |"]
     text.append("|---|---|---|")
     groups: dict[tuple[str, str], list[Any]] = {}

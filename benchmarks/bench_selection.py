@@ -6,7 +6,7 @@
         --preset locomotion --updates 3000 --fit-updates 2000 --seeds 1 --episodes 5
 
 Trains behaviour cloning and IQL of several temperatures, expectiles and seeds as one population on
-half of a log, estimates their values by fitted Q evaluation (and, where the log has the probabilities
+half of a dataset, estimates their values by fitted Q evaluation (and, where it has the probabilities
 of its actions, by weighted per-decision importance sampling) on the other half, and compares with the
 true values: exact survival on ICU-Sepsis, discounted returns in the environment elsewhere. Fitted Q
 evaluation runs twice: on episodes that no member was trained on, and on those of the training. Writes
@@ -133,7 +133,7 @@ def played(
 def truths(
     members: dict[str, Agent], log: OfflineDataset, discount: float, episodes: int
 ) -> tuple[Levels, float | None, dict[str, Any]]:
-    """Each member's true value, the log's own (None: by the ranking), and what else to record."""
+    """Each member's true value, the behaviour policy's (None: by the ranking), and more to record."""
     if log.name == NAME:
         tables = SepsisTables(log.make_env())
         exact = {n: tables.value(probabilities(a, tables.admissible)) for n, a in members.items()}
@@ -147,7 +147,7 @@ def truths(
 def quality(ranking: Ranking, truth: Levels, log: float) -> dict[str, Any]:
     """Errors, rank correlations and regret of both estimators, and of what is recommended.
 
-    ``truth``: true value of each member; ``log``: that of the policy that made the log.
+    ``truth``: true value of each member; ``log``: that of the behaviour policy.
     """
     names = [row["candidate"] for row in ranking.rows]
     true = np.array([truth[name] for name in names])
@@ -185,7 +185,7 @@ def parse() -> argparse.Namespace:
     add("--updates", type=int, help="of each member")
     add("--fit-updates", type=int, default=5_000, help="of fitted Q evaluation by networks")
     add("--episodes", type=int, default=50, help="played by each member")
-    add("--limit", type=int, help="use so many of the log's episodes")
+    add("--limit", type=int, help="use so many of the episodes")
     add("--output", type=Path, help="benchmarks/results/selection_NAME.json")
     options = parser.parse_args()
     name = Path(options.dataset).stem if options.env else options.dataset

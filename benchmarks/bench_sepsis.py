@@ -1,4 +1,4 @@
-"""Exact survival of discrete IQL from 20,000 logged stays, compared with IQL on the log's counts.
+"""Exact survival of discrete IQL from 20,000 logged stays, compared with IQL on the dataset's counts.
 
     python benchmarks/bench_sepsis.py
 
@@ -35,7 +35,7 @@ TEMPERATURES = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0)
 
 
 class Tabular(NamedTuple):
-    """Values ``(S, A)`` (0 where the log has no such step), ``(S,)``, and the policy ``(S, A)``."""
+    """Values ``(S, A)`` (0 where the dataset has no such step), ``(S,)``, and the policy ``(S, A)``."""
 
     qvalue: np.ndarray
     value: np.ndarray
@@ -43,10 +43,10 @@ class Tabular(NamedTuple):
 
 
 def tabular_iql(rows: TensorDictBase, admissible: np.ndarray, config: IQLConfig) -> Tabular:
-    """IQL's equations solved on the counts of the log.
+    """IQL's equations solved on the counts of the dataset.
 
     ``Q(s, a)`` is the mean of ``r + discount V(s')`` over the logged steps with that state and
-    action, ``V(s)`` the expectile of ``Q(s, .)`` over the state's steps, the policy the log's
+    action, ``V(s)`` the expectile of ``Q(s, .)`` over the state's steps, the policy the dataset's
     frequencies times ``min(exp(temperature (Q - V)), max_weight)``, normalised. A state that the
     log never visits gets the uniform choice among ``admissible`` ``(S, A)``.
     """
@@ -84,7 +84,7 @@ def priced(policy: np.ndarray, log: OfflineDataset, admissible: np.ndarray) -> f
     """Survival of ``policy`` if the dynamics are the frequencies in ``log``.
 
     Treatments that ``log`` does not contain in a state are left out and the rest is renormalised;
-    where none remains, the log's own frequencies are used.
+    where none remains, the dataset's frequencies are used.
     """
     rows = log.transitions
     state, action = rows["observation"].numpy(), rows["action"].numpy()
@@ -155,7 +155,7 @@ def main() -> None:
         "config": asdict(replace(CONFIG, updates=options.updates)),
         "reward_map": [POINTS, 0.0],
         "exact": exact,
-        "advantage_deviation": float(advantages.std()),  # over the log, in points of survival
+        "advantage_deviation": float(advantages.std()),  # over the dataset, in points of survival
         "temperatures": temperatures,
         "runs": runs,
     }

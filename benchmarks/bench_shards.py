@@ -1,4 +1,4 @@
-"""Memory and speed of training from a log in shards that is larger than the memory in use.
+"""Memory and speed of training from a dataset in shards that is larger than the memory in use.
 
     python benchmarks/bench_shards.py                # 20 GB of shards: 30 GB of disk, about 20 minutes
     python benchmarks/bench_shards.py --size-gb 1    # the same with a smaller log
@@ -55,7 +55,7 @@ def watched() -> Iterator[dict[str, int]]:
 def build(options: argparse.Namespace) -> dict[str, Any]:
     from iql_torchrl.data import DatasetWarning, build_shards
 
-    warnings.simplefilter("ignore", DatasetWarning)  # random numbers look like wrong marks
+    warnings.simplefilter("ignore", DatasetWarning)  # random numbers look like wrong flags
     source, target = options.folder / "log.hdf5", options.folder / "shards"
     began = time.perf_counter()
     with watched() as largest:
@@ -67,7 +67,7 @@ def build(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def opened(options: argparse.Namespace) -> Any:
-    """The log, and the system is asked to forget its files, so that reading them reads the disk."""
+    """The dataset, and the system is asked to forget its files, so that reading them reads the disk."""
     from iql_torchrl.data import DatasetWarning, load_shards
 
     import torch

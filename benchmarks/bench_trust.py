@@ -1,8 +1,8 @@
-"""How often a recommendation from logs alone is worse than the log, on problems with exact values.
+"""How often a recommendation from data alone is worse than the dataset, on problems with exact values.
 
     python benchmarks/bench_trust.py
 
-Twenty families of small problems (``trust_families.py``), twenty seeds each. A seed draws a log to
+Twenty families of small problems (``trust_families.py``), twenty seeds each. A seed draws a dataset to
 fit on and a held-out log; ``rank_policies`` gets both, the candidates and the true probabilities of
 the logged actions. Counted per family: harmful recommendations (true value below the behaviour
 policy's), right ones (at least half of the best candidate's gain), no recommendation, how often the

@@ -93,7 +93,7 @@ def _fault(path: Path, block: str) -> Fault:
     entry = ENTRY.fullmatch(block + "\n")
     if entry is None:
         raise FaultError(
-            f"{path}: {block!r} is no fault; expected the lines 'room: name (kind)', an indented "
+            f"{path}: {block!r} is not a fault; expected the lines 'room: name (kind)', an indented "
             "description, 'file: FILE; tests: FILE, ...', and old and new lines after - and +."
         )
     fields: dict[str, Any] = entry.groupdict()

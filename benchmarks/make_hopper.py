@@ -3,7 +3,7 @@
     python benchmarks/make_hopper.py hopper_replay.npz
 
 Trains TorchRL's ``SACLoss`` on Gymnasium's Hopper-v5, one update a step after ``--random-steps``
-uniform ones, and writes every transition in the order of collection, so the log holds falls of an
+uniform ones, and writes every transition in the order of collection, so the dataset holds falls of an
 untrained policy next to long episodes of a trained one. One thread and fixed seeds; the last digits
 differ between machines. The file is replaced every 10,000 steps and is a complete table at any time.
 """
@@ -104,7 +104,7 @@ def transition(
 
 
 def collect(o: argparse.Namespace) -> dict[str, NDArray[Any]]:
-    """Train for ``o.steps`` environment steps; write and return the columns of the log."""
+    """Train for ``o.steps`` environment steps; write and return the columns of the dataset."""
     torch.set_num_threads(1)
     torch.manual_seed(o.seed)
     env = gymnasium.make(ENVIRONMENT)

@@ -52,7 +52,7 @@ def prepare(rival: Rival, rows: TensorDict, sizes: Sizes, device: str) -> Result
         update, updates_per_call = rival(rows, sizes, device)
     timed(update, 3, sizes, device)
     results = {"update": update, "updates_per_call": updates_per_call}
-    if on_cuda and torch.cuda.max_memory_allocated() > before:  # JAX allocates for itself
+    if on_cuda and torch.cuda.max_memory_allocated() > before:  # JAX allocates its memory itself
         results["peak_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
     return results
 

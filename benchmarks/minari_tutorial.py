@@ -85,7 +85,7 @@ largest = {
 
 
 def make_log(folder: Path) -> None:
-    """A log with the tutorial's id and layout: 25 episodes of uniform actions times 0.3."""
+    """A dataset with the tutorial's id and layout: 25 episodes of uniform actions times 0.3."""
     env, generator, buffers = gymnasium.make(ENVIRONMENT), np.random.default_rng(0), []
     for number in range(EPISODES):
         observations, columns = [env.reset(seed=number)[0]], [[], [], [], []]  # type: ignore[var-annotated]

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bench_step import FLOOR, REFERENCE
+from iql_torchrl.files import atomic_write
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent / "README.md"
@@ -139,9 +139,8 @@ def replace_table(path: Path, text: str, first: str = BEGIN, last: str = END) ->
             f"{path} lacks the lines {first} and {last}, in this order: add them where the table "
             "belongs."
         )
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(f"{before}{begin}{text}\n{end}{after}")
-    os.replace(temporary, path)
+    with atomic_write(path) as temporary:
+        temporary.write_text(f"{before}{begin}{text}\n{end}{after}")
 
 
 def colour(name: str) -> str:
@@ -217,9 +216,8 @@ def draw_sweeps(path: Path, setting: Setting) -> None:
 
 
 def save(path: Path, figure: Any) -> None:
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=100, format="png")
-    os.replace(temporary, path)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, dpi=100, format="png")
 
 
 def main() -> None:

@@ -257,7 +257,7 @@ def d3rlpy_iql(task: Task) -> Learner:
 
     Its policy is a tanh, so actions are scaled to [-1, 1] by its own ``MinMaxActionScaler`` where the
     bounds are others. Its table has no observation after the last step of a truncated episode; that
-    step is no transition there.
+    step is not a transition there.
     """
     import d3rlpy
 

@@ -75,7 +75,7 @@ def value_loss(value: Any, batch: Batch, target_q: jax.Array, dtype: str) -> jax
 
 
 def actor_loss(actor: Tree, value: Any, batch: Batch, target_q: jax.Array, dtype: str) -> jax.Array:
-    """Equation 7 with the official code's ceiling; no gradient reaches V."""
+    """Equation 7 with the official code's clip; no gradient reaches V."""
     advantage = target_q - forward(value, batch["observation"], dtype)[:, 0]
     weight = jax.lax.stop_gradient(jnp.minimum(jnp.exp(TEMPERATURE * advantage), MAX_WEIGHT))
     mean = jnp.tanh(forward(actor["mean"], batch["observation"], dtype))

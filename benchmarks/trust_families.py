@@ -240,7 +240,7 @@ def rarer_state(_: int) -> Problem:
 
 
 def censored(_: int) -> Problem:
-    """Episodes are truncated where an action leads to a bad state that the log lacks."""
+    """Episodes are truncated where an action leads to a bad state that the dataset lacks."""
     transition = np.zeros((3, 2, 3))
     transition[0, 0, 2] = transition[0, 1, 1] = 1
     transition[1, :, 1] = transition[2, :, 2] = 1
@@ -275,7 +275,7 @@ def lottery(_: int) -> Problem:
 
 
 def poor_clone(_: int) -> Problem:
-    """The log's episodes are long; its clone is poor, and episodes are truncated."""
+    """The dataset's episodes are long; cloning is poor, and episodes are truncated."""
     transition = np.zeros((2, 2, 2))
     transition[0, 1, 0] = transition[0, 0, 1] = 1
     transition[1, :, 1] = 1
@@ -318,7 +318,7 @@ FAMILIES: dict[str, Callable[[int], Problem]] = {
         [1.0, -1.0, -1.0, -1.0], [0.7, 0.1, 0.1, 0.1],
         lambda s, a, draw: 30.0 * (a > 0) * draw.standard_normal(len(s)), 200,
     ),
-    # Twenty arms, one of them better than the log.
+    # Twenty arms, one of them better than the dataset.
     "many arms": lambda _: bandit([1.0] + [-0.5] * 19, [0.43] + [0.03] * 19, gaussian(5.0), 300),
     # Rewards with Student's t noise of 2.1 degrees of freedom.
     "heavy tails": lambda _: bandit(
@@ -328,7 +328,7 @@ FAMILIES: dict[str, Callable[[int], Problem]] = {
     "skewed losses": skewed_losses,
     "lottery": lottery,
     "poor clone": poor_clone,
-    # The chain, cut after eight steps, so most of a value lies beyond the log.
+    # The chain, cut after eight steps, so most of a value lies beyond the dataset.
     "time limit": lambda _: replace(chain(), horizon=8, easy=False),
     # The chain, cut more often after steps to the right.
     "confounded time limit": lambda _: replace(
@@ -348,7 +348,7 @@ FAMILIES: dict[str, Callable[[int], Problem]] = {
     "near ties": lambda _: bandit([1.0, 1.0, 0.98], [0.34, 0.33, 0.33], gaussian(1.0), 300),
     "noisy MDP": noisy_mdp,
     "good log": good_log,
-    # Three arms, one of them better than the log by 0.64 with noise of 1.
+    # Three arms, one of them better than the dataset by 0.64 with noise of 1.
     "plain arms": lambda _: bandit(
         [1.0, 0.0, 0.2], [0.3, 0.4, 0.3], gaussian(1.0), 300, easy=True
     ),

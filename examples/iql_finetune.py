@@ -41,7 +41,7 @@ class Options:
 
 
 def check(config):
-    """Refuse settings with which a step in the environment is no row of the batches."""
+    """Refuse settings with which a step in the environment is not a row of the batches."""
     if config.action_chunk > 1 or config.history > 1:
         raise ValueError(
             f"action_chunk is {config.action_chunk} and history is {config.history}: online collection "

@@ -8,7 +8,7 @@ sampling; training never sees them.
 How the reward scaling and the temperature were chosen. One treatment changes survival little: over the
 log, advantages have a standard deviation of 0.016. The paper's temperature of 3 would give such a
 treatment the weight exp(3 * 0.016) = 1.05, which is cloning. Rewards times 100 make values
-percentage points of survival, of a size that Adam's usual rates suit, and advantages 1.6 points.
+percentage points of survival, of a size that Adam's usual learning rates suit, and advantages 1.6 points.
 The temperature, 2 per point, comes from the dataset alone: solve IQL's equations on the counts of half
 of the stays, and estimate the policy's survival from the counts of the other half. That estimate is
 0.783 at temperature 0, 0.810 at 0.5, 0.816 at 1, 0.817 at 2 and 0.818 beyond;
@@ -43,7 +43,7 @@ CONFIG = IQLConfig(
     temperature=2.0,
     # One layer on one-hot states is a table with shared features.
     hidden=(64,),
-    # Values start at 0 and must rise to 80 points: higher rates, faster targets than usual.
+    # Values start at 0 and must rise to 80 points: higher learning rates, faster targets than usual.
     actor_lr=1e-2,
     critic_lr=1e-2,
     value_lr=1e-2,

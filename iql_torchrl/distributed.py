@@ -221,7 +221,7 @@ class Ranks:
 
 
 def group_size() -> int:
-    """Ranks of the initialised ``torch.distributed`` process group; 0 where there is none."""
+    """Ranks of the initialised ``torch.distributed`` process group; 0 without a group."""
     group = torch.distributed
     return group.get_world_size() if group.is_available() and group.is_initialized() else 0
 
@@ -229,7 +229,7 @@ def group_size() -> int:
 def _number(name: str, default: int) -> int:
     text = os.environ.get(name, str(default))
     if not text.isdigit():
-        raise ValueError(f"{name} is {text!r}; torchrun sets it to a whole number.")
+        raise ValueError(f"{name} is {text!r}; torchrun sets it to an integer.")
     return int(text)
 
 

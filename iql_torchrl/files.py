@@ -134,7 +134,7 @@ def write_json(path: Path, value: Any, indent: int | None = None) -> None:
 
 
 def read_json(path: Path, default: Any = None) -> Any:
-    """The content of a JSON file; ``default`` where there is none. ``ValueError`` for a damaged one."""
+    """The content of a JSON file; ``default`` without a file. ``ValueError`` for a damaged one."""
     if default is not None and not path.exists():
         return default
     try:

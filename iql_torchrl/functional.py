@@ -203,7 +203,7 @@ def sparse_weight(
 ) -> Tensor:
     """Weight of a sample for the policy, ``min(max(1 + advantage / (2 alpha), 0), max_weight)``.
 
-    Shape of ``advantage``. The ratio of SQL's optimal policy to the log's (Xu et al. 2023,
+    Shape of ``advantage``. The ratio of SQL's optimal policy to the behaviour policy (Xu et al. 2023,
     arXiv:2303.15810): its mean is 1 where V minimises :func:`sparse_loss`, and actions that are worse
     than V by ``2 alpha`` have weight 0. A large ``alpha`` is behaviour cloning. Raises ``ValueError``
     on a number ``alpha <= 0``.

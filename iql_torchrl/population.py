@@ -58,7 +58,7 @@ class IQLPopulation:
     Args:
         configs: one per run. They may differ in the settings that are described as ``per_run`` in
             ``IQLConfig`` (seed, expectile, temperature, learning rates, ...); nothing else.
-        dataset: the log; ``configs[0].reward`` is for ``load_dataset``, as in ``make_agent``.
+        dataset: the data; ``configs[0].reward`` is for ``load_dataset``, as in ``make_agent``.
         batches: ``"shared"``: every run gets the same batch (a fair comparison of settings, and the
             fastest); ``"own"``: each run gets its own, ``(P, B)``.
         ranks: the processes that divide the runs among them; build the population on each with the

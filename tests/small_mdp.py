@@ -112,7 +112,7 @@ def first_states(log) -> np.ndarray:
 
 
 def counted_value(log, policy) -> np.ndarray:
-    """V ``(S,)`` by a linear solve of the MDP whose dynamics are the log's frequencies."""
+    """V ``(S,)`` by a linear solve of the MDP whose dynamics are the dataset's frequencies."""
     rows = log.transitions
     state, action = rows["observation"].numpy(), rows["action"].numpy()
     following = rows["next", "observation"].numpy()

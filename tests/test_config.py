@@ -155,12 +155,12 @@ def test_other_keys_are_named():
         ("discount", 1.1, "discount is 1.1; it must lie in [0, 1]: discount factor gamma"),
         ("temperature", -1.0, "must be >= 0 and finite: inverse temperature"),
         ("temperature", -1.0, "0 is behaviour cloning, and a negative one would prefer"),
-        ("expectile", 0.3, "below 0.5 V follows the worse actions of the log"),
+        ("expectile", 0.3, "below 0.5 V follows the worse logged actions"),
         ("max_weight", math.inf, "must lie in (0, 3e+38]: "),
         ("max_weight", math.inf, "the paper's is 100. IQLLoss itself accepts (0, inf]."),
         ("hidden", (3, 0), "hidden is (3, 0); it must hold at least one number, each >= 1: width"),
         ("order", "random", "order is 'random'; choose one of 'sequential', 'simultaneous'."),
-        ("seed", True, "seed is True; expected a whole number, written without a point."),
+        ("seed", True, "seed is True; expected an integer, written without a point."),
         ("max_grad_norm", "1", "max_grad_norm is '1'; expected a number, or None."),
     ],
 )
@@ -285,7 +285,9 @@ def test_refusals_of_a_script_and_of_a_config_are_one_line_and_name_the_presets(
             call()
         assert capsys.readouterr().err == f"error: {line}\n"
     assert "locomotive" not in PRESETS
-    with pytest.raises(KeyError, match=r"no preset 'locomotive'; the presets are quick, .*motion"):
+    with pytest.raises(
+        KeyError, match=r"no preset 'locomotive'; the presets are quick, .*locomotion"
+    ):
         PRESETS["locomotive"]
 
 

@@ -151,7 +151,7 @@ def test_values_and_gradients_are_those_of_the_authors_code(name):
     step = 1e-6
     slope = (of_authors(name, V + step) - of_authors(name, V - step)) / (2 * step)
     np.testing.assert_allclose(gradient.numpy(), slope, rtol=1e-6, atol=1e-9)
-    # (9 + 1) / 0.8 = 12.5 is above both ceilings, so V ignores that sample
+    # (9 + 1) / 0.8 = 12.5 is above both clips, so V ignores that sample
     assert (gradient[3] == 0) == (name != "sparse")
     assert gradient[2] < 0 < gradient[1], "V too low must rise, too high must fall"
 
@@ -174,8 +174,8 @@ def test_losses_with_alpha_by_hand():
 
 def test_huge_errors_stay_finite_and_nan_stays_nan():
     error = torch.tensor([1e20, -1e20, 300.0, 0.0], requires_grad=True)
-    for ceiling in (None, 5.0):
-        loss = F.gumbel_loss(error, alpha=1.0, clip=ceiling)
+    for clip in (None, 5.0):
+        loss = F.gumbel_loss(error, alpha=1.0, clip=clip)
         (gradient,) = torch.autograd.grad(loss.sum(), error)
         assert loss.isfinite().all()
         assert gradient.isfinite().all()
@@ -232,10 +232,10 @@ def test_huge_advantages_do_not_overflow_and_nan_stays_nan(dtype, max_weight):
 
 @given(samples, st.floats(0, 20), st.floats(0.1, 200))
 @settings(max_examples=50, deadline=None)
-def test_weight_is_monotone_and_bounded(x, temperature, ceiling):
+def test_weight_is_monotone_and_bounded(x, temperature, clip):
     advantage = torch.from_numpy(x).sort().values
-    weight = F.exponential_weight(advantage, temperature=temperature, max_weight=ceiling)
-    assert ((weight >= 0) & (weight <= ceiling)).all()
+    weight = F.exponential_weight(advantage, temperature=temperature, max_weight=clip)
+    assert ((weight >= 0) & (weight <= clip)).all()
     assert (weight.diff() >= 0).all()
 
 

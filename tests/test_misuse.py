@@ -100,7 +100,7 @@ def test_methods_of_the_loss():
 @pytest.mark.parametrize(
     ("options", "error", "text"),
     [
-        ({"in_features": 0}, ValueError, "in_features is 0; expected a whole number >= 1"),
+        ({"in_features": 0}, ValueError, "in_features is 0; expected an integer >= 1"),
         ({"in_features": "3"}, ValueError, "in_features is '3'"),
         ({"hidden": 64}, ValueError, r"hidden is 64; expected a sequence of widths: \(64,\)"),
         ({"hidden": (8, 0)}, ValueError, r"hidden\[1\] is 0"),
@@ -124,7 +124,7 @@ def test_networks():
     with pytest.raises(ValueError, match="std has the entry -1; standard deviations are >= 0"):
         networks.Standardise(torch.zeros(2), torch.tensor([1.0, -1.0]))
     for number in (0, 2.5):
-        with pytest.raises(ValueError, match=f"num_classes is {number}; expected a whole number"):
+        with pytest.raises(ValueError, match=f"num_classes is {number}; expected an integer"):
             networks.OneHot(number)
     for kind in (networks.StateValue, networks.Critic, networks.DiscreteCritic):
         sizes = (3,) if kind is networks.StateValue else (3, 2)
@@ -150,9 +150,9 @@ def test_equations():
         for loss in (functional.expectile_loss, functional.quantile_loss):
             with pytest.raises(ValueError, match=r"must lie in \[0, 1\]"):
                 loss(row, **{loss.__name__.removesuffix("_loss"): level})
-    for ceiling in (0.0, -1.0):
+    for clip in (0.0, -1.0):
         with pytest.raises(ValueError, match=r"max_weight is .*must be > 0"):
-            functional.exponential_weight(row, temperature=1.0, max_weight=ceiling)
+            functional.exponential_weight(row, temperature=1.0, max_weight=clip)
     with pytest.raises(ValueError, match=r"action has torch.float32 indices.*action.long\(\)"):
         functional.pick_action(torch.ones(3, 4), torch.tensor([0.0, 1.5, 2.0]))
 
@@ -221,7 +221,7 @@ def test_an_agent_in_the_wrong_place():
         with pytest.raises(TypeError, match=f"step is {type(wrong).__name__}; expected an IQLStep"):
             compiled(wrong)
     buffer = load_dataset(log()).replay_buffer(8, seed=0)
-    with pytest.raises(TypeError, match=r"updates is 2.5; expected a whole number"):
+    with pytest.raises(TypeError, match=r"updates is 2.5; expected an integer"):
         captured(agent.step, buffer, updates=2.5)
 
 

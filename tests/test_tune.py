@@ -145,7 +145,7 @@ def test_names_that_are_not_settings_and_numbers_below_one_are_refused(session):
     session()
     with pytest.raises(ValueError, match="unknown: expectil;"):
         SMALL(config())({"expectil": 0.9})
-    with pytest.raises(ValueError, match="seeds is 0; expected a whole number >= 1"):
+    with pytest.raises(ValueError, match="seeds is 0; expected an integer >= 1"):
         SMALL(config(), seeds=0)
     with pytest.raises(ValueError, match="report_every is -3"):
         SMALL(config(), report_every=-3)

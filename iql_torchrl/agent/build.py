@@ -231,7 +231,7 @@ class Agent:
         Raises:
             ImportError: huggingface_hub is not installed.
             HubError: no token, the Hub refuses or cannot be reached.
-            ValueError: ``repo`` is no such name, ``dataset`` has other episodes than the agent's, or
+            ValueError: ``repo`` is not such a name, ``dataset`` has other episodes than the agent's, or
                 ``folder`` has other files of these names.
             RuntimeError, OSError: as :meth:`export`.
         """
@@ -314,7 +314,7 @@ def make_agent(
     ``evaluate`` executes ``replan_every`` of them before it asks for the next.
 
     ``encoders`` replaces these by leaf: ``{"camera": module}``, ``"arm.speed"`` for a nested leaf,
-    ``"observation"`` where there is no Dict. A module turns a batch of the leaf as it is stored,
+    ``"observation"`` without a Dict. A module turns a batch of the leaf as it is stored,
     ``(B, *shape)``, into features ``(B, F)``, is trained with the others, and is not copied.
 
     Draws the initial weights from ``config.seed`` without touching the caller's random state. Warns
@@ -433,7 +433,7 @@ def make_step(
 
 
 def rate_factors(config: IQLConfig, groups: int = 3) -> list[Callable[[int], float]]:
-    """What multiplies the rates of policy, critics, V and, where there is one, encoder."""
+    """What multiplies the learning rates of policy, critics, V and the encoder, if any."""
     falling = {"constant": 0, "cosine_actor": 1, "cosine": groups}[config.schedule]
     intervals = config.schedule_steps or config.updates
     factor = partial(F.cosine_factor, updates=config.updates)

@@ -171,7 +171,7 @@ def _encoder(
     for name, module in encoders.items():
         if name not in names:
             raise ValueError(
-                f"encoders names {name!r}, which is no part of the observations; they hold "
+                f"encoders names {name!r}, which is not a part of the observations; they hold "
                 f"{', '.join(names)}."
             )
         if not isinstance(module, nn.Module):

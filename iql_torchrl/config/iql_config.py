@@ -58,7 +58,9 @@ class IQLConfig:
         1_000_000,
         "number of gradient updates",
         interval="[1, inf)",
-        may_change=lambda config: config["schedule"] == "constant",  # else it decides the rates
+        may_change=lambda config: (
+            config["schedule"] == "constant"
+        ),  # else it decides the learning rates
     )
     batch_size: int = setting(256, "transitions per update", interval="[1, inf)")
     discount: float = setting(
@@ -69,8 +71,8 @@ class IQLConfig:
     )
     expectile: float = setting(
         0.7,
-        "expectile tau of the value loss: 0.5 gives the value of the log's policy, 0.7 to 0.9 that of "
-        "its better actions; below 0.5 V follows the worse actions of the log and the policy learns "
+        "expectile tau of the value loss: 0.5 gives the value of the behaviour policy, 0.7 to 0.9 that "
+        "of its better actions; below 0.5 V follows the worse logged actions and the policy learns "
         "to avoid the good ones",
         interval="[0.5, 1]",
         loss_interval="(0, 1]",
@@ -79,7 +81,7 @@ class IQLConfig:
     temperature: float = setting(
         3.0,
         "inverse temperature beta of the policy's weights, per unit of advantage; 0 is behaviour "
-        "cloning, and a negative one would prefer the log's worst actions",
+        "cloning, and a negative one would prefer the worst logged actions",
         interval="[0, inf)",
         per_run=True,
     )
@@ -106,7 +108,7 @@ class IQLConfig:
         "the dataset, which a script loads with raw rewards",
         may_change=lambda config: True,  # the scaling itself is compared
     )
-    standardise: bool = setting(True, "standardise observations, with the log's statistics")
+    standardise: bool = setting(True, "standardise observations, with the dataset's statistics")
     policy: Literal[
         "auto", "gaussian", "tanh_normal", "deterministic", "mixture", "flow", "categorical"
     ] = setting("auto", "auto chooses by the action space; gaussian is the paper's")
@@ -130,14 +132,14 @@ class IQLConfig:
     condition_dropout: float = setting(
         0.1,
         "probability that conditioned_flow does not tell the flow about a sample's advantage; such "
-        "samples teach it the log's policy, which guidance extrapolates from",
+        "samples teach it the behaviour policy, which guidance extrapolates from",
         interval="(0, 1)",
         per_run=True,
     )
     guidance: float = setting(
         1.0,
-        "weight of the conditional velocity when a conditioned_flow acts: 0 imitates the log, 1 its "
-        "actions of positive advantage, more extrapolates; policy.guidance changes it after training",
+        "weight of the conditional velocity when a conditioned_flow acts: 0 imitates the dataset, 1 "
+        "its actions of positive advantage, more extrapolates; policy.guidance changes it later",
         interval="[0, 1000]",
     )
     hidden: tuple[int, ...] = setting(
@@ -212,7 +214,7 @@ class IQLConfig:
     alpha: float = setting(
         1.0,
         "of value_objective sparse, exponential and gumbel, in units of the values: a large one gives "
-        "the value of the log's policy, one near 0 the largest value of a logged action, errors "
+        "the value of the behaviour policy, one near 0 the largest value of a logged action, errors "
         "included; the authors' are 0.5 to 10",
         interval="(0, inf)",
         per_run=True,
@@ -396,13 +398,13 @@ FQL: dict[str, Any] = {
 }
 
 #: ``quick`` learns small tasks in about a minute on two cores. ``adamw_cosine`` is not from a
-#: publication: AdamW without decay, and all rates on one cosine of a hundred steps (torch's
+#: publication: AdamW without decay, and all learning rates on one cosine of a hundred steps (torch's
 #: ``CosineAnnealingLR`` with ``T_max=100``, stepped a hundred times over the run).
 #:
 #: The others are the official code's for D4RL's tasks, read in
 #: https://github.com/ikostrikov/implicit_q_learning at commit 09d7002: ``configs/mujoco_config.py``
 #: (locomotion), ``configs/antmaze_config.py``, ``configs/kitchen_config.py`` (kitchen and, by its
-#: README, Adroit); ``train_offline.py`` (batch size, updates, and the reward maps it applies to
+#: README, Adroit); ``train_offline.py`` (batch size, updates, and the reward scaling of
 #: locomotion and AntMaze); ``learner.py`` (Adam, cosine for the policy alone, order of the update);
 #: ``actor.py`` (weights clipped at 100); ``common.py`` (orthogonal weights). It standardises nothing.
 #: Its default seed is 42.

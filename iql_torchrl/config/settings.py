@@ -18,11 +18,11 @@ from torch import Tensor
 
 # By kind of a setting, the types of its values, and these in words.
 KINDS: dict[Any, tuple[type, str]] = {
-    int: (numbers.Integral, "a whole number, written without a point"),
+    int: (numbers.Integral, "an integer, written without a point"),
     float: (numbers.Real, "a number"),
     bool: (bool, "True or False"),
     str: (str, "a string"),
-    tuple[int, ...]: (tuple, "a tuple of whole numbers"),
+    tuple[int, ...]: (tuple, "a tuple of integers"),
 }
 
 
@@ -101,7 +101,7 @@ class Setting:
     def check_in_loss(self, value: Any) -> None:
         """Raise as :meth:`plain` for an argument of a loss or network, also a tensor with one number.
 
-        Raises ``TypeError`` for anything that is no number.
+        Raises ``TypeError`` for anything that is not a number.
         """
         if self.choices:
             check_choice(self.name, value, self.choices)
@@ -153,10 +153,10 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 
 def check_whole(**values: object) -> None:
-    """Raise ``ValueError`` naming the first that is not a whole number >= 1; a bool is none."""
+    """Raise ``ValueError`` naming the first that is not an integer >= 1; a bool is not one."""
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
-            raise ValueError(f"{name} is {value!r}; expected a whole number >= 1.")
+            raise ValueError(f"{name} is {value!r}; expected an integer >= 1.")
 
 
 def _convert(kind: Any, value: Any) -> Any:

@@ -2,34 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
 import threading
+import time
+import types
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures import wait as wait_for
-from functools import lru_cache, partial
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from itertools import chain
-from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
+from unittest import mock
 
+import cloudpickle
 import gymnasium
 import numpy as np
 import torch
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
+from iql_torchrl.config import Arithmetic
 from iql_torchrl.data.scaling import known_scores
 from iql_torchrl.evaluation.result import Evaluation
 from iql_torchrl.evaluation.rollout import check_arguments, evaluate
-from iql_torchrl.processes import (
-    CallTimeout,
-    ProcessEnded,
-    ProcessExecutor,
-    serialize,
-    serialize_call,
-)
 
 LARGE = 100 * 2**20  # bytes
 POLL = 0.1  # seconds between two calls of ``stop`` while waiting
@@ -47,12 +51,10 @@ class EvaluationTimeout(TimeoutError):
 class BackgroundEvaluation:
     """:func:`~iql_torchrl.evaluate` in another process: the same results, bit for bit.
 
-    ``policy`` and ``make_env`` are sent as they are now; ``submit`` sends the policy's
-    parameters and buffers. The process uses the number of torch threads, the default dtype and the
-    matrix precision that are set when ``submit`` is called, so both processes share the processor's
-    cores. It starts at the first ``submit``, prints to stderr, and ignores Ctrl-C and SIGTERM, which
-    this process handles. It ends when this object is deleted, when the interpreter exits, or when
-    this process is killed. Not for use from several threads.
+    ``submit`` sends the policy's parameters and buffers as they are then, and the settings of torch:
+    number of threads, default dtype, matrix precision. The process starts at the first ``submit``,
+    prints to stderr, and ignores Ctrl-C and SIGTERM, which this process handles. It ends when this
+    object is deleted or this process ends in any way. Not for use from several threads.
 
     Args:
         policy: as for :func:`~iql_torchrl.evaluate`; it may be on any device.
@@ -62,10 +64,9 @@ class BackgroundEvaluation:
     Keyword Args:
         device: where the policy is evaluated, by default the CPU.
         timeout: seconds > 0 that one evaluation may take, including the start of its process (some
-            seconds); None for no limit. After that the process and its child processes are killed,
-            ``results`` raises :class:`EvaluationTimeout`, and the next evaluation starts a new
-            process. An ``OfflineTrainer`` warns and continues; that row has no score. The attribute
-            ``timeout`` may be changed; the new value is used for later calls of ``submit``.
+            seconds); None for no limit. After that ``results`` ends the process and its child
+            processes and raises :class:`EvaluationTimeout`. An ``OfflineTrainer`` warns and
+            continues; that row has no score.
 
     The other keywords are those of :func:`~iql_torchrl.evaluate`.
 
@@ -89,50 +90,29 @@ class BackgroundEvaluation:
         timeout: float | None = 600.0,
     ) -> None:
         check_arguments(policy, make_env, episodes, num_envs, seed, max_steps, goals)
-        self.timeout = timeout
-        self._policy, self._layout = policy, _layout(named_tensors(policy))
-        environment = serialize("make_env", make_env)
-        if len(environment) > LARGE:
-            warnings.warn(
-                f"make_env sends {len(environment) / 2**20:.0f} MiB to the evaluation process; a "
-                "function that refers to a dataset sends all of it: pass dataset.make_env itself",
-                stacklevel=2,
-            )
-        where = "cpu" if device is None else str(torch.device(device))
-        self._evaluate = partial(
-            evaluated,
-            serialize("policy", policy),
-            environment,
-            episodes=episodes,
-            num_envs=num_envs,
-            seed=seed,
-            goals=goals,
-            reference_scores=known_scores(reference_scores),
-            deterministic=deterministic,
-            max_steps=max_steps,
-            device=where,
-        )
-        spec = getattr(make_env, "spec", None)
-        name = getattr(spec, "id", spec) or getattr(make_env, "__qualname__", None)
-        self._environment = name or make_env
-        self._pending: dict[int, tuple[Snapshot, Future[Evaluation]]] = {}
-        self._executor = ProcessExecutor()
-        self._open = weakref.finalize(self, self._executor.shutdown)
-
-    @property
-    def timeout(self) -> float | None:
-        """Seconds that one evaluation may take; None for no limit."""
-        return self._timeout
-
-    @timeout.setter
-    def timeout(self, seconds: float | None) -> None:
-        number = isinstance(seconds, Real) and not isinstance(seconds, bool)
-        if seconds is not None and not (number and 0 < seconds <= threading.TIMEOUT_MAX):
+        number = isinstance(timeout, int | float) and not isinstance(timeout, bool)
+        if timeout is not None and not (number and 0 < timeout < float("inf")):
             raise ValueError(
-                f"timeout is {seconds!r}; give the seconds that one evaluation may take, a finite "
+                f"timeout is {timeout!r}; give the seconds that one evaluation may take, a finite "
                 "number > 0, or None for no limit."
             )
-        self._timeout = None if seconds is None else float(seconds)
+        if (size := len(serialize("make_env", make_env))) > LARGE:
+            warnings.warn(
+                f"make_env sends {size / 2**20:.0f} MiB to the evaluation process; a function that "
+                "refers to a dataset sends all of it: pass dataset.make_env itself",
+                stacklevel=2,
+            )
+        self.timeout, self._make_env, self._policy = timeout, make_env, policy
+        copy = io.BytesIO(serialize("policy", policy))
+        self._copy = torch.load(copy, map_location="cpu", weights_only=False)
+        self._evaluate = partial(
+            evaluate, self._copy, make_env, episodes=episodes, num_envs=num_envs, seed=seed,
+            goals=goals, reference_scores=known_scores(reference_scores), max_steps=max_steps,
+            deterministic=deterministic, device=str(torch.device(device or "cpu")),
+        )  # fmt: skip
+        self._calls: dict[int, _Call] = {}
+        self._worker: _Worker | None = None
+        self._closed, self._seen = False, 0.0
 
     @property
     def pending(self) -> dict[int, Snapshot]:
@@ -141,7 +121,7 @@ class BackgroundEvaluation:
         Each maps names of parameters and buffers to CPU tensors; for checkpoints, see
         :meth:`resubmit`. ``close()`` does not remove them.
         """
-        return {number: snapshot for number, (snapshot, _) in self._pending.items()}
+        return {number: call.snapshot for number, call in self._calls.items()}
 
     def submit(self, number: int) -> None:
         """Queue an evaluation of the policy as it is now, and return at once.
@@ -156,16 +136,21 @@ class BackgroundEvaluation:
         Raises as :meth:`submit`, and ``ValueError`` for snapshots of a policy of another structure.
         """
         for number, tensors in pending.items():
-            if not self._open.alive:
+            if self._closed:
                 raise RuntimeError("the background evaluation is closed; make a new one")
             if isinstance(number, bool) or not isinstance(number, (int, np.integer)):
                 raise ValueError(f"number must be an integer, got {number!r}")
-            if number in self._pending:
+            if number in self._calls:
                 raise ValueError(f"number {number} is pending already; each needs its own")
-            self._check_layout(number, tensors)
             snapshot = {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
-            task = serialize_call(partial(self._evaluate, snapshot))
-            self._pending[int(number)] = snapshot, self._executor.submit(task, self._timeout)
+            write_tensors(self._copy, snapshot, f"snapshot {number}")
+            self._start(int(number), snapshot, serialize_call(self._evaluate), self.timeout)
+
+    def _start(self, number: int, snapshot: Snapshot, task: bytes, timeout: float | None) -> None:
+        if self._worker is None or not self._worker.process.is_alive():
+            self._worker = _Worker()
+        worker, began = self._worker, time.monotonic()
+        self._calls[number] = _Call(snapshot, task, timeout, worker, worker.submit(task), began)
 
     def results(
         self, *, wait: bool = False, stop: Callable[[], bool] | None = None
@@ -177,30 +162,64 @@ class BackgroundEvaluation:
         ``close()`` it returns those that finished before.
 
         Raises:
-            EvaluationTimeout: an evaluation took longer than ``timeout`` and was ended. Its number
-                is no longer pending; the next call returns the others.
-            Exception: what an evaluation raised, with its traceback in the other process as the
-                cause. Its number is no longer pending; the next call returns the others.
-            RuntimeError: the process died, with its exit code. The next evaluation in the queue,
-                or the next ``submit``, starts another.
+            EvaluationTimeout: an evaluation took longer than ``timeout`` and was ended.
+            RuntimeError: the process died, with its exit code.
+            Exception: what an evaluation raised, with its traceback there as the cause.
+
+        The number that failed is no longer pending; the next call returns the others. The next
+        evaluation after the end of a process starts another one.
         """
-        finished = []
-        for number, (_, future) in self._pending.items():
-            while wait and self._open.alive and wait_for([future], POLL).not_done:
+        finished = {}
+        for number, call in self._calls.items():
+            while wait and not (self._closed or call.future.done() or self._is_late(call)):
                 wait = stop is None or not stop()
-            if not future.done():
+                wait_for([call.future], POLL)
+            if late := not self._closed and self._is_late(call):
+                call.worker.end()
+            elif not call.future.done() or (self._closed and is_lost(call.future)):
                 break
-            if (error := future.exception()) is not None:
-                del self._pending[number]
-                raise self._explained(number, error)
-            finished.append((number, future.result()))
-        for number, _ in finished:
-            del self._pending[number]
-        return finished
+            self._seen = time.monotonic()
+            if late or call.future.exception() is not None:
+                del self._calls[number]
+                raise self._error(number, call, late)
+            finished[number] = call.future.result()
+        self._calls = {n: call for n, call in self._calls.items() if n not in finished}
+        return list(finished.items())
+
+    def _is_late(self, call: _Call) -> bool:
+        took = time.monotonic() - max(call.submitted, self._seen)
+        return call.timeout is not None and took > call.timeout and not call.future.done()
+
+    def _error(self, number: int, call: _Call, late: bool) -> BaseException:
+        """Why a call has no result; where its process ended, those that waited for it start again."""
+        error = None if late else call.future.exception()
+        if error is not None and not is_lost(call.future):
+            return error
+        call.worker.executor.shutdown()  # until it has joined the process
+        for other, (snapshot, task, timeout, worker, future, _) in list(self._calls.items()):
+            if worker is call.worker and is_lost(future):
+                self._start(other, snapshot, task, timeout)
+        if late:
+            return EvaluationTimeout(
+                f"the background evaluation number {number} in {self._make_env} took longer than "
+                f"timeout={call.timeout:g} seconds; it was ended and gives no score. If the "
+                "environment does not hang and evaluations take that long, pass a larger "
+                "BackgroundEvaluation(timeout=...), or None for no limit.",
+                number,
+            )
+        code = call.worker.process.exitcode or 0
+        name = f" ({signal.Signals(-code).name})" if code < 0 else ""
+        return RuntimeError(
+            f"the evaluation process died with exit code {code}{name} while it evaluated number "
+            f"{number}; look for its last messages on stderr. SIGKILL mostly means that memory ran "
+            "out: use fewer num_envs."
+        )
 
     def close(self) -> None:
         """End the process, also during an evaluation. Further calls have no effect."""
-        self._open()
+        self._closed = True
+        if self._worker is not None:
+            self._worker.end()
 
     def __enter__(self) -> BackgroundEvaluation:
         return self
@@ -208,33 +227,119 @@ class BackgroundEvaluation:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _explained(self, number: int, error: BaseException) -> BaseException:
-        if isinstance(error, CallTimeout):
-            return EvaluationTimeout(
-                f"the background evaluation number {number} in {self._environment} {error}; it was "
-                "ended and gives no score. If the environment does not hang and evaluations take "
-                "that long, pass a larger BackgroundEvaluation(timeout=...), or None for no limit. "
-                "The next evaluation starts a new process.",
-                number,
-            )
-        if isinstance(error, ProcessEnded):
-            return RuntimeError(
-                f"the evaluation process died with {error} while it evaluated number {number}; look "
-                "for its last messages on stderr. SIGKILL mostly means that memory ran out: use "
-                "fewer num_envs. The next submit starts a new process"
-            )
-        return error
 
-    def _check_layout(self, number: int, tensors: Mapping[str, Tensor]) -> None:
-        layout = _layout(tensors)
-        for name in sorted(layout.keys() | self._layout.keys()):
-            given, expected = layout.get(name, "missing"), self._layout.get(name, "no such tensor")
-            if given != expected:
-                raise ValueError(
-                    f"{name!r} of snapshot {number} is {given}, expected {expected}, as it was when "
-                    "the evaluation was made; make the BackgroundEvaluation from the policy in its "
-                    "present form"
-                )
+class _Worker:
+    """A process that performs calls in their order; ``end``, or the end of this process, ends it."""
+
+    def __init__(self) -> None:
+        self.executor = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+        # without a name or file of ``__main__`` the user's script is not imported again
+        with mock.patch.dict(sys.modules, {"__main__": types.ModuleType("__main__")}):
+            self.executor.submit(_prepare, os.getpid())
+        (self.process,) = self.executor._processes.values()
+        self.end = weakref.finalize(self, _end, self.executor, self.process, os.getpid())
+        # before the function of the executors, which waits for their calls
+        threading._register_atexit(self.end)  # type: ignore[attr-defined]
+
+    def submit(self, task: bytes) -> Future[Evaluation]:
+        process, future = self.process, self.executor.submit(run_task, task)
+        future.add_done_callback(lambda done: _kill(process) if is_lost(done) else None)
+        return future
+
+
+class _Call(NamedTuple):
+    snapshot: Snapshot
+    task: bytes
+    timeout: float | None
+    worker: _Worker
+    future: Future[Evaluation]
+    submitted: float
+
+
+def is_lost(future: Future[Any]) -> bool:
+    """Whether the process ended before the call."""
+    return isinstance(future.exception(), BrokenProcessPool)
+
+
+def _end(executor: ProcessPoolExecutor, process: Any, owner: int) -> None:
+    if os.getpid() == owner:  # not in a forked copy
+        if process.is_alive():
+            _kill(process)
+        executor.shutdown(wait=False)
+        process.join()
+
+
+def _kill(process: Any) -> None:
+    """Kill the process and what it has started."""
+    if hasattr(os, "killpg"):  # simulators of an environment may be processes
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
+
+
+def _prepare(parent: int) -> None:
+    """In the other process, before the first call; it ends soon after the process ``parent``."""
+    if hasattr(os, "setsid"):
+        os.setsid()
+    os.dup2(2, 1)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+    def follow() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def serialize(name: str, thing: Any) -> bytes:
+    """``thing`` with the parts that another process cannot import, else ``TypeError``."""
+    file, protocol = io.BytesIO(), pickle.DEFAULT_PROTOCOL
+    try:
+        torch.save(thing, file, pickle_module=cloudpickle, pickle_protocol=protocol)
+    except Exception as error:
+        raise TypeError(
+            f"{name} cannot be sent to another process ({type(error).__name__}: {error}); it must "
+            "not contain open files, locks or running environments: make them in a function."
+        ) from error
+    return file.getvalue()
+
+
+def serialize_call(call: Callable[[], Any]) -> bytes:
+    """``call`` with the environments that are registered here and the settings of torch."""
+    specs = []
+    for spec in gymnasium.registry.values():
+        if not str(spec.entry_point).startswith("gymnasium."):
+            with contextlib.suppress(Exception):  # an error follows only if a call uses it
+                specs.append(cloudpickle.dumps(spec))
+    return pickle.dumps((specs, Arithmetic.current(), serialize("the call", call)))
+
+
+def run_task(task: bytes) -> Any:
+    """Perform a serialized call. What pickle cannot rebuild is raised as ``RuntimeError``."""
+    specs, settings, call = pickle.loads(task)
+    for each in specs:
+        with contextlib.suppress(ImportError, AttributeError):
+            spec = pickle.loads(each)
+            gymnasium.registry.setdefault(spec.id, spec)
+    settings.adopt()
+    sent = None
+    try:
+        function = torch.load(io.BytesIO(call), weights_only=False)
+    except (ImportError, AttributeError) as error:
+        raise RuntimeError(
+            f"policy or make_env cannot be rebuilt in the evaluation process ({error}); define "
+            "their parts in the script itself, or in modules that it can import too"
+        ) from error
+    try:
+        return function()
+    except (Exception, SystemExit) as error:
+        with contextlib.suppress(Exception):  # a class whose arguments pickle does not know
+            sent = pickle.loads(pickle.dumps(error))
+        if isinstance(sent, Exception):
+            raise
+        raise RuntimeError(f"{type(error).__name__}: {error}") from error
 
 
 def named_tensors(policy: nn.Module) -> dict[str, Tensor]:
@@ -242,34 +347,19 @@ def named_tensors(policy: nn.Module) -> dict[str, Tensor]:
     return dict(chain(policy.named_parameters(), policy.named_buffers()))
 
 
-def _layout(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    return {name: f"{t.dtype} of shape {tuple(t.shape)}" for name, t in tensors.items()}
-
-
-def evaluated(
-    policy: bytes, make_env: bytes, snapshot: Snapshot, *, device: str, **arguments: Any
-) -> Evaluation:
-    """In the other process: the evaluation of the policy with the tensors of ``snapshot``."""
-    module, environments = rebuilt(policy, make_env, device)
-    with torch.no_grad():
-        for name, tensor in named_tensors(module).items():
-            new = snapshot[name].to(tensor.device)
-            if not torch.equal(tensor, new):  # expanded constants cannot be written in place
-                tensor.copy_(new)
-    return evaluate(module, environments, device=device, **arguments)
-
-
-@lru_cache(1)
-def rebuilt(policy: bytes, make_env: bytes, device: str) -> tuple[Any, Any]:
-    """The policy, on its device, and ``make_env``, which are the same in all calls of a process."""
-    try:
-        module, environments = (
-            torch.load(io.BytesIO(each), map_location="cpu", weights_only=False)
-            for each in (policy, make_env)
+@torch.no_grad()
+def write_tensors(policy: nn.Module, tensors: Snapshot, name: str) -> None:
+    """Write ``tensors`` into the policy; ``ValueError`` where it has others."""
+    own = named_tensors(policy)
+    for key in sorted(own.keys() | tensors.keys()):
+        given, expected = (
+            f"{t.dtype} of shape {tuple(t.shape)}" if t is not None else "missing"
+            for t in (tensors.get(key), own.get(key))
         )
-    except (ImportError, AttributeError) as error:
-        raise RuntimeError(
-            f"policy or make_env cannot be rebuilt in the evaluation process ({error}); define "
-            "their parts in the script itself, or in modules that it can import too"
-        ) from error
-    return module.to(device), environments
+        if given != expected:
+            raise ValueError(
+                f"{key!r} of {name} is {given}, expected {expected}, as it was when the "
+                "BackgroundEvaluation was made; make it from the policy in its present form"
+            )
+        if not torch.equal(own[key], tensors[key]):  # expanded constants cannot be written in place
+            own[key].copy_(tensors[key])

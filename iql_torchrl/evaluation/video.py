@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from tensordict.nn import TensorDictModuleBase
 
 from iql_torchrl.config.settings import check_whole
 from iql_torchrl.evaluation.rollout import MakeEnv, check_arguments, evaluate
+from iql_torchrl.files import atomic_write
 
 
 def record_video(
@@ -56,20 +56,18 @@ def record_video(
     import imageio.v3
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")  # its end names the format
-    try:
-        with imageio.v3.imopen(temporary, "w", plugin="pyav", extension=".mp4") as film:
-            evaluate(
-                policy,
-                lambda: _Filmed(make_env(), film, fps),
-                episodes=episodes,
-                num_envs=1,
-                seed=seed,
-                max_steps=max_steps,
-            )
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with (
+        atomic_write(path) as temporary,
+        imageio.v3.imopen(temporary, "w", plugin="pyav", container="mp4") as film,
+    ):
+        evaluate(
+            policy,
+            lambda: _Filmed(make_env(), film, fps),
+            episodes=episodes,
+            num_envs=1,
+            seed=seed,
+            max_steps=max_steps,
+        )
     return path
 
 

@@ -201,8 +201,8 @@ class FlowMatching(WeightedRegression):
     ``w`` times the mean over action dimensions of ``(v(s, x_t, t) - (a - noise))**2`` with ``x_t = (1 -
     t) noise + t a`` (Lipman et al. 2023, arXiv:2210.02747). Noise ``(*B, A)`` and time ``(*B,)`` are
     drawn when the batch is read, or are its entries ``"flow_noise"`` and ``"flow_time"``.
-    ``temperature=0`` is the plain clone; with ``policies.best_of`` that is IFQL (Park, Li, Levine 2025,
-    arXiv:2502.02538).
+    ``temperature=0`` is behaviour cloning; with ``policies.best_of`` that is IFQL (Park, Li, Levine
+    2025, arXiv:2502.02538).
     """
 
     def check_actor(self, actor: Any) -> None:

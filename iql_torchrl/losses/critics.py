@@ -128,7 +128,7 @@ class LossCritics(TensorDictModuleBase):
 
     def __init__(self, loss: Any) -> None:
         super().__init__()
-        self._source: Any = (loss,)  # in a tuple, so that it is no submodule
+        self._source: Any = (loss,)  # in a tuple, so that it is not a submodule
         self._key = loss.tensor_keys.state_action_value
         network, count = loss.qvalue_network, loss.num_qvalue_nets
         self.in_keys, self.out_keys = list(network.in_keys), [self._key]

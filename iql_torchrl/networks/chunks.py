@@ -13,7 +13,7 @@ from iql_torchrl.config import check_whole
 
 Policy = TypeVar("Policy", bound=nn.Module)
 
-#: Key of the bool ``(B, h)`` that is True at the actions of a chunk that were made in the log.
+#: Key of the bool ``(B, h)`` that is True at the actions of a chunk that are in the dataset.
 CHUNK_MASK = "chunk_mask"
 
 

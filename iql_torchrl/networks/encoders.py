@@ -16,7 +16,7 @@ HALVING = ((32, 3, 2, 1), (64, 3, 2, 1), (64, 3, 2, 1))
 
 
 class Numbers(nn.Module):
-    """Base of layers that make floats of whole numbers, in a dtype that ``module.to(dtype)`` changes.
+    """Base of layers that cast integers to float, in a dtype that ``module.to(dtype)`` changes.
 
     ``dtype``: of the output, at first torch's default. It is an attribute and not a buffer, so that
     states stay as they are.

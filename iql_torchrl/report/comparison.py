@@ -32,7 +32,7 @@ from iql_torchrl.report.runs import (
     read_run,
     series,
 )
-from iql_torchrl.report.tables import text_table
+from iql_torchrl.report.tables import decimals, text_table
 
 FloatArray = NDArray[np.float64]
 #: The last evaluations by method and task; the runs of a task ``(runs,)``.
@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError("none of the runs has a row yet; wait for their first evaluation.")
         metrics = _metrics(options.metrics, groups)
         drawn = {name: all_series(groups, name) for name in metrics}
-        _note_gaps(groups, dict.fromkeys([*metrics, *EVALUATED]))
+        _note_missing(groups, dict.fromkeys([*metrics, *EVALUATED]))
         if not any(drawn.values()):
             raise ValueError("there is nothing to draw: no run has a metric, or see the notes.")
         options.output.parent.mkdir(parents=True, exist_ok=True)
@@ -137,16 +137,11 @@ def _metrics(names: Sequence[str], groups: Sequence[Group]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _note_gaps(groups: Sequence[Group], metrics: Iterable[str]) -> None:
-    """Print to stderr which numbers are missing in a group's lines and in the table."""
+def _note_missing(groups: Sequence[Group], metrics: Iterable[str]) -> None:
+    """Print to stderr which lines are missing although runs have their column."""
     for name in metrics:
         for group in groups:
-            having = sum(any(name in row for row in run.rows) for run in group.runs)
-            if 0 < having < len(group.runs):
-                note(
-                    f"{name} of {group.label} is from {having} of its {len(group.runs)} runs; the "
-                    "others have none."
-                )
+            having = any(name in row for run in group.runs for row in run.rows)
             if having and series(group, name) is None:
                 note(
                     f"{name} of {group.label} is missing: its runs share no update at which all have "
@@ -165,7 +160,7 @@ def table(groups: Sequence[Group]) -> str:
     """
     rows = [["", "runs", "updates", "evaluated at", "return", "score", "best evaluation"]]
     lines = {name: all_series(groups, name) for name in EVALUATED}
-    places = {name: _places(each) for name, each in lines.items()}
+    places = {name: decimals(line.values[-1] for line in each) for name, each in lines.items()}
     for group in groups:
         shown = {name: series(group, name) for name in EVALUATED}
         used = EVALUATED[shown["score_mean"] is not None]
@@ -187,10 +182,13 @@ def table(groups: Sequence[Group]) -> str:
 
 
 def _last(line: Series, places: int) -> str:
-    value = line.values[-1]
     if line.low is None or line.high is None or not np.isfinite(line.low[-1] + line.high[-1]):
-        return f"{value:,.{places}f}"
-    return f"{value:,.{places}f} [{line.low[-1]:,.{places}f}, {line.high[-1]:,.{places}f}]"
+        return f"{line.values[-1]:,.{places}f}"
+    return _with_interval(line.values[-1], line.low[-1], line.high[-1], places)
+
+
+def _with_interval(value: float, low: float, high: float, places: int) -> str:
+    return f"{value:,.{places}f} [{low:,.{places}f}, {high:,.{places}f}]"
 
 
 def _best(line: Series, places: int) -> str:
@@ -198,12 +196,6 @@ def _best(line: Series, places: int) -> str:
         return "-"
     at = int(np.nanargmax(line.values))
     return f"{line.values[at]:,.{places}f} at {line.updates[at]:,.0f}"
-
-
-def _places(lines: Sequence[Series]) -> int:
-    """Decimal places of all numbers of a column, by the largest of them."""
-    largest = np.nanmax([np.abs(line.values[-1]) for line in lines] or [0.0])
-    return 1 if largest >= 100 else 2 if largest >= 10 else 3 if largest >= 1 else 4
 
 
 # -- methods over several tasks ----------------------------------------------------------------------
@@ -263,12 +255,12 @@ def aggregate_table(scores: Scores, *, name: str) -> str:
     """
     tasks = {method: list(of_tasks.values()) for method, of_tasks in scores.items()}
     best = max(tasks, key=lambda method: float(interquartile_mean(*tasks[method])))
-    count = len(tasks[best])
+    count, places = len(tasks[best]), decimals(interquartile_mean(*each) for each in tasks.values())
     rows = [["", "runs", "interquartile mean", "probability"]]
     for method, arrays in tasks.items():
-        mean, better = _with_interval(interquartile_mean, arrays), "-"
+        mean, better = _estimated(interquartile_mean, arrays, places), "-"
         if method != best:
-            better = _with_interval(probability_of_improvement, [*tasks[best], *arrays])
+            better = _estimated(probability_of_improvement, [*tasks[best], *arrays], 3)
         rows.append([method, str(sum(map(len, arrays))), mean, better])
     text = f"Last {name} of all runs on {count} task{'s' * (count > 1)}, 95 % intervals over seeds"
     if len(tasks) == 1:
@@ -278,6 +270,6 @@ def aggregate_table(scores: Scores, *, name: str) -> str:
     return f"{text}:\n{text_table(rows)}"
 
 
-def _with_interval(statistic: Callable[..., Any], samples: Sequence[FloatArray]) -> str:
+def _estimated(statistic: Callable[..., Any], samples: Sequence[FloatArray], places: int) -> str:
     low, high = stratified_interval(statistic, samples, seed=0)
-    return f"{float(statistic(*samples)):.3g} [{low:.3g}, {high:.3g}]"
+    return _with_interval(float(statistic(*samples)), low, high, places)

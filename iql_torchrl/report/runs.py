@@ -31,10 +31,7 @@ def note(text: str) -> None:
 
 @dataclass(frozen=True)
 class Run:
-    """A run's folder, its settings (none without ``config.json``) and the rows of its table.
-
-    Settings that the file lacks, because an older version wrote it, have IQLConfig's defaults.
-    """
+    """A run's folder, its settings (none without ``config.json``) and the rows of its table."""
 
     folder: Path
     settings: dict[str, Any]
@@ -50,12 +47,7 @@ class Run:
         return max((row["update"] for row in self.rows), default=-1.0)
 
     def settings_without(self, *names: str) -> dict[str, Any]:
-        every = self.settings | {
-            name: value
-            for name, value in IQLConfig().to_dict().items()
-            if self.settings and name not in self.settings
-        }
-        return {name: value for name, value in every.items() if name not in names}
+        return {name: value for name, value in self.settings.items() if name not in names}
 
 
 @dataclass(frozen=True)
@@ -89,14 +81,18 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
 
 
 def read_run(folder: Path) -> Run:
-    """Raises ``ValueError`` when ``config.json`` is not a JSON object or the table is damaged."""
+    """A run whose settings are those of ``config.json``, else IQLConfig's defaults.
+
+    Raises ``ValueError`` when ``config.json`` is not a JSON object or the table is damaged.
+    """
     path = folder / "config.json"
     settings = read_json(path, {})
     if not isinstance(settings, dict):
         raise ValueError(
             f"{path} contains {settings!r}; expected an object with the run's settings."
         )
-    return Run(folder, settings, read_csv(folder / TABLE))
+    defaults = IQLConfig().to_dict() if settings else {}  # an older version wrote fewer settings
+    return Run(folder, {**settings, **defaults, **settings}, read_csv(folder / TABLE))
 
 
 def grouped(runs: Iterable[T], key: Callable[[T], str]) -> dict[str, list[T]]:
@@ -207,7 +203,8 @@ def series(group: Group, name: str) -> Series | None:
         return None
     if len(group.runs) == 1:
         return replace(lines[0], label=group.label)
-    label = f"{group.label} ({len(group.runs)} seeds)"
+    having = f"{len(lines)} of " * (len(lines) < len(group.runs))
+    label = f"{group.label} ({having}{len(group.runs)} seeds)"
     if len(lines) == 1:
         return Series(label, lines[0].updates, lines[0].values)
     updates, values = common_values(group, name)

@@ -28,6 +28,12 @@ EVALUATION = (
 )
 
 
+def decimals(values: Iterable[float]) -> int:
+    """Decimal places of all numbers of a column, by the largest of them."""
+    largest = max((abs(value) for value in values if math.isfinite(value)), default=0.0)
+    return 1 if largest >= 100 else 2 if largest >= 10 else 3 if largest >= 1 else 4
+
+
 def text_table(rows: Sequence[Sequence[str]]) -> str:
     """Rows of cells in columns, the first aligned on the left; a long label has its own line."""
     widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]

@@ -48,7 +48,7 @@ def new_folder(parent: Path, name: str, arguments: Sequence[str]) -> Path:
 
 
 def started_folder(parent: Path, name: str, arguments: Sequence[str]) -> Path | None:
-    """The newest folder that :func:`new_folder` made of the same values; None where there is none.
+    """The newest folder that :func:`new_folder` made of the same values, if any.
 
     torchrun starts a script that failed again with the same arguments: see ``Ranks.restarts``.
     """
@@ -69,7 +69,7 @@ def _saved_arguments(folder: Path) -> list[str]:
     try:
         return [str(argument) for argument in read_json(folder / ARGUMENTS)]
     except (OSError, ValueError, TypeError) as error:
-        problem = f"has no readable {ARGUMENTS} ({error})" if folder.is_dir() else "is no folder"
+        problem = f"has no readable {ARGUMENTS} ({error})" if folder.is_dir() else "is not a folder"
         raise ValueError(f"{folder} {problem}, so there is no run to continue.") from error
 
 
@@ -115,7 +115,7 @@ class LoggerError(RuntimeError):
 
 
 def check_logger(kind: LoggerName | None) -> None:
-    """Check that a logger can be started; None is no logger.
+    """Check that a logger can be started; None: without a logger.
 
     Raises ``LoggerError`` if its package is not installed, and for ``"wandb"`` if W&B would upload
     the run and no user is logged in. Uploads nothing and asks the user nothing.

@@ -83,7 +83,7 @@ class CapturedStep:
         if not isinstance(step, Step):
             raise TypeError(f"step is {type(step).__name__}; expected an IQLStep.")
         if isinstance(updates, bool) or not isinstance(updates, int):
-            raise TypeError(f"updates is {updates!r}; expected a whole number >= 1.")
+            raise TypeError(f"updates is {updates!r}; expected an integer >= 1.")
         check_whole(updates=updates)
         self.step, self.replay, self.updates = step.plain, replay, updates
         self._device = self.step.device
@@ -215,7 +215,7 @@ class CapturedStep:
         if graph is not None:
             _check_alignment(updater, self.updates)
             graph.record(work, rows.generator, self._fixed(rows, program))
-        rates = coming_rates(self.step, self.updates)
+        rates = upcoming_lrs(self.step, self.updates)
         if rates is not None:
             self._rates.copy_(rates, non_blocking=True)
         if graph is None:
@@ -331,7 +331,7 @@ class CudaGraph:
         self._graph = graph
 
     def run(self, work: Callable[[], object]) -> None:
-        """Replay the graph; where there is none, do ``work`` as it is."""
+        """Replay the graph; without a graph, do ``work`` as it is."""
         with torch.cuda.device(self._device):
             if self._graph is not None:
                 self._graph.replay()
@@ -365,7 +365,7 @@ def _check_replay(replay: DeviceSampler | ReplayBuffer, device: torch.device) ->
         raise TypeError(
             "replay is a ShardedReplay, whose shards are replaced while training; captured updates "
             "read rows that stay. Use compiled(step) or the step itself with OfflineTrainer, or a "
-            "DeviceSampler where the log fits into memory."
+            "DeviceSampler where the dataset fits into memory."
         )
     if isinstance(replay, DeviceSampler):
         if replay.tables[0].device != device:
@@ -428,7 +428,7 @@ def _check_alignment(updater: Any, updates: int) -> None:
         )
 
 
-def coming_rates(step: IQLStep, updates: int) -> Tensor | None:
+def upcoming_lrs(step: IQLStep, updates: int) -> Tensor | None:
     """Step every schedule ``updates`` times; the learning rates before and after each time.
 
     Float64 ``(updates + 1, groups)``: row 0 is for the first update, the last row for the update

@@ -99,7 +99,7 @@ def fits_a_graph(optimizer: Optimizer) -> bool:
 
 
 def log_eager(step: IQLStep) -> None:
-    """Say in the log that the step's optimizer is not compiled."""
+    """Log that the step's optimizer is not compiled."""
     torchrl_logger.warning(
         f"{type(step.optimizer).__name__} is not compiled: updates run eagerly. Adam and AdamW, "
         "without amsgrad, maximize and differentiable, are compiled."
@@ -153,7 +153,7 @@ class GraphUpdate:
         self.limits = category_limits(step.loss)
         self.settings: list[dict[str, Any]] = []  # Dynamo would guard all of the optimizer's groups
         self.rates = torch.zeros(0)
-        self._written: list[Any] = []  # numbers in the rates, None for a tensor's
+        self._written: list[Any] = []  # numbers in the learning rates, None for a tensor's
 
     def run(self, batch: Batch, moments: Moments, mode: ExplorationType | None) -> Terms:
         """Losses, gradients, clipping, Adam and Polyak step; new values are written in place.
@@ -184,7 +184,7 @@ class GraphUpdate:
         return losses, summary
 
     def moments(self) -> Moments:
-        """The optimizer's state, made where there is none, and its current rates as tensors."""
+        """The optimizer's state, created if missing, and its learning rates as tensors."""
         step, optimizer = self.step, self.step.optimizer
         self.settings = [settings_of(group) for group in optimizer.param_groups]
         parameters, group_of, _ = step.list_trained()

@@ -131,7 +131,7 @@ class IQLStep(Step):
     Raises:
         ValueError: an unknown order or precision, ``max_grad_norm <= 0``, ``reduction="none"``, an
             updater of another loss, or trainable parameters missing from the optimizer.
-        TypeError: ``optimizer`` is no torch optimizer, or ``loss`` is not a loss of this package,
+        TypeError: ``optimizer`` is not a torch optimizer, or ``loss`` is not a loss of this package,
             such as a ``DistributedDataParallel`` around one.
         RuntimeError: from a call: under ``torch.no_grad()`` or ``torch.inference_mode()``, where
             nothing would be trained; or in a process group of more than one rank without

@@ -207,7 +207,7 @@ def test_what_does_not_fit_is_refused():
     dataset = dataset_of(camera=True)
     features = r"into features \(2, F\): it gives \(2, 2, 1\)"
     for encoders, error, message in (
-        ({"lidar": nn.Identity()}, ValueError, r"'lidar', which is no part .*arm\.grip.*camera"),
+        ({"lidar": nn.Identity()}, ValueError, r"'lidar', which is not a part .*arm\.grip.*camera"),
         ({"camera": nn.Conv2d(3, 4, 3)}, ValueError, r"encoders\['camera'\], a Conv2d, does not t"),
         ({"arm.speed": nn.Unflatten(1, (2, 1))}, ValueError, features),
         ({"camera": 3}, TypeError, "is int; expected a torch module"),

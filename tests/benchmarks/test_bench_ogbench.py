@@ -37,7 +37,7 @@ def test_the_published_figures_stand_next_to_those_measured():
     assert (lines[1]["success"], lines[1]["published"]) == (90, 85)
     assert (lines[2]["interval"], lines[2]["published"]) == ([0, 100], 32)
     text = bench_ogbench.table(lines)
-    assert re.search("cube-single task 2, the log +7", text)
+    assert re.search("cube-single task 2, the dataset +7", text)
     assert "scene task 3, IQL" in text
     # the tasks that both methods have: cube-single alone
     compared = bench_ogbench.compare(lines[:2])

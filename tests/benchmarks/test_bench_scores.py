@@ -290,7 +290,7 @@ def test_wrong_options_are_refused(capsys):
     assert "multiple of 250" in capsys.readouterr().err
 
 
-# -- the logs and the page -----------------------------------------------------------------------------
+# -- the datasets and the page ------------------------------------------------------------------------
 
 
 def test_the_cartpole_log(tmp_path):

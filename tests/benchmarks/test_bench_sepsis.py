@@ -1,4 +1,4 @@
-"""``benchmarks/bench_sepsis.py``: IQL's equations solved on the counts of a log, by hand."""
+"""``benchmarks/bench_sepsis.py``: IQL's equations solved on the counts of a dataset, by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``benchmarks/d4rl_maze2d.py``: the simulation, the controller and the rows of the log."""
+"""``benchmarks/d4rl_maze2d.py``: the simulation, the controller and the rows of the dataset."""
 
 from __future__ import annotations
 

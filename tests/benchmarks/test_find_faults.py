@@ -124,8 +124,8 @@ def test_a_run_that_does_not_end_is_ended(arguments):
         ("file: code.py", "file: none.py", "no such file in none.py"),
         ("return a - b", "return a + b", "changes nothing"),
         ("test_first.py", "test_none.py", "pytest ran nothing"),
-        ("code: found", "code found", "is no fault; expected the lines"),
-        ("; tests: test_first.py", "", "is no fault; expected the lines"),
+        ("code: found", "code found", "is not a fault; expected the lines"),
+        ("; tests: test_first.py", "", "is not a fault; expected the lines"),
     ],
 )
 def test_faults_that_cannot_be_made_are_named(arguments, old, new, message):

@@ -121,7 +121,7 @@ def png(values):
 
 
 def in_shards(folder, lengths, shards, seed=0, **options):
-    """``shards`` in ``folder / "shards"`` of a log that is deleted afterwards."""
+    """``shards`` in ``folder / "shards"`` of a dataset that is deleted afterwards."""
     source = save(folder / "log.npz", numbered(lengths, seed))
     log = build_shards(source, folder / "shards", shards, **{**SPACES, **options})
     source.unlink()

@@ -186,7 +186,7 @@ def test_what_cannot_be_chunked_is_refused():
     data = table(3, 2)
     with pytest.raises(DatasetError, match=r"chunks of 4 actions.* the longest has 3"):
         data.chunks(4)
-    with pytest.raises(ValueError, match=r"size is 0; expected a whole number"):
+    with pytest.raises(ValueError, match=r"size is 0; expected an integer"):
         data.chunks(0)
     rows = counted(4)
     rows["action"] = np.arange(4)

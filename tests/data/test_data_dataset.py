@@ -1,4 +1,4 @@
-"""A dataset: its text, parts, reward maps, scores, statistics, and categories from any start."""
+"""A dataset: its text, parts, reward scaling, scores, statistics, and categories from any start."""
 
 from dataclasses import replace
 from types import SimpleNamespace

@@ -123,7 +123,7 @@ def test_mask_successors_come_from_the_next_row():
     assert "action_mask" not in unmasked.transitions["next"].sorted_keys
 
 
-# -- one log in every format
+# -- one dataset in every format
 
 
 @pytest.mark.parametrize("suffix", ["csv", "npz", "h5", "hdf5"])

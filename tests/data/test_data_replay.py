@@ -113,7 +113,7 @@ def test_the_generator_is_on_the_storages_device(dataset, monkeypatch, given, ca
 @pytest.mark.parametrize("size", [0, -1, 2.5, "a", True, None])
 def test_a_batch_size_that_is_no_whole_number_is_refused(dataset, size):
     for make in (dataset.replay_buffer, dataset.device_sampler):
-        with pytest.raises(ValueError, match=r"batch_size is .*; expected a whole number >= 1"):
+        with pytest.raises(ValueError, match=r"batch_size is .*; expected an integer >= 1"):
             make(size)
 
 

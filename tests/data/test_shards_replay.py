@@ -191,7 +191,7 @@ def test_other_settings_and_settings_that_cannot_be(equal):
             equal.replay_buffer(8, seed=0, **options).load_state_dict(state)
     for options, text in (
         ({"loaded": 7}, "loaded is 7 and log.npz has 6 shards; choose at most 6"),
-        ({"loaded": 0}, "loaded is 0; expected a whole number >= 1"),
+        ({"loaded": 0}, "loaded is 0; expected an integer >= 1"),
         ({"replace_every": 0}, "replace_every is 0; expected"),
         ({"batch_size": 2.5}, "batch_size is 2.5; expected"),
     ):

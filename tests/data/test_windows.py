@@ -199,7 +199,7 @@ def test_wrong_windows_are_refused():
         data.windows(4)
     assert len(data.windows(3)) == 5
     for wrong in (0, -1, 2.0, True, None):
-        with pytest.raises(ValueError, match=r"length is .*expected a whole number >= 1"):
+        with pytest.raises(ValueError, match=r"length is .*expected an integer >= 1"):
             data.windows(wrong)
     with pytest.raises(ValueError, match="jumps is 'skip'; choose one of error, restart"):
         data.windows(2, jumps="skip")

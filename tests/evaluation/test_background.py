@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import gymnasium
@@ -28,8 +29,12 @@ from iql_torchrl import IQLConfig, evaluate, load_dataset, make_agent
 from iql_torchrl.config import Arithmetic
 from iql_torchrl.data import DatasetError
 from iql_torchrl.evaluation import background as background_module
-from iql_torchrl.evaluation.background import BackgroundEvaluation, named_tensors, rebuilt
-from iql_torchrl.processes import failure, run_task, serialize, serialize_call
+from iql_torchrl.evaluation.background import (
+    BackgroundEvaluation,
+    named_tensors,
+    run_task,
+    serialize_call,
+)
 
 SETTINGS = {
     "episodes": 5, "num_envs": 3, "seed": 7, "max_steps": 40, "deterministic": False,
@@ -88,7 +93,7 @@ def same(one, other):
 
 
 def process_of(background):
-    return background._executor._process
+    return background._worker and background._worker.process
 
 
 @pytest.fixture(scope="module")
@@ -99,8 +104,7 @@ def shared():
     with BackgroundEvaluation(actor, make_env, **SETTINGS) as background:
         assert process_of(background) is None, "it starts when it is needed"
         yield actor, make_env, background
-    background._executor._thread.join(10)
-    assert not background._executor._thread.is_alive()
+    assert not process_of(background).is_alive()
 
 
 def played(actor, make_env):
@@ -203,7 +207,7 @@ def test_an_error_comes_with_its_message_and_traceback(shared):
     with pytest.raises(ValueError, match="nan") as caught:
         background.results(wait=True)
     assert str(caught.value) == str(expected.value)
-    assert "processes.py" in str(caught.value.__cause__)
+    assert "background.py" in str(caught.value.__cause__)
     assert list(background.pending) == [1, 3], "what succeeded is kept for the next call"
     assert [number for number, _ in background.results(wait=True)] == [1, 3]
     assert process_of(background) is process, "an error does not end the process"
@@ -223,13 +227,11 @@ def test_ctrl_c_and_sigterm_are_handled_by_the_parent_only(shared, number):
 def test_what_is_forgotten_ends_its_process():
     background = BackgroundEvaluation(stochastic_actor(), pendulum_log().make_env, **SETTINGS)
     background.submit(0)
-    executor, process = background._executor, started(background)
+    process = started(background)
     assert process.is_alive()
     del background
     gc.collect()
     assert not process.is_alive()
-    executor._thread.join(10)
-    assert not executor._thread.is_alive()
 
 
 SCRIPT = """
@@ -260,7 +262,7 @@ class Mine(gymnasium.Env):
         for _ in range(6000 * self.slow):
             time.sleep(0.01)
         if (folder / "leave").exists():
-            sys.exit(3)
+            os._exit(3)
         print("an environment may print")
         return np.zeros(1, np.float32), float(action @ [1.0, 10.0]), False, False, {}
 
@@ -345,15 +347,18 @@ os.kill(os.getpid(), signal.SIGKILL)
 @needs_proc
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("end", "code"),
-    [("sys.exit(0)", 0), ("os.killpg(0, signal.SIGINT); time.sleep(60)", -signal.SIGINT)],
+    ("end", "codes"),
+    # 1 where TorchRL has imported Ray, which compiles code at exit
+    [("sys.exit(0)", (0,)), ("os.killpg(0, signal.SIGINT); time.sleep(60)", (-signal.SIGINT, 1))],
     ids=["exit", "interrupt"],
 )
-def test_a_script_that_ends_without_closing(end, code, tmp_path):
+def test_a_script_that_ends_without_closing(end, codes, tmp_path):
     began = time.monotonic()
     result, lines = run(f"wait_for_a_slow_evaluation()\n{end}\n", tmp_path)
-    assert result == code
-    assert sum(line.startswith("Traceback") for line in lines) == (code != 0), "the parent's alone"
+    assert result in codes, lines
+    assert sum(line.startswith("Traceback") for line in lines) == (result != 0), (
+        "the parent's alone"
+    )
     assert_gone(tmp_path)
     assert time.monotonic() - began < 55, "it does not wait for the 60 seconds of a step"
 
@@ -388,7 +393,7 @@ except RuntimeError as error:
     print(error)
 (folder / "leave").unlink()
 print(returns(2))
-process = background._executor._process
+process = background._worker.process
 process.kill()
 process.join()
 print(returns(3))
@@ -405,9 +410,9 @@ print(returns(3))
 
 
 def sent(thing):
-    """``make_env`` as it arrives, in this process, and the size of what is sent."""
-    sent = serialize("make_env", thing)
-    return rebuilt(serialize("policy", stochastic_actor()), sent, "cpu")[1], len(sent)
+    """``thing`` as it arrives, in this process, and the size of what is sent."""
+    call = serialize_call(lambda: thing)
+    return run_task(call), len(call)
 
 
 def same_env(one, other):
@@ -494,7 +499,7 @@ def test_a_compiled_policy_and_a_trained_one_are_sent():
     agent = make_agent(IQLConfig(hidden=(8,), batch_size=4), pendulum_log())
     batch = pendulum_log().transitions.select("observation")
     for policy in (agent.policy, torch.compile(agent.policy, backend="eager")):
-        arrived, _ = rebuilt(serialize("policy", policy), serialize("make_env", Goals), "cpu")
+        arrived, _ = sent(policy)
         with torch.no_grad():
             first, second = (p(batch.clone())["loc"] for p in (policy, arrived))
         assert torch.equal(first, second)
@@ -526,12 +531,12 @@ def test_parts_that_the_process_cannot_import_are_explained(tmp_path, monkeypatc
         patch.syspath_prepend(tmp_path)
         here_only = importlib.import_module("here_only")
         gymnasium.register("HereOnly-v0", entry_point=here_only.make_env)
-        make_env = serialize("make_env", here_only.make_env)
+        unknown = serialize_call(here_only.make_env)
         call = serialize_call(lambda: "performed")
         del gymnasium.registry["HereOnly-v0"], sys.modules["here_only"]
     (tmp_path / "here_only.py").unlink()
     with pytest.raises(RuntimeError, match=r"cannot be rebuilt .*No module named 'here_only'"):
-        rebuilt(serialize("policy", stochastic_actor()), make_env, "cpu")
+        run_task(unknown)
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry != str(tmp_path)])
     assert run_task(call) == "performed", "what is only registered is not missed"
     assert "HereOnly-v0" not in gymnasium.registry
@@ -552,18 +557,19 @@ class Plain(Exception):
 @pytest.mark.parametrize(
     ("error", "kind", "text"),
     [
-        (Plain("out of paint"), Plain, "out of paint"),
-        (Awkward(3, "home"), RuntimeError, "Awkward: 3 at home"),
+        (partial(Plain, "out of paint"), Plain, "out of paint"),
+        (partial(Awkward, 3, "home"), RuntimeError, "Awkward: 3 at home"),
+        (partial(SystemExit, 3), RuntimeError, "SystemExit: 3"),
     ],
 )
 def test_exceptions_keep_their_class_where_pickle_allows(error, kind, text):
-    try:
-        raise error
-    except Exception as caught:
-        revived = pickle.loads(failure(caught))
-    assert type(revived) is kind
-    assert str(revived) == text
-    assert "raise error" in str(revived.__cause__)
+    def fail():
+        raise error()
+
+    with pytest.raises(kind, match=text) as caught:
+        run_task(serialize_call(fail))
+    assert type(caught.value) is kind
+    assert type(pickle.loads(pickle.dumps(caught.value))) is kind
 
 
 def test_settings_on_which_rounding_depends_are_taken_over():
@@ -596,7 +602,7 @@ def test_settings_on_which_rounding_depends_are_taken_over():
     ("options", "error", "message"),
     [
         ({"policy": nn.Linear(1, 1)}, TypeError, "policy must be a TensorDict module"),
-        ({"episodes": 0}, ValueError, "episodes is 0; expected a whole number"),
+        ({"episodes": 0}, ValueError, "episodes is 0; expected an integer"),
         ({"reference_scores": (2, 1)}, ValueError, "reference_scores must be"),
         ({"max_episodes": 2}, TypeError, "max_episodes"),
     ],
@@ -622,7 +628,7 @@ def test_numbers_and_snapshots_are_checked():
         with pytest.raises(ValueError, match=r"shape \(31,\), expected torch.float32 of .*\(32,\)"):
             background.resubmit({3: snapshot})
         assert background.pending == {}
-        assert background._executor._thread.ident is None
+        assert process_of(background) is None
         background.submit(7)
         with pytest.raises(ValueError, match="number 7 is pending already"):
             background.submit(7)

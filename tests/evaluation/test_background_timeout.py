@@ -72,7 +72,7 @@ def warmed_up(policy, folder: Path) -> BackgroundEvaluation:
 @pytest.mark.slow
 def test_a_hung_evaluation_is_ended_and_reported_and_the_next_one_runs(tmp_path):
     with warmed_up(make_step(3, 1).loss.actor_network, tmp_path) as evaluation:
-        first = evaluation._executor._process.pid
+        first = evaluation._worker.process.pid
         (tmp_path / "hang").touch()
         evaluation.timeout = 1.0
         evaluation.submit(7)
@@ -93,7 +93,7 @@ def test_a_hung_evaluation_is_ended_and_reported_and_the_next_one_runs(tmp_path)
         evaluation.submit(8)
         ((number, result),) = evaluation.results(wait=True)
         assert (number, result.returns.tolist()) == (8, [1.0, 1.0])
-        assert evaluation._executor._process.pid != first
+        assert evaluation._worker.process.pid != first
 
 
 @pytest.mark.parametrize("wrong", [0, -1.0, float("inf"), float("nan"), "60", True])

@@ -13,9 +13,8 @@ from torch import nn
 from iql_torchrl import evaluate, load_dataset
 from iql_torchrl.evaluation import Acting
 from iql_torchrl.evaluation.acting import act
-from iql_torchrl.evaluation.background import rebuilt
+from iql_torchrl.evaluation.background import run_task, serialize_call
 from iql_torchrl.networks import History, LSTMEncoder, history_of, with_history
-from iql_torchrl.processes import serialize
 
 LENGTHS = (1, 3, 7, 2)  # steps of the episodes that start with seeds 0, 1, ...
 
@@ -257,5 +256,4 @@ def test_what_does_not_fit_a_history_is_refused():
 
 def test_the_history_goes_to_another_process_with_the_policy():
     policy = small_policy(3)
-    sent, _ = rebuilt(serialize("policy", policy), serialize("make_env", Counter), "cpu")
-    assert history_of(sent) == History(3)
+    assert history_of(run_task(serialize_call(lambda: policy))) == History(3)

@@ -103,7 +103,7 @@ def test_a_policy_that_does_not_choose():
 
 def test_refusals():
     agent, dataset = box_agent(**BEST), load_dataset(log())
-    with pytest.raises(ValueError, match="rows is 0; expected a whole number >= 1"):
+    with pytest.raises(ValueError, match="rows is 0; expected an integer >= 1"):
         value_gap(agent.policy, dataset.transitions, rows=0)
     with pytest.raises(ValueError, match="the transitions have no 'action'"):
         value_gap(agent.policy, dataset.transitions.exclude("action"))

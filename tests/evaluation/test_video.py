@@ -150,7 +150,7 @@ def test_arguments_are_checked_before_anything_runs(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"path must end in \.mp4, found '.*a\.avi'"):
         record_video(policy(), Shades, tmp_path / "a.avi", seed=0)
     for fps in (0, 2.5, True):
-        with pytest.raises(ValueError, match=f"fps is {fps}; expected a whole number >= 1"):
+        with pytest.raises(ValueError, match=f"fps is {fps}; expected an integer >= 1"):
             record_video(policy(), Shades, tmp_path / "a.mp4", seed=0, fps=fps)
     with pytest.raises(ValueError, match="episodes is 0"):
         record_video(policy(), Shades, tmp_path / "a.mp4", seed=0, episodes=0)

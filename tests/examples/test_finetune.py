@@ -1,4 +1,4 @@
-"""Offline, then online: the rows that the collector adds to the log, and that learning continues."""
+"""Offline, then online: the rows that the collector adds to the dataset; that learning continues."""
 
 from __future__ import annotations
 

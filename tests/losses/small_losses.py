@@ -30,7 +30,7 @@ class Head(nn.Module):
 
 
 class NormalActor(Head):
-    """A policy that is no TensorDictModule."""
+    """A policy that is not a TensorDictModule."""
 
     in_keys = ("observation",)
 
@@ -45,9 +45,9 @@ def make_loss(policy=policies.gaussian, hidden=(8, 8), activation=nn.Tanh, **opt
 
 
 def perturb_targets(loss, by: float = 0.1) -> None:
-    """Move targets off the live critics, so that confusing the two cannot go unseen."""
+    """Move targets off the online critics, so that confusing the two cannot go unseen."""
     for key, live in loss.qvalue_network_params.items(True, True):
-        if isinstance(live, nn.Parameter):  # buffers of the targets are the live critics'
+        if isinstance(live, nn.Parameter):  # buffers of the targets are the online critics'
             loss.target_qvalue_network_params.get(key).data.add_(by * torch.randn_like(live))
 
 

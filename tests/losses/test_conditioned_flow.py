@@ -40,7 +40,7 @@ CONDITIONED = {"policy": "flow", "actor_objective": "conditioned_flow", "flow_st
 
 # -- a bandit with known advantages: three arms, each a Gaussian around its action -----------------
 
-SHARE = np.array([0.5, 0.3, 0.2])  # how often the log takes an arm
+SHARE = np.array([0.5, 0.3, 0.2])  # how often the dataset takes an arm
 ACTION, WIDTH = np.array([-0.55, 0.0, 0.55]), 0.12
 ADVANTAGE = np.array([-1.0, 0.4, 0.6])
 POSITIVE = np.where(ADVANTAGE > 0, SHARE, 0) / SHARE[ADVANTAGE > 0].sum()

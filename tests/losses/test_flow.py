@@ -167,7 +167,7 @@ def test_noise_may_be_given_and_is_fixed_where_actions_are_deterministic():
         spread = [np.sort(((row - x) ** 2).sum(1))[:3].sum() for x in row]  # a quarter, and itself
         np.testing.assert_allclose(action, row[np.argmin(spread)], rtol=1e-5, atol=1e-6)
     assert policy.in_keys == ["observation"]  # the noise is optional
-    with pytest.raises(ValueError, match="deterministic_samples is 0; expected a whole number"):
+    with pytest.raises(ValueError, match="deterministic_samples is 0; expected an integer"):
         policy.deterministic_samples = 0
     named = policy(observation=data["observation"])  # TorchRL's keyword calls
     assert named.shape == (7, 3)
@@ -197,7 +197,7 @@ def test_the_deterministic_action_is_near_a_mode(monkeypatch):
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match="num_steps is 0; expected a whole number >= 1"):
+    with pytest.raises(ValueError, match="num_steps is 0; expected an integer >= 1"):
         policies.flow(5, SPEC, num_steps=0)
     actor, critic, value = make_networks()
     with pytest.raises(

@@ -277,7 +277,7 @@ def test_the_shift_is_a_window_of_the_padded_image(pixels, offset, first):
         ({"shape": (84, 84)}, r"shape is \(84, 84\); expected that of one image"),
         ({"shape": (4, 20, 3)}, "at least 8 x 8"),
         ({"shape": (20, 20, 3), "kind": "large"}, "kind is 'large'; choose one of 'small'"),
-        ({"shape": (20, 20, 3), "features": 0}, "features is 0; expected a whole number"),
+        ({"shape": (20, 20, 3), "features": 0}, "features is 0; expected an integer"),
     ],
 )
 def test_what_makes_no_encoder_is_refused(arguments, message):

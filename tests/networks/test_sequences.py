@@ -155,7 +155,7 @@ def test_several_windows_go_to_the_first_layer():
 
 def test_wrong_arguments_are_refused():
     for make in (LSTMEncoder, lambda *a: CausalTransformer(*a, length=T)):
-        with pytest.raises(ValueError, match="features is 0; expected a whole number >= 1"):
+        with pytest.raises(ValueError, match="features is 0; expected an integer >= 1"):
             make(F, 0)
     with pytest.raises(ValueError, match=r"features is 8 and heads is 3; .* multiple"):
         CausalTransformer(F, 8, heads=3, length=T)

@@ -282,7 +282,7 @@ def test_specs_that_do_not_fit_are_refused(build):
     with pytest.raises(TypeError, match="Categorical or OneHot"):
         policies.categorical(5, SPEC)
     for number in (0, 1.5):
-        words = f"num_components is {number}; expected a whole number"
+        words = f"num_components is {number}; expected an integer"
         with pytest.raises(ValueError, match=words):
             policies.mixture(5, SPEC, num_components=number)
 
@@ -380,7 +380,7 @@ def test_many_states_are_evaluated_in_parts(monkeypatch):
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        ({"num_samples": 0}, ValueError, "num_samples is 0; expected a whole number >= 1"),
+        ({"num_samples": 0}, ValueError, "num_samples is 0; expected an integer >= 1"),
         ({"select": "min"}, ValueError, "select is 'min'; choose one of 'max', 'softmax'"),
         ({"temperature": -1.0}, ValueError, "temperature is -1.0; expected a finite number >= 0"),
         ({"critics": []}, ValueError, "critics is empty"),

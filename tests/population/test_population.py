@@ -265,7 +265,7 @@ def test_what_is_no_population_is_refused():
         IQLPopulation(configs(), data).member(4)
     with pytest.raises(ValueError, match=r"is -1; .*an integer"):
         next(IQLPopulation([BASE], data).train(-1))
-    with pytest.raises(ValueError, match="members is 0; expected a whole number >= 1"):
+    with pytest.raises(ValueError, match="members is 0; expected an integer >= 1"):
         MemberSampler(data.transitions, 4, members=0)
 
 

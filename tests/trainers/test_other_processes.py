@@ -210,7 +210,7 @@ ALONE = "--resume continues a run with the settings"
         (["--seed=1", "--resume=run"], ALONE),
         (["--resume", "run", "--resume", "other"], ALONE),
         (["--resume", "."], ". has no readable arguments.json"),
-        (["--resume", "gone"], "gone is no folder, so there is no run to continue"),
+        (["--resume", "gone"], "gone is not a folder, so there is no run to continue"),
     ],
 )
 def test_other_arguments_and_folders_without_a_run_exit_with_a_sentence(

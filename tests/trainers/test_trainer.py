@@ -34,7 +34,7 @@ def by_hand(step, updates, seed=0):
 @pytest.mark.parametrize("order", ["sequential", "simultaneous"])
 def test_trains_as_the_loop_by_hand_and_rows_are_means(order):
     step, alone = make_step(order=order), make_step(order=order)
-    trainer = make_trainer(step, 2.5e1, log_interval=1e1)  # whole numbers
+    trainer = make_trainer(step, 2.5e1, log_interval=1e1)  # integers
     trainer.train()
     if order == "sequential":  # parts in place of a step
         made = make_step()
@@ -118,7 +118,7 @@ def test_between_events_nothing_but_sampling_and_stepping():
 
 
 class Captured:
-    """As ``captured`` returns: no arguments, several updates a call, samples for itself."""
+    """As ``captured`` returns: no arguments, several updates a call, draws its samples."""
 
     updates = 5
 
@@ -440,7 +440,7 @@ def test_what_a_killed_process_left_is_deleted(tmp_path):
 
 
 def test_config_json_tells_data_apart(tmp_path):
-    """The same rows have the same digest; another reward map and other ends have others."""
+    """The same rows have the same digest; another reward scaling and other ends have others."""
     rows = {
         "observation": np.arange(8.0)[:, None],
         "next_observation": np.arange(1.0, 9.0)[:, None],

@@ -1,4 +1,4 @@
-"""The trainer on a log in shards, and on windows: resuming, refusals, equal ranks, digests, frames."""
+"""The trainer on a dataset in shards, and on windows: resuming, refusals, equal ranks, digests."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_the_trainer_makes_the_replay_of_its_agent(log, tmp_path):
     expected = log.replay_buffer(16, seed=3).sample()
     assert bool((run.replay_buffer.sample() == expected).all())
     run.train()
-    assert (tmp_path / "run" / "curves.png").is_file()  # with the mean return of the log
+    assert (tmp_path / "run" / "curves.png").is_file()  # with the mean return of the dataset
 
 
 def test_all_shards_give_the_batches_and_updates_of_the_log_in_memory(log):

@@ -47,7 +47,7 @@ def absolute(actor, batch):
 
 
 CHANGES = {
-    "ceiling": to_loss("max_weight", 1.0),
+    "clip": to_loss("max_weight", 1.0),
     "a loaded optimizer": moment_twice,
     "loaded weights": another_state,
     "a group's rate": lambda step: step.optimizer.param_groups[0].update(lr=0.01),

@@ -33,7 +33,7 @@ from iql_torchrl import (
 )
 from iql_torchrl.data import DeviceSampler, replay_buffer
 from iql_torchrl.update import captured as captured_module
-from iql_torchrl.update.captured import CapturedStep, coming_rates
+from iql_torchrl.update.captured import CapturedStep, upcoming_lrs
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-11}
 ACTIONS = 4
@@ -536,7 +536,7 @@ def test_rates_of_several_updates_by_hand():
     optimizer = optim.Adam(groups)
     schedule = LambdaLR(optimizer, [lambda n: 0.5**n, lambda n: 1.0])
     step = IQLStep(loss, optimizer, None, lr_scheduler=schedule)
-    assert coming_rates(step, 2).tolist() == [[0.5, 0.25], [0.25, 0.25], [0.125, 0.25]]
+    assert upcoming_lrs(step, 2).tolist() == [[0.5, 0.25], [0.25, 0.25], [0.125, 0.25]]
 
 
 @pytest.mark.usefixtures("uncompiled")

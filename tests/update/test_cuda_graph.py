@@ -199,7 +199,7 @@ def test_what_a_graph_has_fixed_makes_another_and_replays_are_right(cuda):
     del changes["a group's rate"]  # the schedule sets it
     del changes["estimator"]  # of trajectories: eagerly it reads on the host where they end
     # tensors that are written to in place, which a replay reads
-    for name in ("ceiling", "temperature", "loaded weights"):
+    for name in ("clip", "temperature", "loaded weights"):
         pair.both(changes.pop(name))
         pair.run(1)
     assert cuda.captures() == 1

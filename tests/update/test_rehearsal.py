@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
 from iql_torchrl import PRESETS, IQLConfig, compiled, load_dataset, make_agent
 from iql_torchrl.data import DeviceSampler
 from iql_torchrl.population import IQLPopulation
-from iql_torchrl.update.captured import coming_rates
+from iql_torchrl.update.captured import upcoming_lrs
 from iql_torchrl.update.compiled import GraphUpdate, learning_rates
 
 __all__ = ["meta"]
@@ -225,12 +225,12 @@ def test_rates_are_copied_to_the_device_and_not_read_from_it(rate):
         lambda optimizer: LambdaLR(optimizer, lambda update: 0.9**update),
     ],
 )
-def test_coming_rates_are_not_read_from_the_device(schedule):
+def test_upcoming_lrs_are_not_read_from_the_device(schedule):
     rate = torch.tensor(0.25, device="meta")
     step = with_adam(rate, schedule)
     step.optimizer.param_groups[2]["lr"] = 0.125  # one group with a number
     with OneDevice("meta"):
-        table = coming_rates(step, 1)
+        table = upcoming_lrs(step, 1)
     assert (table.shape, table.device.type, table.dtype) == ((2, 3), "meta", torch.float64)
 
 

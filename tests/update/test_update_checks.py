@@ -162,7 +162,7 @@ def test_the_batch_of_inference_mode_is_not_accepted_in_silence():
 
 
 def test_a_batch_of_another_dtype_than_the_weights_is_named():
-    """Such as a log that NumPy made, in float64."""
+    """Such as a dataset that NumPy made, in float64."""
     step = make_step()
     words = r"got torch\.float64 and has weights of torch\.float32; cast the batch's observations"
     with pytest.raises(TypeError, match=words):
