@@ -312,9 +312,6 @@ def data_parallel(step: S, ranks: Ranks) -> S:
             values = tensor.contiguous()
             torch.distributed.broadcast(values, 0)
             tensor.copy_(values)
-    if ranks.is_main:  # whose choice of the library of products all take with the state
-        with plain.setting():
-            pass
     plain.load_state_dict(ranks.from_main(plain.state_dict))
     ranks.share_random_state()
     plain.ranks = ranks

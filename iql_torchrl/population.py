@@ -163,7 +163,7 @@ class IQLPopulation:
         ``for event in population.train(every=1000): ...`` may evaluate, log or save at each event.
         Updates are made when the next event is requested, so a call without a loop trains nothing and
         warns; :meth:`train_now` needs no loop. With ``compile`` in the configs, updates
-        are :func:`~iql_torchrl.captured`; the number per call divides ``every`` and is at most 32.
+        are :func:`~iql_torchrl.captured`, at most 32 a call; a rest of ``every`` is made eagerly.
 
         Raises ``ValueError`` on ``every < 1`` and on numbers that are not whole.
         """
@@ -188,16 +188,18 @@ class IQLPopulation:
     def _events(self, end: int, every: int, read: list[bool]) -> Iterator[PopulationEvent]:
         read.append(True)
         while self.updates < end:
-            metrics = self._advance(min(every, end - self.updates))
+            metrics = self._advance(min(every, end - self.updates), every)
             yield PopulationEvent(self.updates, metrics)
 
-    def _advance(self, updates: int) -> TensorDictBase:
-        """Means over ``updates`` updates; those that do not fill a captured call are made eagerly."""
+    def _advance(self, updates: int, every: int) -> TensorDictBase:
+        """Means over ``updates`` updates, at most ``every``; those that do not fill a captured call are
+        made eagerly."""
         total: Any = 0
         left = updates
         if self.configs[0].compile:
-            per_call = _updates_per_call(updates)
-            if self._captured is None or 4 * self._captured.updates < per_call:
+            per_call = _updates_per_call(every)
+            made = 0 if self._captured is None else self._captured.updates
+            if not made or made > every or 4 * made < per_call:
                 self._captured = captured(self.step, self.sampler, updates=per_call)
             per_call = self._captured.updates
             while left >= per_call:

@@ -154,6 +154,12 @@ def inductor_settings() -> set[str]:
     return set() if options is None else set(options())
 
 
+def mode_options(mode: str) -> dict[str, Any]:
+    """Inductor's settings of a mode of ``torch.compile``; ``RuntimeError`` on an unknown one."""
+    options = _needed(_module("torch._inductor"), "list_mode_options", "mode=", "Leave it out.")
+    return dict(options(mode))
+
+
 def keeps_batch_statistics(module: nn.Module) -> bool:
     """Whether the layer normalises with statistics of a batch, or averages them over batches.
 

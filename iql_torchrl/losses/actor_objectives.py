@@ -48,11 +48,12 @@ class ActorObjective(Objective):
     tensors by name that other parts read. ``networks`` is the loss, which evaluates its networks:
     ``log_prob(batch)``, ``policy_output(batch)``, ``qvalues(batch)``, ``actor(batch)``. ``advantage``
     ``(*B,)`` has no gradient. Metadata of these names is used: ``"weight"`` ``(*B,)`` (mean and
-    effective sample size are diagnostics) and ``"log_prob"`` ``(*B,)`` (written into the batch; its
-    negated mean is ``"entropy"``).
+    effective sample size are diagnostics) and ``"log_prob"`` ``(*B,)`` (written into the batch; with
+    ``has_entropy`` its negated mean is ``"entropy"``).
 
     Class attributes that a subclass may set: ``diagnostics``, names of metadata ``(*B,)`` whose means
-    are outputs of a loss with ``diagnostics=True``, and the names of these outputs;
+    are outputs of a loss with ``diagnostics=True``, and the names of these outputs; ``has_entropy``,
+    True where ``forward`` always returns ``"log_prob"``, so that ``"entropy"`` is an output;
     ``needs_continuous_actions``, False where discrete actions can be trained too.
     """
 

@@ -99,12 +99,14 @@ def _orthogonal_gain(weight: Tensor) -> float | None:
     return float(square.sqrt())
 
 
-def initialise_critics(live: TensorDictParams, target: TensorDictParams, module: nn.Module) -> None:
-    """Write :func:`draw_critics` of ``module``'s parameters into ``live`` and ``target`` in place."""
-    num_critics = live.shape[0]
+def initialise_critics(
+    online: TensorDictParams, target: TensorDictParams, module: nn.Module
+) -> None:
+    """Write :func:`draw_critics` of ``module``'s parameters into ``online`` and ``target`` in place."""
+    num_critics = online.shape[0]
     with torch.no_grad():
         for key, parameter in TensorDict.from_module(module).items(True, True):
-            leaf = live.get(key)
+            leaf = online.get(key)
             if leaf.requires_grad:  # neither a buffer nor a trunk that another network owns
                 draws = draw_critics(parameter, num_critics)
                 leaf.data.copy_(draws)
@@ -119,7 +121,7 @@ class LossCritics(TensorDictModuleBase):
 
     The online critics, as they are at every call: training changes them. Their parameters here
     require no gradient. A copy (``copy.deepcopy``, ``pickle``) has weights of its own and no longer
-    follows the loss. For losses whose critics read a continuous action. Where the loss has
+    follows the loss. Where the loss has
     an encoder, these critics read its features: ``policies.encoded(encoder, LossCritics(loss))`` reads
     the observations.
     """

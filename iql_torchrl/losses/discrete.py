@@ -13,6 +13,7 @@ from torchrl.data.utils import ACTION_SPACE_MAP
 from torchrl.modules import MaskedOneHotCategorical, OneHotCategorical
 
 from iql_torchrl import functional as F
+from iql_torchrl.losses.actor_objectives import ActorObjective
 from iql_torchrl.losses.batch import Batch
 from iql_torchrl.losses.critics import Critics
 from iql_torchrl.losses.iql import IQLLoss
@@ -45,12 +46,6 @@ class DiscreteIQLLoss(IQLLoss):
         **kwargs: Any,
     ) -> None:
         super().__init__(actor_network, qvalue_network, value_network, **kwargs)
-        objective = self.actor_objective
-        if objective.needs_continuous_actions:
-            raise ValueError(
-                f"actor_objective={type(objective).__name__} needs continuous actions; these are "
-                "discrete."
-            )
         if action_space is not None and not isinstance(action_space, str | TensorSpec):
             raise TypeError(
                 f"action_space is {action_space!r}; choose 'categorical' or 'one-hot', or pass a "
@@ -61,6 +56,14 @@ class DiscreteIQLLoss(IQLLoss):
             raise ValueError(
                 f"action_space is {action_space!r}; choose 'categorical' or 'one-hot': one action "
                 "out of N per step."
+            )
+
+    def check_actor_objective(self, objective: ActorObjective) -> None:
+        super().check_actor_objective(objective)
+        if objective.needs_continuous_actions:
+            raise ValueError(
+                f"actor_objective={type(objective).__name__} needs continuous actions; these are "
+                "discrete."
             )
 
     def pick(self, outputs: Tensor, batch: Batch) -> Tensor:

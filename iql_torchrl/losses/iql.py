@@ -34,7 +34,7 @@ from iql_torchrl.losses.batch import (
 )
 from iql_torchrl.losses.critics import Critics
 from iql_torchrl.losses.encoder import SharedEncoder
-from iql_torchrl.losses.networks import TARGET_CRITICS, NetworkLoss
+from iql_torchrl.losses.networks import NetworkLoss
 from iql_torchrl.losses.objective import Objective, from_settings
 from iql_torchrl.losses.value_objectives import VALUE_OBJECTIVES, ValueFunction, ValueObjective
 
@@ -157,6 +157,7 @@ class IQLLoss(NetworkLoss):
         of_value = _value_objective(value_objective, settings)
         settings["weight"] = of_value.advantage_weight
         of_actor = _actor_objective(actor_objective, settings)
+        _check_read(settings, value_objective, actor_objective)
         of_actor.check_actor(actor_network)
         super().__init__(
             actor_network,
@@ -182,8 +183,19 @@ class IQLLoss(NetworkLoss):
                 UserWarning,
                 stacklevel=3,
             )
+        self._out_keys: list[str] | None = None
+
+    @property
+    def out_keys(self) -> list[str]:
+        """Names of losses and scalars that a call returns."""
+        if self._out_keys is not None:  # selected by select_out_keys
+            return self._out_keys
         excluded = self.reduction == "none" and self.scalar_output_mode == "exclude"
-        self.out_keys = [*LOSSES, *(() if excluded else self.scalar_names)]
+        return [*LOSSES, *(() if excluded else self.scalar_names)]
+
+    @out_keys.setter
+    def out_keys(self, keys: list[str] | None) -> None:
+        self._out_keys = keys
 
     # -- the algorithm -------------------------------------------------------------------------------
 
@@ -302,8 +314,10 @@ class IQLLoss(NetworkLoss):
         generator: torch.Generator | None = None,
     ) -> dict[str, Tensor]:
         """The random tensors ``inputs``: the batch's entries, else ``draws``, else new ones."""
-        like = self.tensors["actor_network_params"][0]
-        drawn = {}
+        drawn: dict[str, Tensor] = {}
+        if not inputs:
+            return drawn
+        like = next(self.parameters())
         for key, draw in inputs.items():
             given = batch.data.get(key, None)
             if given is not None:
@@ -342,8 +356,9 @@ class IQLLoss(NetworkLoss):
         """
         summary = {"priority": metadata["td_error"].amax(0)}
         if "log_prob" in metadata:
-            summary["log_prob"] = metadata["log_prob"]
-            summary["entropy"] = batch.mean(-metadata["log_prob"])
+            summary["log_prob"] = metadata["log_prob"].detach()
+        if self.actor_objective.has_entropy:
+            summary["entropy"] = batch.mean(-summary["log_prob"])
         if not self.diagnostics:
             return summary
         advantage = metadata["advantage"]
@@ -393,8 +408,10 @@ class IQLLoss(NetworkLoss):
         batch = self.prepare_batch(tensordict)
         losses, metadata = self.terms(batch)
         out = self.outputs(tensordict, losses, self.summary(batch, metadata))
-        networks = (f"{network}_network_params" for network in ("actor", "qvalue", "value"))
-        self._clear_weakrefs(tensordict, out, *networks, TARGET_CRITICS)
+        names = [
+            f"{prefix}{name}_params" for name in self.network_names for prefix in ("", "target_")
+        ]
+        self._clear_weakrefs(tensordict, out, *(name for name in names if name in self._modules))
         return out
 
     def value_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
@@ -410,7 +427,7 @@ class IQLLoss(NetworkLoss):
         batch = self.prepare_batch(tensordict)
         loss, metadata = self.actor_term(batch, self.advantage(batch))
         if "log_prob" in metadata:
-            tensordict.set(self.tensor_keys.log_prob, metadata["log_prob"])
+            tensordict.set(self.tensor_keys.log_prob, metadata["log_prob"].detach())
         return loss, metadata
 
     def qvalue_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
@@ -465,9 +482,15 @@ class IQLLoss(NetworkLoss):
         if name in ("temperature", "expectile", "max_weight"):
             setattr(self._objective_with(name), name, value)
         elif isinstance(value, Objective):  # hyperparameters are where the networks are
+            if isinstance(value, ActorObjective):
+                self.check_actor_objective(value)
             super().__setattr__(name, value.to(next(self.parameters()).device))
         else:
             super().__setattr__(name, value)
+
+    def check_actor_objective(self, objective: ActorObjective) -> None:
+        """Raise ``TypeError`` or ``ValueError`` where the objective cannot train this policy."""
+        objective.check_actor(self.actor_network)
 
     def _objective_with(self, name: str) -> Objective:
         objective: Objective = self.value_objective if name == "expectile" else self.actor_objective
@@ -487,6 +510,7 @@ def _value_objective(objective: Any, settings: Mapping[str, Any]) -> ValueObject
     """The objective itself, that of the name with these settings, or one of a function."""
     if isinstance(objective, ValueObjective):
         return objective
+    _check_object("value_objective", objective, "ValueObjective")
     if callable(objective):
         return ValueFunction(objective)
     check_choice("value_objective", objective, tuple(VALUE_OBJECTIVES))
@@ -498,12 +522,40 @@ def _actor_objective(objective: Any, settings: Mapping[str, Any]) -> ActorObject
     """As :func:`_value_objective`; a function is weighted."""
     if isinstance(objective, ActorObjective):
         return objective
+    _check_object("actor_objective", objective, "ActorObjective")
     if callable(objective):
         names = ("temperature", "max_weight", "weight")
         return WeightedFunction(objective, **{name: settings[name] for name in names})
     check_choice("actor_objective", objective, tuple(ACTOR_OBJECTIVES))
     chosen: ActorObjective = from_settings(ACTOR_OBJECTIVES[objective], settings)
     return chosen
+
+
+def _check_object(name: str, objective: Any, kind: str) -> None:
+    """Raise ``TypeError`` on a class, and on an objective of the other kind."""
+    if isinstance(objective, type):
+        raise TypeError(
+            f"{name} is the class {objective.__name__}; pass an object, {objective.__name__}()."
+        )
+    if isinstance(objective, Objective):
+        raise TypeError(
+            f"{name} is {type(objective).__name__}; expected a {kind}, a name or a function."
+        )
+
+
+def _check_read(settings: Mapping[str, Any], *objectives: Any) -> None:
+    """Raise ``ValueError`` on a hyperparameter beside an object, which has its own."""
+    for objective in objectives:
+        if not isinstance(objective, Objective):
+            continue
+        of_value = isinstance(objective, ValueObjective)
+        for name in ("expectile",) if of_value else ("temperature", "max_weight"):
+            given = float(settings[name])
+            if given not in (getattr(IQLConfig, name), objective.initial.get(name)):
+                raise ValueError(
+                    f"{name} is {given:g}, which {type(objective).__name__} does not read; give it to "
+                    "the objective that you pass, or leave it out."
+                )
 
 
 # Where to give what IQLLoss has no argument for, by the names that it has elsewhere.
@@ -523,7 +575,7 @@ def _advice(name: str) -> str:
     """The argument ``name`` that the loss lacks, and where it belongs."""
     parts = (*VALUE_OBJECTIVES.values(), *ACTOR_OBJECTIVES.values(), SharedEncoder)
     kinds = [kind.__name__ for kind in parts if name in inspect.signature(kind).parameters]
-    own = f"it is one of losses.{kinds[0]}({name}=...)" if kinds else None
+    own = f"give it to losses.{kinds[0]}({name}=...)" if kinds else None
     close = difflib.get_close_matches(name, inspect.signature(IQLLoss).parameters, 1)
     meant = f"did you mean {close[0]}?" if close else "see help(IQLLoss) for its arguments"
     return f"{name!r}; {ARGUMENTS_ELSEWHERE.get(name) or own or meant}."

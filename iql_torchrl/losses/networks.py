@@ -208,6 +208,8 @@ class NetworkLoss(LossModule):
         checked_number("actor_ema", decay)
         self.actor_ema = float(decay)
         if not decay:
+            self._modules.pop(AVERAGE, None)
+            self.averaged_actor = None
             return
         params = self.actor_network_params
         trained = [key for key, leaf in params.items(True, True) if isinstance(leaf, nn.Parameter)]
@@ -439,19 +441,20 @@ class NetworkLoss(LossModule):
         return per_sample(output, inputs.batch_size, key)
 
     def state_and_next_value(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """``V(s)`` and ``V(s')``, ``(*B,)``; None for V(s') where targets are not made of it alone.
+        """``V(s)`` and ``V(s')``, ``(*B,)``; None for ``V(s')`` unless targets are TD(0)'s.
 
-        A network of this package, to which transitions are rows, is called once for both.
+        A fully connected network of this package is called once, on the transitions of both.
         """
         if not self.bootstraps_once():
             return self.state_value(batch), None
-        if not can_be_ensemble(getattr(self.value_network, "module", None)):
+        size = batch.data.batch_size
+        if not size or not can_be_ensemble(getattr(self.value_network, "module", None)):
             return self.state_value(batch), self.state_value(batch.next)
         here, there = self.inputs(batch), self.inputs(batch.next)
-        rows = TensorDict({}, batch_size=(2, *here.batch_size))
+        both = TensorDict({}, batch_size=(2 * size[0], *size[1:]))
         for key in self.value_network.in_keys:
-            rows.set(key, torch.stack([here.get(key), there.get(key)]))
-        value, next_value = self._value_of(rows)
+            both.set(key, torch.cat([here.get(key), there.get(key)]))
+        value, next_value = self._value_of(both).split(size[0])
         return value, next_value
 
     def qvalues(self, batch: Batch, source: str = "online", action: Tensor | None = None) -> Tensor:
@@ -460,13 +463,14 @@ class NetworkLoss(LossModule):
         ``source``: ``"online"`` critics, with gradient, or ``"target"`` critics, without. ``action``
         ``(*B, A)`` takes the place of the dataset action; the critics' parameters then get no gradient.
         """
-        data = self.inputs(batch, source)
-        if action is not None:
+        by_policy = action is not None  # whose loss trains an encoder only with gradient="all"
+        data = self.inputs(batch, "" if by_policy and source == "online" else source)
+        if by_policy:
             data = data.copy().set(self.tensor_keys.action, action)
         tensors = self.held("qvalue_network")
         if source == "target":
             tensors = self.tensors[TARGET_CRITICS]
-        if source == "target" or action is not None:
+        if source == "target" or by_policy:
             buffers = self.slots["qvalue_network"].buffers
             # a forward pass in training mode may write to buffers: to copies
             pairs = zip(tensors, buffers, strict=True)
@@ -577,7 +581,7 @@ class NetworkLoss(LossModule):
         ``loss.make_value_estimator(gamma=0.97)`` sets the discount (TorchRL's default is 0.99). Its
         numbers become tensors on the device of the loss's parameters, unless ``device`` is given,
         and move with ``loss.to(device)``.
-        Raises ``NotImplementedError`` on an estimator that needs an on-policy log, ``TypeError`` on
+        Raises ``NotImplementedError`` on an estimator that needs on-policy data, ``TypeError`` on
         another kind of ``value_type``, ``ValueError`` on a number ``gamma`` outside [0, 1].
         """
         gamma = hyperparams.get("gamma")

@@ -15,7 +15,7 @@ from iql_torchrl import functional as F
 from iql_torchrl.config import IQLConfig
 from iql_torchrl.config.iql_config import OWN_WEIGHTS
 from iql_torchrl.losses.batch import Batch, per_sample
-from iql_torchrl.losses.objective import Objective, checked_number
+from iql_torchrl.losses.objective import Objective
 
 
 class ValueObjective(Objective):
@@ -179,5 +179,4 @@ __all__ = [
     "Sparse",
     "ValueFunction",
     "ValueObjective",
-    "checked_number",
 ]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from iql_torchrl.config import IQLConfig, check_whole, config_settings, launches_kernels
 from iql_torchrl.networks.encoders import OneHot
+from iql_torchrl.private_apis import keeps_batch_statistics
 
 #: Makers of the activations that a config names. GELU is the approximation by tanh, as in JAX.
 ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = {
@@ -106,6 +107,8 @@ def _is_better_summed(x: Tensor, weight: Tensor) -> bool:
     """Whether a program computes the layer as a sum: one with a single output, and on a GPU, where a
     launch takes longer than a small product, one with at most ``NARROW`` inputs or outputs."""
     outputs, inputs = weight.shape[-2:]
+    if x.ndim < 2:
+        return False
     if outputs == 1:
         return x.ndim >= weight.ndim
     if not launches_kernels(x.device) or min(outputs, inputs) > NARROW:
@@ -329,11 +332,15 @@ def can_be_ensemble(network: nn.Module) -> bool:
     """Return whether ``network`` computes K networks where its parameters are stacked.
 
     It is a network of this package whose parameters are all in fully connected and normalisation
-    layers that read them so.
+    layers of ``mlp``, which read them so, and no layer keeps statistics of batches.
     """
-    return isinstance(network, AroundPerceptron) and all(
+    if not isinstance(network, AroundPerceptron):
+        return False
+    if any(keeps_batch_statistics(module) for module in network.modules()):
+        return False
+    return not any(True for _ in network.preprocess.parameters()) and all(
         isinstance(module, ENSEMBLE_LAYERS)
-        for module in network.modules()
+        for module in network.mlp.modules()
         if any(True for _ in module.parameters(recurse=False))
     )
 

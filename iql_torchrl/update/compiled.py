@@ -20,6 +20,7 @@ from iql_torchrl.losses.batch import Batch
 from iql_torchrl.private_apis import (
     inductor_settings,
     mark_stepped,
+    mode_options,
     recompilation_reason,
     tracing_gradients,
     untiled_loops_only,
@@ -52,8 +53,8 @@ UNSPLIT = 2**17
 OF_NETWORKS = ("CONSTANT_MATCH", "EQUALS_MATCH", "ID_MATCH", "TENSOR_MATCH")
 NOISE = ("EMPTY_NN_MODULE_HOOKS_DICT", "HASATTR", "NOT_PRESENT_IN_GENERIC_DICT")
 INNER = ("type(", "dict(", "list(")
-# Globals of libraries, as Dynamo names them: MODULE.NAME is G['__import_MODULE'].NAME. The chosen
-# library of products is a global of iql_torchrl.config.
+# Globals of libraries, as Dynamo names them: MODULE.NAME is G['__import_MODULE'].NAME. Those of
+# iql_torchrl.config say which kernels are generated.
 OF_LIBRARIES = re.compile(
     r"G\['(__import_(torch|tensordict|torchrl|iql_torchrl(?!_dot_config)|numpy|contextlib|dataclasses)"
     r"(_dot_|')|__builtins_dict__|_\d+_c\d+)"
@@ -231,7 +232,7 @@ def settings_of(group: Mapping[str, Any]) -> dict[str, Any]:
 
 def _compile_options(plain: IQLStep, given: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword arguments of ``torch.compile``, in dicts of their own: it takes entries out of them."""
-    options = {"fullgraph": True, **given}
+    options = {"fullgraph": True, **{k: v for k, v in given.items() if v is not None}}
     inner = options.get("options") or {}
     if options.get("mode") in GRAPH_MODES or inner.get(CUDA_GRAPHS):
         setting = f"mode is {options['mode']!r}" if "mode" in given else f"{CUDA_GRAPHS!r} is True"
@@ -240,11 +241,16 @@ def _compile_options(plain: IQLStep, given: Mapping[str, Any]) -> dict[str, Any]
             "the metrics of one update at the next. Use captured(step, replay, updates=K), which "
             "records K updates as one CUDA graph, or mode='max-autotune-no-cudagraphs'."
         )
-    # torch.compile accepts no options beside a mode
-    if "mode" in options or ("backend" in options and "options" not in options):
+    by_inductor = options.get("backend", "inductor") == "inductor"
+    if not by_inductor and "options" not in options:
         return options
     own: dict[str, Any] = {}
-    if options.get("backend", "inductor") == "inductor":
+    if (
+        by_inductor and "mode" in options and not inner
+    ):  # torch.compile accepts no options beside a mode
+        inner = mode_options(options.pop("mode"))
+        own = correct_programs(plain.device)
+    elif by_inductor:
         every = program_options(plain.device, plain.loss.parameters())
         own = correct_programs(plain.device) if "options" in options else every
     return options | {"options": {"guard_filter_fn": counted(worth_checking), **own, **inner}}

@@ -173,8 +173,8 @@ def test_a_config_lists_its_settings_where_none_is_close():
     [
         ("tau", r"the expectile is expectile=, and the averaging rate .* SoftUpdate\(loss, tau"),
         ("beta", "temperature="),
-        ("bc_weight", r"it is one of losses\.DDPGBC\(bc_weight=\.\.\.\)"),
-        ("random_shift", r"it is one of losses\.SharedEncoder\(random_shift=\.\.\.\)"),
+        ("bc_weight", r"give it to losses\.DDPGBC\(bc_weight=\.\.\.\)"),
+        ("random_shift", r"give it to losses\.SharedEncoder\(random_shift=\.\.\.\)"),
         ("temprature", "did you mean temperature"),
         ("xyz", r"see help\(IQLLoss\)"),
     ],
