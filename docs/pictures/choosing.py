@@ -98,7 +98,9 @@ def main() -> None:
     figure = Figure(figsize=(7.6, 3.3), layout="constrained", facecolor="white")
     panels = figure.subplots(1, 2, sharey=True, sharex=True)
     candidates = trained_candidates(make_dataset(300, 1))
-    truth = {name: true_value(repair_probabilities(m)) - behaviour for name, m in candidates.items()}
+    truth = {
+        name: true_value(repair_probabilities(m)) - behaviour for name, m in candidates.items()
+    }
     names = list(candidates)[::-1]
     for axes, episodes in zip(panels, (300, 25), strict=True):
         parts = make_dataset(2 * episodes, 0).split(0.5, seed=0)
@@ -125,7 +127,11 @@ def main() -> None:
     panels[1].plot([], [], "x", color="#D55E00", ms=6, mew=1.8, label="true gain")
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     figure.savefig(Path(__file__).with_suffix(".png"), dpi=100)
-    print({name: round(gain, 2) for name, gain in truth.items()}, "behaviour policy", round(behaviour, 2))
+    print(
+        {name: round(gain, 2) for name, gain in truth.items()},
+        "behaviour policy",
+        round(behaviour, 2),
+    )
 
 
 if __name__ == "__main__":
