@@ -23,7 +23,7 @@ from functools import partial
 from typing import Any
 
 import glucose
-from iql_torchrl import IQLConfig, IQLPopulation, OfflineDataset, evaluate, load_dataset
+from iql_torchrl import PRESETS, IQLConfig, IQLPopulation, OfflineDataset, evaluate, load_dataset
 from iql_torchrl.data.builtin import ensure_dataset
 from record import place, save
 
@@ -32,7 +32,7 @@ import torch
 
 Evaluate = Callable[[Any], float]  # an agent to its mean return
 PAPER = IQLConfig(updates=10_000, reward="return_range", schedule="constant")
-SMALL = replace(PAPER, updates=2_000, hidden=(64, 64), actor_lr=1e-3, critic_lr=1e-3, value_lr=1e-3)
+SMALL = PRESETS["small"]
 PAIR = ((0.0, 0.7), (1.0, 0.7))
 # group: its settings, numbers of updates, seeds, and the temperatures and expectiles of its runs
 GROUPS: dict[str, tuple[IQLConfig, tuple[int, ...], int, tuple[tuple[float, float], ...]]] = {
