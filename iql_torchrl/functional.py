@@ -277,18 +277,16 @@ def _action_index(values: Tensor, action: Tensor, leading: int | None) -> Tensor
     return action.squeeze(-1) if trailing else action
 
 
-def effective_sample_size(
-    weight: Tensor, *, mask: Tensor | None = None, dim: tuple[int, ...] | None = None
-) -> Tensor:
+def effective_sample_size(weight: Tensor, *, mask: Tensor | None = None) -> Tensor:
     """Kish's ``(sum w)**2 / sum w**2``: the equivalent number of equally weighted samples.
 
-    In [1, count]. Over the dimensions ``dim``, by default all. Far below the batch size the policy
+    In [1, count]. Far below the batch size the policy
     learns from few samples: lower ``temperature``, or scale the rewards down. Zero when no weight
     is positive. Kish 1965, Survey Sampling.
     """
     weight, _ = _unmasked(weight, mask, None)
-    square = weight.square().sum(dim)
-    return torch.where(square > 0, weight.sum(dim).square() / square, torch.zeros_like(square))
+    square = weight.square().sum()
+    return torch.where(square > 0, weight.sum().square() / square, torch.zeros_like(square))
 
 
 def weighted_mean(
@@ -296,21 +294,20 @@ def weighted_mean(
     *,
     mask: Tensor | None = None,
     weight: Tensor | None = None,
-    dim: tuple[int, ...] | None = None,
 ) -> Tensor:
     """``sum(weight * value) / sum(weight)`` over the samples where ``mask`` is true.
 
-    Over the dimensions ``dim``, by default all. ``mask`` (bool) and ``weight`` have the shape of
+    ``mask`` (bool) and ``weight`` have the shape of
     ``value``. Masked samples are not read, so they may be ``nan``. If all are masked, the mean is 0
     and its gradient is zero. Raises ``ValueError`` on another shape, or a mask that is not bool.
     """
     value, weight = _unmasked(value, mask, weight)
     if weight is None:
         if mask is None:
-            return value.mean(dim)
+            return value.mean()
         weight = mask.to(value.dtype)
-    total = weight.sum(dim)
-    return (weight * value).sum(dim) / torch.where(total == 0, torch.ones_like(total), total)
+    total = weight.sum()
+    return (weight * value).sum() / torch.where(total == 0, torch.ones_like(total), total)
 
 
 def reduce(
@@ -319,15 +316,14 @@ def reduce(
     reduction: str,
     mask: Tensor | None = None,
     weight: Tensor | None = None,
-    dim: tuple[int, ...] | None = None,
 ) -> Tensor:
     """Reduce per-sample losses: ``"mean"`` (:func:`weighted_mean`), ``"sum"``, or ``"none"``.
 
-    Over the dimensions ``dim``, by default all. With ``"none"`` the shape is kept and masked samples
+    With ``"none"`` the shape is kept and masked samples
     are 0. Raises ``ValueError`` on another name, and as :func:`weighted_mean`.
     """
     if reduction == "mean":
-        return weighted_mean(value, mask=mask, weight=weight, dim=dim)
+        return weighted_mean(value, mask=mask, weight=weight)
     if reduction not in ("sum", "none"):
         raise ValueError(f"reduction is {reduction!r}; choose 'mean', 'sum' or 'none'.")
     value, weight = _unmasked(value, mask, weight)

@@ -181,6 +181,9 @@ OFFICIAL |= {"value_objective": "expectile", "max_grad_norm": None, "initialisat
 FQL = {**COMMON, "hidden": (512,) * 4, "activation": "gelu", "layer_norm": True, "dropout": 0.0}
 FQL |= {"norm_after_activation": True, "expectile": 0.9, "schedule": "constant", "reward": "raw"}
 FQL |= {"order": "simultaneous"}
+# measured in benchmarks/bench_small.py
+SMALL = {"updates": 2000, "hidden": (64, 64), "schedule": "constant", "batch_size": 256}
+SMALL |= {"actor_lr": 1e-3, "critic_lr": 1e-3, "value_lr": 1e-3, "discount": 0.99}
 ADAMW = {"optimizer": "adamw", "weight_decay": 0.0, **dict.fromkeys(RATES, 1e-3), "actor_lr": 1e-4}
 ADAMW |= {"schedule": "cosine", "schedule_steps": 100, "discount": 0.97, "expectile": 0.7}
 
@@ -194,6 +197,7 @@ ADAMW |= {"schedule": "cosine", "schedule_steps": 100, "discount": 0.97, "expect
         ("adroit", OFFICIAL, (0.7, 0.5, 0.1, "raw")),
         ("ogbench", FQL, (0.9, 10.0, 0.0, "raw")),
         ("ifql", FQL | {"policy": "flow", "flow_steps": 10, "num_samples": 32}, (0.9, 0.0, 0.0, "raw")),
+        ("small", SMALL, (0.7, 3.0, 0.0, "return_range")),
         ("adamw_cosine", ADAMW, (0.7, 2.0, 0.0, "raw")),
     ],
 )  # fmt: skip

@@ -34,7 +34,7 @@ CONFIG = IQLConfig(
 COLOURS = {True: "#009E73", False: "0.45"}
 
 
-def make_log(episodes: int, seed: int) -> OfflineDataset:
+def make_dataset(episodes: int, seed: int) -> OfflineDataset:
     draw, rows = np.random.default_rng(seed), []
     for episode in range(episodes):
         wear = int(draw.integers(5))
@@ -73,7 +73,7 @@ class NeverRepair(nn.Module):
         return torch.tensor([0.0, -torch.inf]).expand(*wear.shape, 2)
 
 
-def members(train: OfflineDataset) -> dict[str, Any]:
+def trained_candidates(train: OfflineDataset) -> dict[str, Any]:
     configs = [replace(CONFIG, temperature=temperature) for temperature in TEMPERATURES]
     population = IQLPopulation(configs, train)
     for _ in population.train(every=CONFIG.updates):
@@ -86,22 +86,24 @@ def members(train: OfflineDataset) -> dict[str, Any]:
     return result
 
 
-def repair_probabilities(member: Any) -> np.ndarray:
+def repair_probabilities(policy: Any) -> np.ndarray:
     states = TensorDict({"observation": torch.arange(5)}, [5])
     with torch.no_grad():
-        return getattr(member, "policy", member).get_dist(states).probs[:, 1].double().numpy()
+        return getattr(policy, "policy", policy).get_dist(states).probs[:, 1].double().numpy()
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    log = true_value(np.full(5, REPAIR))
+    behaviour = true_value(np.full(5, REPAIR))
     figure = Figure(figsize=(7.6, 3.3), layout="constrained", facecolor="white")
     panels = figure.subplots(1, 2, sharey=True, sharex=True)
-    candidates = members(make_log(300, 1))
-    truth = {name: true_value(repair_probabilities(m)) - log for name, m in candidates.items()}
+    candidates = trained_candidates(make_dataset(300, 1))
+    truth = {
+        name: true_value(repair_probabilities(m)) - behaviour for name, m in candidates.items()
+    }
     names = list(candidates)[::-1]
     for axes, episodes in zip(panels, (300, 25), strict=True):
-        parts = make_log(2 * episodes, 0).split(0.5, seed=0)
+        parts = make_dataset(2 * episodes, 0).split(0.5, seed=0)
         ranking = rank_policies(candidates, *parts, discount=DISCOUNT)
         print(ranking, "\n")
         for row in ranking.rows:
@@ -125,7 +127,11 @@ def main() -> None:
     panels[1].plot([], [], "x", color="#D55E00", ms=6, mew=1.8, label="true gain")
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     figure.savefig(Path(__file__).with_suffix(".png"), dpi=100)
-    print({name: round(gain, 2) for name, gain in truth.items()}, "log", round(log, 2))
+    print(
+        {name: round(gain, 2) for name, gain in truth.items()},
+        "behaviour policy",
+        round(behaviour, 2),
+    )
 
 
 if __name__ == "__main__":

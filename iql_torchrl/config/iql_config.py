@@ -397,9 +397,17 @@ FQL: dict[str, Any] = {
     "order": "simultaneous",
 }
 
+<<<<<<< HEAD
 #: ``quick`` learns small tasks in about a minute on two cores. ``adamw_cosine`` is not from a
 #: publication: AdamW without decay, and all learning rates on one cosine of a hundred steps (torch's
 #: ``CosineAnnealingLR`` with ``T_max=100``, stepped a hundred times over the run).
+=======
+#: ``quick`` learns small tasks in about a minute on two cores. ``small`` is for a few thousand noisy
+#: transitions: few updates, because more of them fit the noise (``benchmarks/bench_small.py``).
+#: ``adamw_cosine`` is not from a publication: AdamW without decay, and all learning rates on one
+#: cosine of a hundred steps (torch's ``CosineAnnealingLR`` with ``T_max=100``, stepped a hundred
+#: times over the run).
+>>>>>>> sel
 #:
 #: The others are the official code's for D4RL's tasks, read in
 #: https://github.com/ikostrikov/implicit_q_learning at commit 09d7002: ``configs/mujoco_config.py``
@@ -425,6 +433,15 @@ PRESETS = MappingProxyType(
                 updates=10_000,
                 reward="return_range",
                 hidden=(64, 64),
+                actor_lr=1e-3,
+                critic_lr=1e-3,
+                value_lr=1e-3,
+            ),
+            "small": IQLConfig(
+                updates=2_000,
+                reward="return_range",
+                hidden=(64, 64),
+                schedule="constant",
                 actor_lr=1e-3,
                 critic_lr=1e-3,
                 value_lr=1e-3,

@@ -269,7 +269,7 @@ class NetworkLoss(LossModule):
     def _critics_are_ensemble(self) -> bool:
         """Whether one call of the critic's module evaluates K critics with stacked parameters."""
         module = getattr(self.qvalue_network, "module", None)
-        if self.num_qvalue_nets == 1 or not can_be_ensemble(module):  # type: ignore[arg-type]
+        if self.num_qvalue_nets == 1 or not can_be_ensemble(module):
             return False
         leaves = zip(self.slots["qvalue_network"].buffers, self.tensors[CRITICS], strict=True)
         return all(bool((x == x[:1]).all()) for is_buffer, x in leaves if is_buffer)

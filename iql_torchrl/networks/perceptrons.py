@@ -328,7 +328,7 @@ def _check_dtype(features: Tensor, weight: Tensor) -> None:
         )
 
 
-def can_be_ensemble(network: nn.Module) -> bool:
+def can_be_ensemble(network: object) -> bool:
     """Return whether ``network`` computes K networks where its parameters are stacked.
 
     It is a network of this package whose parameters are all in fully connected and normalisation

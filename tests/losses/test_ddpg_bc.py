@@ -211,15 +211,6 @@ def test_masks_and_importance_weights():
     torch.testing.assert_close(loss.actor_loss(alone)[0], expected)
 
 
-def test_temperature_is_unused():
-    data = batch()
-    terms = []
-    for temperature in (0.0, 10.0):
-        torch.manual_seed(0)
-        terms.append(ddpg_loss(temperature=temperature).actor_loss(data.clone())[0])
-    assert torch.equal(*terms)
-
-
 FORMS = {
     "default": {},
     "one critic": {"num_qvalue_nets": 1},
