@@ -328,7 +328,7 @@ def reduce(
         raise ValueError(f"reduction is {reduction!r}; choose 'mean', 'sum' or 'none'.")
     value, weight = _unmasked(value, mask, weight)
     value = value if weight is None else value * weight
-    return value.sum(dim) if reduction == "sum" else value
+    return value.sum() if reduction == "sum" else value
 
 
 def _unmasked(

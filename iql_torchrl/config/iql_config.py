@@ -397,17 +397,11 @@ FQL: dict[str, Any] = {
     "order": "simultaneous",
 }
 
-<<<<<<< HEAD
-#: ``quick`` learns small tasks in about a minute on two cores. ``adamw_cosine`` is not from a
-#: publication: AdamW without decay, and all learning rates on one cosine of a hundred steps (torch's
-#: ``CosineAnnealingLR`` with ``T_max=100``, stepped a hundred times over the run).
-=======
 #: ``quick`` learns small tasks in about a minute on two cores. ``small`` is for a few thousand noisy
 #: transitions: few updates, because more of them fit the noise (``benchmarks/bench_small.py``).
 #: ``adamw_cosine`` is not from a publication: AdamW without decay, and all learning rates on one
 #: cosine of a hundred steps (torch's ``CosineAnnealingLR`` with ``T_max=100``, stepped a hundred
 #: times over the run).
->>>>>>> sel
 #:
 #: The others are the official code's for D4RL's tasks, read in
 #: https://github.com/ikostrikov/implicit_q_learning at commit 09d7002: ``configs/mujoco_config.py``
