@@ -31,8 +31,11 @@ DATE = re.compile(
     r"(?:[T ](\d\d(?::\d\d(?::\d\d(?:\.\d{1,6})?)?)?)(?:(?<=\.\d{6})\d+)?"
     r"(?:Z|([-+])(\d\d):?(\d\d)?)?)?"
 )
-#: What NumPy and zipfile raise for a damaged archive.
-DAMAGED_NPZ = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile)
+#: What damaged files are called, and what NumPy and zipfile, and h5py, raise for them.
+DAMAGED_NPZ = (
+    "not a complete npz archive", OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile,
+)  # fmt: skip
+DAMAGED_HDF5 = ("not a complete HDF5 file", OSError, RuntimeError, KeyError)
 
 
 @contextmanager
@@ -254,7 +257,7 @@ def open_npz(path: Path) -> dict[str, Column]:
     ``numpy.savez_compressed`` is read whole.
     """
     # Opened here: NumPy leaves a file open that turns out not to be an archive.
-    with reading(path, "not a complete npz archive", *DAMAGED_NPZ), open(path, "rb") as file:
+    with reading(path, *DAMAGED_NPZ), open(path, "rb") as file:
         archive = np.load(file, allow_pickle=False)
         if isinstance(archive, np.ndarray):
             raise DatasetError(
@@ -305,7 +308,7 @@ def _stored(path: Path, member: zipfile.ZipInfo) -> Column | None:
         nonlocal checked
         start, stop, _ = rows.indices(shape[0])
         count = max(stop - start, 0)
-        with reading(path, "not a complete npz archive", *DAMAGED_NPZ), open(path, "rb") as file:
+        with reading(path, *DAMAGED_NPZ), open(path, "rb") as file:
             if not checked:
                 with zipfile.ZipFile(file) as archive, archive.open(member) as values:
                     while values.read(2**22):
@@ -392,7 +395,7 @@ def hdf5_arrays(path: Path) -> dict[str, Column]:
         if isinstance(item, h5py.Dataset) and item.ndim:
             arrays[name] = item
 
-    with reading(path, "not a complete HDF5 file", OSError, RuntimeError, KeyError):
+    with reading(path, *DAMAGED_HDF5):
         h5py.File(path, "r").visititems(visit)
     return arrays
 
@@ -413,10 +416,12 @@ def hdf5_parts(path: Path, arrays: Mapping[str, Any]) -> tuple[Path, ...]:
 
 
 def flatten(arrays: Mapping[str, Any], prefix: str = "") -> dict[str, Column]:
-    """Nested mappings of arrays as one level, names joined by ``/``."""
+    """Nested mappings, and structured arrays, of arrays as one level, names joined by ``/``."""
     flat: dict[str, Column] = {}
     for name, value in arrays.items():
         path = f"{prefix}{name}"
+        if names := getattr(getattr(value, "dtype", None), "names", None):
+            value = {field: value[field] for field in names}
         if isinstance(value, Mapping):
             flat.update(flatten(value, f"{path}/"))
         else:

@@ -131,12 +131,4 @@ def open_npy(path: Path) -> dict[str, Column]:
             f"{path}: has an array of shape {array.shape} and dtype {array.dtype} without names; "
             f"{remedy}, as numpy.savez(path, observation=..., action=...) writes it."
         )
-    return _fields(array, "")
-
-
-def _fields(array: Any, prefix: str) -> dict[str, Column]:
-    columns: dict[str, Column] = {}
-    for name in array.dtype.names:
-        field, path = array[name], f"{prefix}{name}"
-        columns |= {path: field} if field.dtype.names is None else _fields(field, f"{path}/")
-    return columns
+    return flatten({name: array[name] for name in array.dtype.names})

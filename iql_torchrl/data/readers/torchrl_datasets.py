@@ -69,8 +69,13 @@ def open_torchrl(source: TensorDictBase | ReplayBuffer | Storage, options: ReadO
             "termination, whose value is not bootstrapped; if episodes end by time, pass "
             "columns={'terminated': None, 'truncated': 'next/done'}."
         )
-    observed = _group(columns, mapping.get("observation") or "observation")
-    following = _group(columns, mapping.get("next_observation") or "next/observation")
+    observed, following = (
+        list(group_of(columns, path if path in columns else path.replace(".", "/")).values())
+        for path in (
+            mapping.get("observation") or "observation",
+            mapping.get("next_observation") or "next/observation",
+        )
+    )
     if observed and following:
         terminated = _flags(columns, mapping.get("terminated", "next/terminated"))
         keep, text = _rows_with_next(name, observed, following, terminated)
@@ -104,11 +109,6 @@ def _rows_with_next(
     if used < rows:
         texts.append(f"the last {rows - used} of {rows} rows hold only zeros and are left out")
     return ~lost & (np.arange(rows) < used), f"{name}: {'; '.join(texts)}." if texts else ""
-
-
-def _group(columns: Mapping[str, Column], path: str) -> list[Column]:
-    path = path if path in columns else path.replace(".", "/")
-    return list(group_of(columns, path).values())
 
 
 def _flags(columns: Mapping[str, Column], path: str | None) -> NDArray[np.bool_]:
