@@ -254,7 +254,7 @@ def _open_arrow(path: Path, options: ReadOptions) -> Columns:
     from iql_torchrl.data.readers.parquet import hive_table, parquet_files, parquet_rows
 
     if frames.is_saved_dataset(path):
-        return frames.open_datasets(frames.load_saved_dataset(path), options.named, path)
+        return frames.open_datasets(path, options.named)
     if (path / "meta" / "info.json").is_file():
         from iql_torchrl.data.readers.lerobot import open_lerobot
 
