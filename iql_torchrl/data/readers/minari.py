@@ -92,11 +92,6 @@ def _closest(dataset_id: str) -> str:
     return f"; local ids: {', '.join(local[:5]) or 'there are none'}"
 
 
-def minari_files(dataset: minari.MinariDataset) -> tuple[Path, ...]:
-    """Every file of the dataset."""
-    return tuple(sorted(p for p in Path(dataset.storage.data_path).rglob("*") if p.is_file()))
-
-
 def open_minari(dataset: minari.MinariDataset, options: ReadOptions) -> Columns:
     """The columns of a Minari dataset of any storage format, with its selection of episodes.
 
