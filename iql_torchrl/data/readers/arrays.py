@@ -39,16 +39,17 @@ DAMAGED_HDF5 = ("not a complete HDF5 file", OSError, RuntimeError, KeyError)
 
 
 @contextmanager
-def reading(path: Path | str, problem: str, *errors: type[Exception]) -> Iterator[None]:
-    """``errors`` of the block as ``DatasetError``: what is wrong with the file."""
+def reading(
+    subject: Path | str, problem: str, *errors: type[Exception],
+    remedy: str = "download, copy or save it again",
+) -> Iterator[None]:  # fmt: skip
+    """``errors`` of the block as ``DatasetError``: what is wrong with a source, and what to do."""
     try:
         yield
     except DatasetError:
         raise
     except errors as error:
-        raise DatasetError(
-            f"{path}: {problem} ({one_line(error)}); download, copy or save it again."
-        ) from error
+        raise DatasetError(f"{subject}: {problem} ({one_line(error)}); {remedy}.") from error
 
 
 def package(name: str, reader: str, extra: str = "readers") -> Any:

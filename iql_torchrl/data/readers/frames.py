@@ -55,13 +55,9 @@ def open_frame(source: Any, mapping: Mapping[str, str | None]) -> Columns:
             return Columns(name, {key: _array(values, key) for key, values in series.items()})
         return open_cells(name, series, mapping)
     pa = package("pyarrow", name)
-    try:
+    remedy = "expected a DataFrame, a pyarrow.Table, or another table with columns for our keys"
+    with reading(name, "is not a table", pa.ArrowException, TypeError, ValueError, remedy=remedy):
         table = pa.table(source.collect() if _is(source, "polars", "LazyFrame") else source)
-    except (pa.ArrowException, TypeError, ValueError) as error:
-        raise DatasetError(
-            f"{name}: is not a table ({one_line(error)}); expected a DataFrame, a pyarrow.Table, or "
-            "another table with one column for each of our keys."
-        ) from error
     return open_table(name, table, mapping)
 
 

@@ -21,10 +21,10 @@ from iql_torchrl.data.readers.arrays import (
     array_of,
     chosen_rows,
     group_of,
+    reading,
 )
 from iql_torchrl.data.readers.options import ReadOptions
 from iql_torchrl.data.schema import DatasetError
-from iql_torchrl.descriptions import one_line
 
 NO_FRAMES = (
     "its frames are in video files and not in the table; load the folder of LeRobot's files itself, or "
@@ -178,13 +178,12 @@ def _tensordict(source: TensorDictBase | ReplayBuffer | Storage) -> TensorDictBa
     if isinstance(source, ReplayBuffer):
         source = source.storage
     if isinstance(source, Storage):
-        try:
+        remedy = (
+            "expected a storage of a known number of rows: download a streamed dataset first "
+            "(download=True)"
+        )
+        with reading(type(source).__name__, "has no length", RuntimeError, remedy=remedy):
             rows = len(source)
-        except RuntimeError as error:
-            raise DatasetError(
-                f"{type(source).__name__}: has no length ({one_line(error)}); expected a storage of a "
-                "known number of rows: download a streamed dataset first (download=True)."
-            ) from error
         if not rows:
             raise DatasetError("the replay buffer is empty; expected at least one transition.")
         source = source.get(slice(0, rows))
