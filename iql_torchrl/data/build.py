@@ -204,7 +204,7 @@ class ChunkChecker:
         self.clipped = self.unused = self.filled = 0
         #: Leading rows of observations that float32 rounds.
         self.samples: dict[Key, list[NDArray[Any]]] = {}
-        self.lowest, self.highest = np.inf, -np.inf  # of raw rewards
+        self.rewards = StatisticsAccumulator((1,))  # raw
         self.largest = np.empty(0)  # the largest magnitudes of rewards, ascending
 
     def fill(
@@ -231,10 +231,7 @@ class ChunkChecker:
         rewards = raw[REWARD].astype(np.float64)  # before they are rounded to the table's dtype
         sums = np.bincount(episodes - episodes[0], weights=rewards)
         self.returns[episodes[0] : episodes[-1] + 1] += sums
-        self.lowest, self.highest = (
-            min(self.lowest, rewards.min()),
-            max(self.highest, rewards.max()),
-        )
+        self.rewards.update(torch.from_numpy(rewards))
         self.largest = np.sort(np.append(self.largest, np.abs(rewards)))[-HANDFUL - 1 :]
         for key, accumulator in self.statistics.items():
             accumulator.update(chunk[key])
@@ -400,8 +397,9 @@ class ChunkChecker:
                 f"next_observation is NaN in {self.unused} rows that terminate, where it is never "
                 "used; the observation is stored there."
             )
-        if count > 1 and self.lowest == self.highest:
-            notes.append(f"every reward is {self.lowest:g}; episodes differ in their lengths only.")
+        if count > 1 and self.rewards.low == self.rewards.high:
+            reward = float(self.rewards.low[0])
+            notes.append(f"every reward is {reward:g}; episodes differ in their lengths only.")
         for key, each in self.statistics.items():
             constant = np.flatnonzero(each.low == each.high).tolist()
             if constant and count > 1:

@@ -62,13 +62,25 @@ def has_tensor_form(space: gym.Space[Any]) -> bool:
 
 
 def field_of_space(space: gym.Space[Any], dtype: torch.dtype, key: Key) -> Field:
-    """How values of a space are stored: floats as ``dtype``, categories as int64.
+    """How values of a space are stored; raises as :func:`spec_of_space`."""
+    spec = spec_of_space(space, dtype, key)
+    return Field(tuple(spec.shape), spec.dtype)
 
-    A Box of integers keeps its dtype (images stay uint8). Raises ``DatasetError`` for a space
-    without a tensor form.
+
+def spec_of_space(space: gym.Space[Any], dtype: torch.dtype, key: Key) -> TensorSpec:
+    """A leaf's TorchRL spec: categorical, Bounded, or Unbounded where any bound is infinite.
+
+    Floats are stored as ``dtype``, categories as int64; a Box of integers keeps its dtype (images stay
+    uint8). TorchRL cannot sample a spec with one infinite bound, so the spec of such a space lacks its
+    finite bounds too. Raises ``DatasetError`` for a space without a tensor form.
     """
-    if isinstance(space, CATEGORIES):
-        return Field(tuple(space.shape or ()), torch.int64)
+    shape = torch.Size(space.shape or ())
+    if isinstance(space, spaces.Discrete):
+        return Categorical(int(space.n), shape=shape, dtype=torch.int64)
+    if isinstance(space, spaces.MultiDiscrete):
+        return MultiCategorical(torch.as_tensor(space.nvec), shape=shape, remove_singleton=False)
+    if isinstance(space, spaces.MultiBinary):
+        return Bounded(0, 1, shape=shape, dtype=torch.int64)
     if not isinstance(space, spaces.Box):
         raise DatasetError(
             f"{dotted(key)}: a {type(space).__name__} space has no tensor form; expected Box, "
@@ -76,28 +88,10 @@ def field_of_space(space: gym.Space[Any], dtype: torch.dtype, key: Key) -> Field
         )
     floats = np.issubdtype(space.dtype, np.floating)
     stored = dtype if floats else torch.from_numpy(np.empty(0, space.dtype)).dtype
-    return Field(space.shape, stored)
-
-
-def spec_of_space(space: gym.Space[Any], dtype: torch.dtype, key: Key) -> TensorSpec:
-    """A leaf's TorchRL spec: categorical, Bounded, or Unbounded where any bound is infinite.
-
-    TorchRL cannot sample a spec with one infinite bound, so the spec of such a space lacks its
-    finite bounds too.
-    """
-    shape, stored = field_of_space(space, dtype, key)
-    if isinstance(space, spaces.Discrete):
-        return Categorical(int(space.n), shape=torch.Size(shape), dtype=stored)
-    if isinstance(space, spaces.MultiDiscrete):
-        counts = torch.as_tensor(space.nvec)
-        return MultiCategorical(counts, shape=torch.Size(shape), remove_singleton=False)
-    if isinstance(space, spaces.MultiBinary):
-        return Bounded(0, 1, shape=torch.Size(shape), dtype=stored)
-    assert isinstance(space, spaces.Box)
     if not space.is_bounded():
-        return Unbounded(shape=torch.Size(shape), dtype=stored)
+        return Unbounded(shape=shape, dtype=stored)
     low, high = (torch.as_tensor(bound).to(stored) for bound in (space.low, space.high))
-    return Bounded(low, high, shape=torch.Size(shape), dtype=stored)
+    return Bounded(low, high, shape=shape, dtype=stored)
 
 
 def observation_spec_of(space: gym.Space[Any], dtype: torch.dtype) -> Composite:

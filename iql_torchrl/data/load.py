@@ -13,6 +13,7 @@ import gymnasium as gym
 import minari
 import numpy as np
 import torch
+from minari.serialization import serialize_space
 from tensordict import TensorDict
 
 from iql_torchrl.data.build import build
@@ -234,14 +235,14 @@ def identity(source: Any, options: ReadOptions) -> dict[str, Any]:
         [str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns, digest(_sampled(p, len(files)))]
         for p in files
     ]
+    digests = {
+        name: digest([serialize_space(space).encode()])  # texts of spaces shorten their bounds
+        for name in ("observation_space", "action_space")
+        if (space := getattr(options, name)) is not None
+    }
     # Of an environment the limit and the spaces decide, which may change under its id.
-    decisive = {
-        **vars(options), "env": None,
-        "observation_space": _space_identity(options.observation_space),
-        "action_space": _space_identity(options.action_space),
-        "source": _source_identity(source),
-        "download": None, "progress": None,  # these decide nothing
-    }  # fmt: skip
+    irrelevant = dict.fromkeys(("env", "download", "progress"))
+    decisive = {**vars(options), **digests, **irrelevant, "source": _source_identity(source)}
     return {"files": records, "options": {name: repr(value) for name, value in decisive.items()}}
 
 
@@ -262,12 +263,3 @@ def _sampled(path: Path, files: int) -> Iterator[bytes]:
         for place in range(0, size, CHUNK) if whole else places:
             file.seek(place)
             yield file.read(CHUNK)
-
-
-def _space_identity(space: gym.Space[Any] | None) -> str:
-    """The text of a space, with a digest of its bounds, because the text shortens them."""
-    if isinstance(space, gym.spaces.Dict):
-        return str({key: _space_identity(inner) for key, inner in space.spaces.items()})
-    if isinstance(space, gym.spaces.Box):
-        return f"{space} {digest([space.low.tobytes(), space.high.tobytes()])}"
-    return str(space)

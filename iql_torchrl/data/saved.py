@@ -66,10 +66,7 @@ class Location:
 
     def read(self, file: str) -> bytes:
         """Return a file's content; raise ``FileNotFoundError``, and ``DatasetError`` for an address."""
-        if self.is_local:
-            return Path(self.name, file).read_bytes()
-        content: bytes = self.call("cat_file", file)
-        return content
+        return Path(self.name, file).read_bytes() if self.is_local else self.call("cat_file", file)
 
     def call(self, method: str, file: str, *arguments: str) -> Any:
         """Call a method of the file system; its errors, of many types, become one sentence."""

@@ -292,6 +292,7 @@ def test_autoreset_in_the_next_step(name, envs, successors):
     assert_same(found, expected)
     assert not any("autoreset" in text for text in texts)
     found, texts = loaded(data, **space_of(name))
+    assert not any("final_obs" in text for text in texts)
     if successors:
         assert_same(found, expected)
     else:
@@ -313,6 +314,8 @@ def test_other_modes_of_autoreset_are_not_mistaken(name, envs, successors, mode)
     if successors:
         assert_same(found, expected)
     assert not any("autoreset" in text for text in texts)
+    lost = successors and mode == AutoresetMode.SAME_STEP and name == "Pendulum-v1"
+    assert any("infos['final_obs']" in text for text in texts) == lost  # CartPole's all terminate
     texts = loaded(data, autoreset=True, **space_of(name))[1]
     words = re.compile(r"autoreset=True dropped (\d+) rows, of which \1 have rewards")
     assert any(words.search(text) for text in texts)

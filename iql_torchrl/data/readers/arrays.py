@@ -31,21 +31,25 @@ DATE = re.compile(
     r"(?:[T ](\d\d(?::\d\d(?::\d\d(?:\.\d{1,6})?)?)?)(?:(?<=\.\d{6})\d+)?"
     r"(?:Z|([-+])(\d\d):?(\d\d)?)?)?"
 )
-#: What NumPy and zipfile raise for a damaged archive.
-DAMAGED_NPZ = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile)
+#: What damaged files are called, and what NumPy and zipfile, and h5py, raise for them.
+DAMAGED_NPZ = (
+    "not a complete npz archive", OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile,
+)  # fmt: skip
+DAMAGED_HDF5 = ("not a complete HDF5 file", OSError, RuntimeError, KeyError)
 
 
 @contextmanager
-def reading(path: Path | str, problem: str, *errors: type[Exception]) -> Iterator[None]:
-    """``errors`` of the block as ``DatasetError``: what is wrong with the file."""
+def reading(
+    subject: Path | str, problem: str, *errors: type[Exception],
+    remedy: str = "download, copy or save it again",
+) -> Iterator[None]:  # fmt: skip
+    """``errors`` of the block as ``DatasetError``: what is wrong with a source, and what to do."""
     try:
         yield
     except DatasetError:
         raise
     except errors as error:
-        raise DatasetError(
-            f"{path}: {problem} ({one_line(error)}); download, copy or save it again."
-        ) from error
+        raise DatasetError(f"{subject}: {problem} ({one_line(error)}); {remedy}.") from error
 
 
 def package(name: str, reader: str, extra: str = "readers") -> Any:
@@ -254,7 +258,7 @@ def open_npz(path: Path) -> dict[str, Column]:
     ``numpy.savez_compressed`` is read whole.
     """
     # Opened here: NumPy leaves a file open that turns out not to be an archive.
-    with reading(path, "not a complete npz archive", *DAMAGED_NPZ), open(path, "rb") as file:
+    with reading(path, *DAMAGED_NPZ), open(path, "rb") as file:
         archive = np.load(file, allow_pickle=False)
         if isinstance(archive, np.ndarray):
             raise DatasetError(
@@ -305,7 +309,7 @@ def _stored(path: Path, member: zipfile.ZipInfo) -> Column | None:
         nonlocal checked
         start, stop, _ = rows.indices(shape[0])
         count = max(stop - start, 0)
-        with reading(path, "not a complete npz archive", *DAMAGED_NPZ), open(path, "rb") as file:
+        with reading(path, *DAMAGED_NPZ), open(path, "rb") as file:
             if not checked:
                 with zipfile.ZipFile(file) as archive, archive.open(member) as values:
                     while values.read(2**22):
@@ -392,7 +396,7 @@ def hdf5_arrays(path: Path) -> dict[str, Column]:
         if isinstance(item, h5py.Dataset) and item.ndim:
             arrays[name] = item
 
-    with reading(path, "not a complete HDF5 file", OSError, RuntimeError, KeyError):
+    with reading(path, *DAMAGED_HDF5):
         h5py.File(path, "r").visititems(visit)
     return arrays
 
@@ -413,10 +417,12 @@ def hdf5_parts(path: Path, arrays: Mapping[str, Any]) -> tuple[Path, ...]:
 
 
 def flatten(arrays: Mapping[str, Any], prefix: str = "") -> dict[str, Column]:
-    """Nested mappings of arrays as one level, names joined by ``/``."""
+    """Nested mappings, and structured arrays, of arrays as one level, names joined by ``/``."""
     flat: dict[str, Column] = {}
     for name, value in arrays.items():
         path = f"{prefix}{name}"
+        if names := getattr(getattr(value, "dtype", None), "names", None):
+            value = {field: value[field] for field in names}
         if isinstance(value, Mapping):
             flat.update(flatten(value, f"{path}/"))
         else:

@@ -683,28 +683,26 @@ def _breaks_inside(
 
 
 def _unrelated(columns: Columns, inside: Flags) -> str:
-    """Most rows break: what the next observations seem to be."""
+    """Most rows break: what the next observations seem to be, and a remedy."""
     observed, following = columns.leaves("observation"), columns.leaves("next/observation")
-    reason = "the next observations may be shifted, in another scale, or of other rows"
+    remedy = (
+        "Repair the column, or pass columns={'next_observation': None} to use the following rows."
+    )
     for ahead, meaning in (
         (0, "the same row's observation: they are copies, or shifted by one row to the end"),
         (2, "the observation two rows later: they are shifted by one row to the beginning"),
     ):
         equal = ~differs(observed, following, min(LOOKED_AT, len(inside)), ahead)
         rows = inside[: len(equal)]
-        if 2 * (equal & rows).sum() > rows.sum():
-            reason = f"{(equal & rows).sum()} of {rows.sum()} rows looked at contain {meaning}"
-            break
-    else:
-        # Of shuffled rows, the leading next observations are as often among the leading observations.
-        known = set(map(bytes, _leading(observed, np.float32)))
-        sides = _leading({key: following[key] for key in observed}, np.float32)
-        if np.mean([bytes(row) in known for row in sides]) > 0.5 * min(1.0, SAMPLE / columns.rows):
-            return (
-                "the rows are not in the order of time, as shuffled transitions are. Each transition "
-                "is used as it stands, but lengths and returns of episodes have no meaning."
-            )
-    return (
-        f"{reason}. Repair the column, or pass columns={{'next_observation': None}} to use the "
-        "following rows."
-    )
+        count = int((equal & rows).sum())
+        if 2 * count > rows.sum():
+            return f"{count} of {rows.sum()} rows looked at contain {meaning}. {remedy}"
+    # Of shuffled rows, the leading next observations are as often among the leading observations.
+    known = set(map(bytes, _leading(observed, np.float32)))
+    sides = _leading({key: following[key] for key in observed}, np.float32)
+    if np.mean([bytes(row) in known for row in sides]) > 0.5 * min(1.0, SAMPLE / columns.rows):
+        return (
+            "the rows are not in the order of time, as shuffled transitions are. Each transition "
+            "is used as it stands, but lengths and returns of episodes have no meaning."
+        )
+    return f"the next observations may be shifted, in another scale, or of other rows. {remedy}"

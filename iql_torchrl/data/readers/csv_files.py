@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from iql_torchrl.data.readers.arrays import Column, Columns, UnreadableColumn, text_seconds
+from iql_torchrl.data.readers.arrays import Column, Columns, UnreadableColumn, reading, text_seconds
 from iql_torchrl.data.schema import DatasetError
 
 DELIMITERS = ",;\t|"
@@ -85,13 +85,11 @@ def open_csv(path: Path) -> Columns:
 
 def _lines(path: Path, text: str, delimiter: str) -> list[list[str]]:
     """The cells of lines that are not empty; one empty cell if there are none."""
-    try:
-        # newline="": a cell in quotation marks may have several lines
-        file = io.StringIO(text, newline="")
+    # newline="": a cell in quotation marks may have several lines
+    file = io.StringIO(text, newline="")
+    with reading(path, "is not a table of numbers", csv.Error):
         lines = csv.reader(file, delimiter=delimiter, skipinitialspace=True)
         return [line for line in lines if line] or [[""]]
-    except csv.Error as error:
-        raise DatasetError(f"{path} is not a table of numbers: {error}.") from error
 
 
 def _check_names(path: Path, head: list[str]) -> None:

@@ -16,6 +16,7 @@ import h5py
 import numpy as np
 
 from iql_torchrl.data.readers.arrays import (
+    DAMAGED_HDF5,
     Column,
     Columns,
     columns_of_parts,
@@ -30,9 +31,6 @@ from iql_torchrl.data.schema import DatasetError
 ARRAYS = ("observations", "actions", "rewards")
 #: The columns of a file that d3rlpy 0 or 1 wrote.
 OLD_COLUMNS = {*ARRAYS, "terminals", "episode_terminals"}
-
-#: What a damaged file is called, and what h5py raises.
-DAMAGED = ("not a complete HDF5 file", OSError, RuntimeError, KeyError)
 
 
 def is_d3rlpy_buffer(source: Any) -> bool:
@@ -82,7 +80,7 @@ def open_d3rlpy_file(path: Path, options: ReadOptions) -> Columns:
     Raises ``DatasetError`` for a damaged file, an episode that lacks an array or has arrays of
     different lengths, shapes or dtypes, and for format 2.0, which d3rlpy itself reads no more.
     """
-    with reading(path, *DAMAGED):
+    with reading(path, *DAMAGED_HDF5):
         file = h5py.File(path, "r")
         names = set(file)
     if {"columns", "version"} <= names and names & {"num_episodes", "total_size"}:
@@ -138,7 +136,7 @@ def _columns(
     def read(number: int) -> dict[str, Any]:
         values = {key: stored(number, key) for key in ARRAYS}
         several = {k: dict(enumerate(v)) for k, v in values.items() if isinstance(v, list | tuple)}
-        with reading(name, *DAMAGED):
+        with reading(name, *DAMAGED_HDF5):
             return flatten({**values, **several})
 
     ends, terminals = np.zeros((2, sum(lengths)), np.bool_)

@@ -16,7 +16,6 @@ from gymnasium.utils import RecordConstructorArgs
 
 from iql_torchrl.data.codec import (
     CATEGORIES,
-    UNCHANGED,
     Adaptation,
     flat_action_space,
     join,
@@ -128,8 +127,7 @@ def adapted_env(
 
     What is adapted already stays: an observation without leaves, a flat action.
     """
-    env = maker()
-    return env if adaptation == UNCHANGED else AdaptedEnv(env, **vars(adaptation))
+    return AdaptedEnv(maker(), **vars(adaptation))
 
 
 class AdaptedEnv(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):

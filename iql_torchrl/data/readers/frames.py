@@ -55,13 +55,9 @@ def open_frame(source: Any, mapping: Mapping[str, str | None]) -> Columns:
             return Columns(name, {key: _array(values, key) for key, values in series.items()})
         return open_cells(name, series, mapping)
     pa = package("pyarrow", name)
-    try:
+    remedy = "expected a DataFrame, a pyarrow.Table, or another table with columns for our keys"
+    with reading(name, "is not a table", pa.ArrowException, TypeError, ValueError, remedy=remedy):
         table = pa.table(source.collect() if _is(source, "polars", "LazyFrame") else source)
-    except (pa.ArrowException, TypeError, ValueError) as error:
-        raise DatasetError(
-            f"{name}: is not a table ({one_line(error)}); expected a DataFrame, a pyarrow.Table, or "
-            "another table with one column for each of our keys."
-        ) from error
     return open_table(name, table, mapping)
 
 
@@ -148,17 +144,22 @@ def _array(series: Any, name: str) -> Column:
     return filled
 
 
-def open_datasets(
-    dataset: Any, mapping: Mapping[str, str | None], folder: Path | None = None
-) -> Columns:
-    """The columns of a ``datasets.Dataset`` in its own order, which ``select`` or ``shuffle`` may set.
+def open_datasets(source: Any, mapping: Mapping[str, str | None]) -> Columns:
+    """The columns of a ``datasets.Dataset``, or of the folder that ``save_to_disk`` made of one.
 
-    Only what is asked for is read; a dataset on disk stays memory-mapped. Its format is not applied.
-    Raises ``DatasetError`` for several splits, and for a stream.
+    They are in its own order, which ``select`` or ``shuffle`` may set. Only what is asked for is read;
+    a dataset on disk stays memory-mapped. Its format is not applied. Raises ``DatasetError`` for
+    several splits, for a stream, and for a damaged folder.
     """
     from iql_torchrl.data.readers.arrow import ArrowRows, arrow_columns
 
+    folder, dataset = source if isinstance(source, Path) else None, source
     name = folder.name if folder else type(dataset).__name__
+    if folder:
+        datasets = package("datasets", str(folder))
+        # the package raises errors of many kinds for damaged folders
+        with reading(folder, "cannot be read as a folder that save_to_disk wrote", Exception):
+            dataset = datasets.load_from_disk(str(folder))
     if isinstance(dataset, dict):
         first = next(iter(dataset), "train")
         raise DatasetError(
@@ -182,14 +183,3 @@ def open_datasets(
 def is_saved_dataset(folder: Path) -> bool:
     """True if ``save_to_disk`` wrote the folder, of one table or of several splits."""
     return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
-
-
-def load_saved_dataset(folder: Path) -> Any:
-    """The object of ``datasets`` that ``save_to_disk`` wrote, memory-mapped.
-
-    Raises ``DatasetError``: the folder is damaged, or ``datasets`` is missing.
-    """
-    datasets = package("datasets", str(folder))
-    # the package raises errors of many kinds for damaged folders
-    with reading(folder, "cannot be read as a folder that save_to_disk wrote", Exception):
-        return datasets.load_from_disk(str(folder))

@@ -43,10 +43,16 @@ def open_json(path: Path, options: ReadOptions) -> Columns:
         columns = _read_by_arrow(path.name, data, options.named)
         if columns is not None:
             return columns
-    values = _values(path, data) if lines else _value(path, data, "")
+        texts = enumerate(data.decode(errors="replace").split("\n"), 1)
+        values: Any = [_value(path, t, f" in line {line}") for line, t in texts if t.strip()]
+    else:
+        values = _value(path, data, "")
     if isinstance(values, dict):
-        arrays = {name: _listed(column) for name, column in values.items()}
-        return Columns(path.name, flatten(arrays), text=True)
+        for name, column in values.items():  # pandas writes a column by the names of its rows
+            inner = list(column.values()) if isinstance(column, dict) else None
+            if inner is not None and not any(isinstance(v, dict | list) for v in inner):
+                values[name] = inner
+        return Columns(path.name, flatten(values), text=True)
     if not isinstance(values, list) or not all(isinstance(row, dict) for row in values):
         raise DatasetError(f"{path}: has other values than objects; {EXPECTED}.")
     names = dict.fromkeys(name for row in values for name in row)
@@ -69,21 +75,9 @@ def _read_by_arrow(name: str, data: bytes, mapping: Mapping[str, str | None]) ->
     return replace(open_table(name, table, mapping), text=True)
 
 
-def _values(path: Path, data: bytes) -> list[Any]:
-    lines = enumerate(data.decode(errors="replace").split("\n"), 1)
-    return [_value(path, text, f" in line {line}") for line, text in lines if text.strip()]
-
-
 def _value(path: Path, text: bytes | str, place: str) -> Any:
     with reading(path, f"not complete JSON{place}", ValueError):
         return json.loads(text)
-
-
-def _listed(column: Any) -> Any:
-    """The values of an object whose names are those of the rows, as pandas writes columns."""
-    if not isinstance(column, dict) or any(isinstance(v, dict | list) for v in column.values()):
-        return column
-    return list(column.values())
 
 
 def _check_batch(path: Path, first: bytes) -> None:
@@ -131,12 +125,4 @@ def open_npy(path: Path) -> dict[str, Column]:
             f"{path}: has an array of shape {array.shape} and dtype {array.dtype} without names; "
             f"{remedy}, as numpy.savez(path, observation=..., action=...) writes it."
         )
-    return _fields(array, "")
-
-
-def _fields(array: Any, prefix: str) -> dict[str, Column]:
-    columns: dict[str, Column] = {}
-    for name in array.dtype.names:
-        field, path = array[name], f"{prefix}{name}"
-        columns |= {path: field} if field.dtype.names is None else _fields(field, f"{path}/")
-    return columns
+    return flatten({name: array[name] for name in array.dtype.names})

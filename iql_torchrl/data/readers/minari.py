@@ -92,11 +92,6 @@ def _closest(dataset_id: str) -> str:
     return f"; local ids: {', '.join(local[:5]) or 'there are none'}"
 
 
-def minari_files(dataset: minari.MinariDataset) -> tuple[Path, ...]:
-    """Every file of the dataset."""
-    return tuple(sorted(p for p in Path(dataset.storage.data_path).rglob("*") if p.is_file()))
-
-
 def open_minari(dataset: minari.MinariDataset, options: ReadOptions) -> Columns:
     """The columns of a Minari dataset of any storage format, with its selection of episodes.
 
@@ -107,7 +102,7 @@ def open_minari(dataset: minari.MinariDataset, options: ReadOptions) -> Columns:
     what ``columns`` names), and is not part of the observation; ``action_log_prob`` likewise. Actions
     in a Dict or Tuple become one vector. ``notes`` says what was left out and changed.
     """
-    name = str(dataset.id)
+    name, observed = str(dataset.id), dataset.observation_space
     if options.reward_offset:
         raise DatasetError(f"{name}: reward_offset is for tables; Minari's rewards are aligned.")
     if unknown := set(options.columns) - set(NAMED):
@@ -115,41 +110,29 @@ def open_minari(dataset: minari.MinariDataset, options: ReadOptions) -> Columns:
             f"{name}: columns names {sorted(unknown)}, but Minari's own keys are fixed; only "
             f"{', '.join(NAMED)} can be named."
         )
-    flags = _flags(dataset)
-    if not flags:
+    if not len(dataset.episode_indices):
         raise DatasetError(f"{name}: the dataset has no episodes.")
-    values, observed, actions = _reader(dataset), dataset.observation_space, dataset.action_space
-    flat, notes = isinstance(actions, gym.spaces.Dict | gym.spaces.Tuple), []
-    if flat:
+    flags, values, actions, notes = _flags(dataset), _reader(dataset), dataset.action_space, []
+    if flat := isinstance(actions, gym.spaces.Dict | gym.spaces.Tuple):
         order = ", ".join(map("/".join, action_leaves(actions)))
         actions = flat_action_space(actions, name)
         notes.append(
             f"the actions are {describe_space(actions)}: the leaves {order}, in this order."
         )
-    extras = {
-        key: _extra(partial(values, 0), name, key, options)
-        for key in ("action_mask", "action_log_prob")
-    }
+    extras = {key: _extra(partial(values, 0), name, key, options) for key in NAMED[1:]}
     if "action_mask" not in options.columns and not isinstance(actions, gym.spaces.Discrete):
         extras["action_mask"] = ()
     mask = extras["action_mask"]
     leaf = "/".join(mask[1:]) if mask[:1] == ("observations",) else ""
     leaves, left_out = _chosen_leaves(observed, options, leaf, name)
     adaptation = Adaptation(leaves, mask=leaf, flat_action=flat)
-    metadata = dataset.storage.metadata
-    scores = [metadata.get("ref_min_score"), metadata.get("ref_max_score")]
+    scores = [dataset.storage.metadata.get(key) for key in ("ref_min_score", "ref_max_score")]
     known = None not in scores and float(scores[0]) < float(scores[1])
     if not known and None not in scores:
         notes.append(f"Minari's reference scores {scores} are unusable.")
-    lengths = [len(each) for each in flags]
-    columns: dict[str, Column] = {
-        "episode": np.repeat(np.arange(len(lengths)), lengths),
-        **dict(zip(("terminated", "truncated"), np.concatenate(flags).T, strict=True)),
-        **_columns(dataset, values, lengths, adaptation, extras, actions),
-    }
     return Columns(
         name,
-        columns,
+        _columns(dataset, flags, values, adaptation, extras, actions),
         observation_space=adaptation.observation_space(observed, name),
         action_space=actions,
         env_spec=dataset.env_spec,
@@ -161,15 +144,11 @@ def open_minari(dataset: minari.MinariDataset, options: ReadOptions) -> Columns:
 
 
 def _columns(
-    dataset: minari.MinariDataset,
-    values: Callable[[int, Key], Any],
-    lengths: list[int],
-    adaptation: Adaptation,
-    extras: Mapping[str, Key],
-    actions: gym.Space[Any],
-) -> dict[str, Column]:
+    dataset: minari.MinariDataset, flags: list[NDArray[Any]], values: Callable[[int, Key], Any],
+    adaptation: Adaptation, extras: Mapping[str, Key], actions: gym.Space[Any],
+) -> dict[str, Column]:  # fmt: skip
     """What is read episode by episode; ``extras``: paths of optional columns, ``()`` without."""
-    name = str(dataset.id)
+    name, lengths = str(dataset.id), list(map(len, flags))
     kept = adaptation.sources(dataset.observation_space, name)
     sides = {"/".join(("observation", *key)): ("observations", *path) for key, path in kept.items()}
     sides |= {"action_mask": extras["action_mask"]} if extras["action_mask"] else {}
@@ -202,7 +181,11 @@ def _columns(
             columns["action_log_prob"] = logs[len(logs) - steps :]
         return columns
 
-    return columns_of_parts(lengths, read, name)
+    return {
+        "episode": np.repeat(np.arange(len(lengths)), lengths),
+        **dict(zip(("terminated", "truncated"), np.concatenate(flags).T, strict=True)),
+        **columns_of_parts(lengths, read, name),
+    }
 
 
 def _flags(dataset: minari.MinariDataset) -> list[NDArray[Any]]:
@@ -297,36 +280,35 @@ def _chosen_leaves(
 
     No names: the observation is kept as it is. ``mask``: the leaf to leave out.
     """
-    leaves = {"/".join(path): leaf for path, leaf in leaf_spaces(space, ()).items()}
-    asked, chosen = options.columns.get("observation", ()), set[str]()
+    found = {"/".join(path): leaf for path, leaf in leaf_spaces(space, ()).items()}
+    leaves = {key: leaf for key, leaf in found.items() if not mask or key != mask}
+    usable = [key for key, leaf in leaves.items() if has_tensor_form(leaf)]
+    asked, kept = options.columns.get("observation", ()), set[str]()
     if asked is None:
         raise DatasetError(f"{name}: observation cannot be left out.")
     for each in [asked] if isinstance(asked, str) else asked:
         form = each if each in leaves else each.replace(".", "/")
-        found = {leaf for leaf in leaves if leaf == form or leaf.startswith(f"{form}/")}
-        if not found or (found == {form} and not has_tensor_form(leaves[form])):
+        below = {key for key in leaves if key == form or key.startswith(f"{form}/")}
+        if not below or below == {form} - set(usable):
             raise DatasetError(
                 f"{name}: columns maps observation to {each!r}; the observation is "
                 f"{describe_space(space)}, whose leaves with a tensor form are "
-                f"{', '.join(k for k in leaves if k and has_tensor_form(leaves[k])) or 'none'}."
+                f"{', '.join(filter(None, usable)) or 'none'}."
             )
-        chosen |= found
-    others = {k: leaf for k, leaf in leaves.items() if not mask or k != mask}
-    kept = [
-        k for k, leaf in others.items() if has_tensor_form(leaf) and (not chosen or k in chosen)
-    ]
-    if not kept:
+        kept |= below
+    chosen = tuple(key for key in usable if not asked or key in kept)
+    if not chosen:
         raise DatasetError(
             f"{name}: the observation is {describe_space(space)} and has no leaf with a tensor form; "
             "expected a Box, Discrete, MultiDiscrete or MultiBinary."
         )
-    whole = len(kept) == len(leaves) and Adaptation().observation_space(space, name) == space
-    if whole and not chosen:
+    whole = len(chosen) == len(found) and Adaptation().observation_space(space, name) == space
+    if whole and not asked:
         return (), []
     left = [
-        f"{k!r} (no tensor form: {type(leaf).__name__})" if not has_tensor_form(leaf) else repr(k)
-        for k, leaf in others.items()
-        if k not in kept
+        repr(key) if key in usable else f"{key!r} (no tensor form: {type(leaf).__name__})"
+        for key, leaf in leaves.items()
+        if key not in chosen
     ]
-    note = f"left out of the observation: {', '.join(left)}; kept: {', '.join(map(repr, kept))}."
-    return tuple(kept), [note] if left else []
+    note = f"left out of the observation: {', '.join(left)}; kept: {', '.join(map(repr, chosen))}."
+    return chosen, [note] if left else []

@@ -20,10 +20,9 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.envs.registration import EnvSpec, WrapperSpec
 
-from iql_torchrl.data.readers.arrays import Columns, open_npz, package
+from iql_torchrl.data.readers.arrays import Columns, open_npz, package, reading
 from iql_torchrl.data.readers.options import ReadOptions
 from iql_torchrl.data.schema import DatasetError
-from iql_torchrl.descriptions import one_line
 
 PREFIX = "ogbench/"
 FOLDER_VARIABLE = "OGBENCH_DATASETS_PATH"
@@ -92,17 +91,15 @@ def open_ogbench(source: str, options: ReadOptions) -> Columns:
     env = gym.make(spec)
     try:
         rows = {column: columns[column] for column in ROWS}
-        relabel.relabel_dataset(environment, env, states)
+        problem = f"the rewards of {environment!r} cannot be computed"
+        remedy = "check that the file belongs to this environment"
+        with reading(path, problem, ValueError, IndexError, remedy=remedy):
+            relabel.relabel_dataset(environment, env, states)
     except KeyError as error:
         raise DatasetError(
             f"{path}: has no {error.args[0]!r} among {', '.join(sorted(columns))}; expected OGBench's "
             f"raw columns, from which the rewards of {environment!r} are computed. Download or make "
             "the file again."
-        ) from error
-    except (ValueError, IndexError) as error:
-        raise DatasetError(
-            f"{path}: the rewards of {environment!r} cannot be computed ({one_line(error)}); check "
-            "that the file belongs to this environment."
         ) from error
     finally:
         env.close()
@@ -115,13 +112,9 @@ def open_ogbench(source: str, options: ReadOptions) -> Columns:
 
 def _spec(source: str, environment: str) -> EnvSpec:
     package("ogbench", source, "ogbench")  # registers the environments
-    try:
+    problem, remedy = f"has no environment {environment!r}", f"expected a name such as {EXAMPLE!r}"
+    with reading(source, f"OGBench {problem}", gym.error.Error, remedy=remedy):
         spec = gym.spec(environment)
-    except gym.error.Error as error:
-        raise DatasetError(
-            f"{source}: OGBench has no environment {environment!r} ({one_line(error)}); expected a "
-            f"name such as {EXAMPLE!r}."
-        ) from error
     wrapper = WrapperSpec(FixedSpaces.__name__, f"{__name__}:{FixedSpaces.__name__}", {})
     # Gymnasium's checker warns that the spaces at each access are other objects.
     return replace(spec, disable_env_checker=True, additional_wrappers=(wrapper,))

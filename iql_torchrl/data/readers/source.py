@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from iql_torchrl.data.readers.boundaries import Episodes, find_episodes
 from iql_torchrl.data.readers.columns import name_columns, number_texts
 from iql_torchrl.data.readers.csv_files import open_csv
 from iql_torchrl.data.readers.guess import guess_action_space, guess_observation_space
-from iql_torchrl.data.readers.minari import find_minari, is_minari_id, minari_files, open_minari
+from iql_torchrl.data.readers.minari import find_minari, is_minari_id, open_minari
 from iql_torchrl.data.readers.options import ReadOptions
 from iql_torchrl.data.readers.torchrl_datasets import open_torchrl
 from iql_torchrl.data.schema import DatasetError, Layout
@@ -63,7 +63,7 @@ def open_source(source: Any, options: ReadOptions) -> Source:
     A list or tuple is joined: spaces that a source or ``options`` declare must be equal, spaces that
     are made from the data hold all of them.
     """
-    items = list(_items(source)) if isinstance(source, list | tuple) else [source]
+    items = _items(source)
     if not items:
         raise DatasetError("source: an empty list; name at least one dataset.")
     opened = [open_columns(item, options) for item in items]
@@ -83,10 +83,10 @@ def open_source(source: Any, options: ReadOptions) -> Source:
     return _joined(parts, options)
 
 
-def _items(source: Any) -> Iterator[Any]:
-    """The sources in a list, also of lists."""
-    for item in source:
-        yield from _items(item) if isinstance(item, list | tuple) else [item]
+def _items(source: Any) -> list[Any]:
+    """The sources in a list, also of lists; or the source itself."""
+    nested = isinstance(source, list | tuple)
+    return [item for part in source for item in _items(part)] if nested else [source]
 
 
 def _joined(parts: list[tuple[Columns, Episodes]], options: ReadOptions) -> Source:
@@ -220,19 +220,21 @@ def source_files(source: Any, options: ReadOptions) -> tuple[Path, ...]:
     if isinstance(source, list | tuple):
         parts = [source_files(item, options) for item in source]
         return tuple(path for part in parts for path in part) if all(parts) else ()
-    if isinstance(source, str | Path) and is_table_path(path := Path(source)):
-        if path.is_dir():
-            return tuple(sorted(p for p in path.rglob("*") if p.is_file()))
-        others: tuple[Path, ...] = ()
-        with suppress(DatasetError):  # a damaged file is refused when it is read
-            if path.suffix.lower() in (".hdf5", ".h5") and path.is_file():
-                others = arrays.hdf5_parts(path, arrays.hdf5_arrays(path))
-        return (path, *others) if path.is_file() else ()
-    if ogbench.is_ogbench(source):
-        return ogbench.ogbench_files(source)
-    if isinstance(source, str) and (is_minari_id(source) or not os.path.lexists(source)):
-        source = find_minari(source, download=options.download)
-    return minari_files(source) if isinstance(source, minari.MinariDataset) else ()
+    if not (isinstance(source, str | Path) and is_table_path(source)):
+        if ogbench.is_ogbench(source):
+            return ogbench.ogbench_files(source)
+        if isinstance(source, str) and (is_minari_id(source) or not os.path.lexists(source)):
+            source = find_minari(source, download=options.download)
+        if not isinstance(source, minari.MinariDataset):
+            return ()
+        source = source.storage.data_path
+    path, others = Path(source), tuple[Path, ...]()
+    if path.is_dir():
+        return tuple(sorted(p for p in path.rglob("*") if p.is_file()))
+    with suppress(DatasetError):  # a damaged file is refused when it is read
+        if path.suffix.lower() in (".hdf5", ".h5") and path.is_file():
+            others = arrays.hdf5_parts(path, arrays.hdf5_arrays(path))
+    return (path, *others) if path.is_file() else ()
 
 
 def is_table_path(source: str | Path) -> bool:
@@ -254,7 +256,7 @@ def _open_arrow(path: Path, options: ReadOptions) -> Columns:
     from iql_torchrl.data.readers.parquet import hive_table, parquet_files, parquet_rows
 
     if frames.is_saved_dataset(path):
-        return frames.open_datasets(frames.load_saved_dataset(path), options.named, path)
+        return frames.open_datasets(path, options.named)
     if (path / "meta" / "info.json").is_file():
         from iql_torchrl.data.readers.lerobot import open_lerobot
 

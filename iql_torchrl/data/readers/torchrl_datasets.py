@@ -21,10 +21,10 @@ from iql_torchrl.data.readers.arrays import (
     array_of,
     chosen_rows,
     group_of,
+    reading,
 )
 from iql_torchrl.data.readers.options import ReadOptions
 from iql_torchrl.data.schema import DatasetError
-from iql_torchrl.descriptions import one_line
 
 NO_FRAMES = (
     "its frames are in video files and not in the table; load the folder of LeRobot's files itself, or "
@@ -69,8 +69,13 @@ def open_torchrl(source: TensorDictBase | ReplayBuffer | Storage, options: ReadO
             "termination, whose value is not bootstrapped; if episodes end by time, pass "
             "columns={'terminated': None, 'truncated': 'next/done'}."
         )
-    observed = _group(columns, mapping.get("observation") or "observation")
-    following = _group(columns, mapping.get("next_observation") or "next/observation")
+    observed, following = (
+        list(group_of(columns, path if path in columns else path.replace(".", "/")).values())
+        for path in (
+            mapping.get("observation") or "observation",
+            mapping.get("next_observation") or "next/observation",
+        )
+    )
     if observed and following:
         terminated = _flags(columns, mapping.get("terminated", "next/terminated"))
         keep, text = _rows_with_next(name, observed, following, terminated)
@@ -104,11 +109,6 @@ def _rows_with_next(
     if used < rows:
         texts.append(f"the last {rows - used} of {rows} rows hold only zeros and are left out")
     return ~lost & (np.arange(rows) < used), f"{name}: {'; '.join(texts)}." if texts else ""
-
-
-def _group(columns: Mapping[str, Column], path: str) -> list[Column]:
-    path = path if path in columns else path.replace(".", "/")
-    return list(group_of(columns, path).values())
 
 
 def _flags(columns: Mapping[str, Column], path: str | None) -> NDArray[np.bool_]:
@@ -178,13 +178,12 @@ def _tensordict(source: TensorDictBase | ReplayBuffer | Storage) -> TensorDictBa
     if isinstance(source, ReplayBuffer):
         source = source.storage
     if isinstance(source, Storage):
-        try:
+        remedy = (
+            "expected a storage of a known number of rows: download a streamed dataset first "
+            "(download=True)"
+        )
+        with reading(type(source).__name__, "has no length", RuntimeError, remedy=remedy):
             rows = len(source)
-        except RuntimeError as error:
-            raise DatasetError(
-                f"{type(source).__name__}: has no length ({one_line(error)}); expected a storage of a "
-                "known number of rows: download a streamed dataset first (download=True)."
-            ) from error
         if not rows:
             raise DatasetError("the replay buffer is empty; expected at least one transition.")
         source = source.get(slice(0, rows))
