@@ -33,6 +33,7 @@ from iql_torchrl.evaluation.background import (
     BackgroundEvaluation,
     named_tensors,
     run_task,
+    serialize,
     serialize_call,
 )
 
@@ -411,8 +412,7 @@ print(returns(3))
 
 def sent(thing):
     """``thing`` as it arrives, in this process, and the size of what is sent."""
-    call = serialize_call(lambda: thing)
-    return run_task(call), len(call)
+    return run_task(serialize_call(lambda: thing)), len(serialize("thing", thing))
 
 
 def same_env(one, other):
