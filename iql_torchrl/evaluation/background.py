@@ -196,9 +196,11 @@ class BackgroundEvaluation:
         if error is not None and not is_lost(call.future):
             return error
         call.worker.executor.shutdown()  # until it has joined the process
-        for other, (snapshot, task, timeout, worker, future, _) in list(self._calls.items()):
-            if worker is call.worker and is_lost(future):
-                self._start(other, snapshot, task, timeout)
+        same = {n: other for n, other in self._calls.items() if other.worker is call.worker}
+        wait_for([other.future for other in same.values()])
+        for waiting, other in same.items():
+            if is_lost(other.future):
+                self._start(waiting, other.snapshot, other.task, other.timeout)
         if late:
             return EvaluationTimeout(
                 f"the background evaluation number {number} in {self._make_env} took longer than "
@@ -324,7 +326,6 @@ def run_task(task: bytes) -> Any:
             spec = pickle.loads(each)
             gymnasium.registry.setdefault(spec.id, spec)
     settings.adopt()
-    sent = None
     try:
         function = torch.load(io.BytesIO(call), weights_only=False)
     except (ImportError, AttributeError) as error:
@@ -335,6 +336,7 @@ def run_task(task: bytes) -> Any:
     try:
         return function()
     except (Exception, SystemExit) as error:
+        sent = None
         with contextlib.suppress(Exception):  # a class whose arguments pickle does not know
             sent = pickle.loads(pickle.dumps(error))
         if isinstance(sent, Exception):

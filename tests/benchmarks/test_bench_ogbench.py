@@ -43,7 +43,7 @@ def test_the_published_figures_stand_next_to_those_measured():
     compared = bench_ogbench.compare(lines[:2])
     assert "on 1 task," in compared
     assert "probability that a run of IQL is better:" in compared
-    assert re.search(r"^cloning +3 .* 1 \[1, 1\]$", compared, re.MULTILINE)
+    assert re.search(r"^cloning +3 .* 1\.000 \[1\.000, 1\.000\]$", compared, re.MULTILINE)
     assert bench_ogbench.compare(lines) == compared
 
 

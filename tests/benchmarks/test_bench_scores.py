@@ -210,7 +210,7 @@ def test_every_cell_is_written_when_it_is_done(tmp_path, monkeypatch):
     monkeypatch.setattr(bench_scores, "interpreter", lambda method, peers: None)
     done = []
 
-    def cell(o, name, method, seed):
+    def cell(o, name, method, seed, evaluated):
         if len(done) == 2:
             raise RuntimeError("stopped")
         done.append((method, seed))

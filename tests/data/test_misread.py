@@ -94,13 +94,6 @@ def test_columns_of_units_below_one_are_compared_in_their_unit():
     assert marked(found) == ([], [19, 49])
 
 
-def test_missing_flags_give_a_hint():
-    data, ends = drift([50] * 40, successors=False)
-    data["truncated"] = ends & (np.arange(2000) // 50 % 4 == 0)
-    with pytest.warns(DatasetWarning, match=r"jumps in \d+ rows inside.*done flags are missing"):
-        load_dataset(data)
-
-
 def test_rewards_of_dropped_rows_are_missed():
     data = without(counted(*[10] * 30), NEXT)
     data["reward"] = data["truncated"].astype(np.float32)

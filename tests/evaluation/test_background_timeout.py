@@ -27,7 +27,10 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals a
 
 
 class Hanging(gymnasium.Env):
-    """Its reset never returns while ``folder/hang`` exists, and it leaves a process behind."""
+    """Its reset never returns while ``folder/hang`` exists, and it leaves a process behind.
+
+    With ``folder/once`` the first reset alone does not return.
+    """
 
     observation_space = spaces.Box(-1.0, 1.0, (3,))
     action_space = spaces.Box(-1.0, 1.0, (1,))
@@ -37,6 +40,9 @@ class Hanging(gymnasium.Env):
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
+        if (self.folder / "once").exists():
+            (self.folder / "once").unlink()
+            time.sleep(600)
         if (self.folder / "hang").exists():
             simulator = os.fork()  # it holds the pipes of its parent
             if simulator:
@@ -94,6 +100,19 @@ def test_a_hung_evaluation_is_ended_and_reported_and_the_next_one_runs(tmp_path)
         ((number, result),) = evaluation.results(wait=True)
         assert (number, result.returns.tolist()) == (8, [1.0, 1.0])
         assert evaluation._worker.process.pid != first
+
+
+@pytest.mark.slow
+def test_what_waits_behind_a_hung_evaluation_is_evaluated(tmp_path):
+    with warmed_up(make_step(3, 1).loss.actor_network, tmp_path) as evaluation:
+        (tmp_path / "once").touch()
+        for number, timeout in ((7, 1.0), (8, 120.0), (9, 120.0)):
+            evaluation.timeout = timeout
+            evaluation.submit(number)
+        with pytest.raises(EvaluationTimeout, match="number 7"):
+            evaluation.results(wait=True)
+        assert list(evaluation.pending) == [8, 9]
+        assert [number for number, _ in evaluation.results(wait=True)] == [8, 9]
 
 
 @pytest.mark.parametrize("wrong", [0, -1.0, float("inf"), float("nan"), "60", True])
