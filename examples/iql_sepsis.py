@@ -8,7 +8,7 @@ sampling; training never sees them.
 How the reward scaling and the temperature were chosen. One treatment changes survival little: over the
 log, advantages have a standard deviation of 0.016. The paper's temperature of 3 would give such a
 treatment the weight exp(3 * 0.016) = 1.05, which is cloning. Rewards times 100 make values
-percentage points of survival, which suit Adam's usual learning rates, and advantages 1.6 points.
+percentage points of survival, of a size that Adam's usual learning rates suit, advantages 1.6 points.
 The temperature, 2 per point, comes from the dataset alone: solve IQL's equations on the counts of half
 of the stays, and estimate the policy's survival from the counts of the other half. That estimate is
 0.783 at temperature 0, 0.810 at 0.5, 0.816 at 1, 0.817 at 2 and 0.818 beyond;
