@@ -284,7 +284,8 @@ def data_parallel(step: S, ranks: Ranks) -> S:
     Raises:
         TypeError: no ``IQLStep``, plain or compiled.
         ValueError: a network with layers that keep statistics of batches (BatchNorm): each rank would
-            see those of its own rows; or a step with ``independent_ranks``.
+            see those of its own rows; a step with ``independent_ranks``; or one of a population, whose
+            members are divided over ranks.
     """
     plain: Any = getattr(step, "plain", None)
     if plain is None:
@@ -298,6 +299,11 @@ def data_parallel(step: S, ranks: Ranks) -> S:
         raise ValueError(
             "the step has independent_ranks=True, which lets each rank train its own network; leave "
             "it out to train one network on all ranks."
+        )
+    if plain.lift is not None:
+        raise ValueError(
+            "the step is that of a population: its members are divided over ranks, and not the rows of "
+            "its batches. Build the IQLPopulation in the process group, which divides them."
         )
     for name in plain.loss.network_names:
         for path, module in getattr(plain.loss, name).named_modules():

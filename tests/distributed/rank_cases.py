@@ -27,7 +27,6 @@ from torchrl.objectives import SoftUpdate, ValueEstimators
 from iql_torchrl import DiscreteIQLLoss, IQLLoss, IQLStep, load_dataset, make_agent, policies
 from iql_torchrl.distributed import Ranks, data_parallel
 from iql_torchrl.losses import Exponential, Gumbel
-from iql_torchrl.update.lifted import Lift, stack_losses
 
 UPDATES, ROWS = 20, 13  # 13 rows: two ranks have 6 and 7
 
@@ -80,15 +79,10 @@ CASES = {
     "adamw and a schedule": {"optimizer": optim.AdamW, "scheduled": True, "rate": 3e-3},
     "ddpg_bc": {"loss": {"actor_objective": "ddpg_bc"}, "change": masked},
     "exponential": {"loss": {"value_objective": Exponential(0.1)}, "change": both},
-    "gumbel, population": {
-        "members": 3,
-        "loss": {"value_objective": Gumbel(0.1, pessimism=0.5)},
-    },
+    "gumbel": {"loss": {"value_objective": Gumbel(0.1, pessimism=0.5)}},
     "entries of the policy": {"change": policy_entries},
     "flow": {"flow": True},
     "discrete": {"discrete": True},
-    "population": {"members": 3, "change": both},
-    "population, own batches": {"members": 3, "own": True},
     "encoder": {"encoder": "all"},
     "encoder of the critics": {"encoder": "critics", "order": "simultaneous", "max_grad_norm": 0.1},
     "history": {"history": "lstm", "rate": 0.2},
@@ -109,13 +103,10 @@ def layers():
 def make_step(case):
     """A step in double precision, with the same weights in every process."""
     torch.manual_seed(3)
-    if members := case.get("members"):
-        loss = stack_losses([make_loss(case, temperature=1.0 + n) for n in range(members)])
-    else:
-        loss = make_loss(case)
+    loss = make_loss(case)
     optimizer = case.get("optimizer", optim.SGD)(loss.parameters(), lr=case.get("rate", 0.02))
     scheduler = LambdaLR(optimizer, lambda n: 1 / (1 + n)) if case.get("scheduled") else None
-    step = IQLStep(
+    return IQLStep(
         loss,
         optimizer,
         SoftUpdate(loss, tau=0.05),
@@ -123,8 +114,6 @@ def make_step(case):
         max_grad_norm=case.get("max_grad_norm"),
         lr_scheduler=scheduler,
     )
-    step.lift = Lift(loss, members) if members else None
-    return step
 
 
 def recurrent(case):
@@ -188,8 +177,6 @@ def make_batches(case, count=UPDATES):
     if "chunk" in case:
         buffer = of_chunks(case)[0].chunks(case["chunk"]).replay_buffer(ROWS, seed=6)
         return [doubled(buffer.sample()) for _ in range(count)]
-    if "own" in case:
-        return [make_batch(case["members"], ROWS, dtype=torch.float64) for _ in range(count)]
     shape = (ROWS, case["time"]) if "time" in case else (ROWS,)
     batches = [make_batch(*shape, dtype=torch.float64) for _ in range(count)]
     if case.get("discrete"):

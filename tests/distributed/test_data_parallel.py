@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import population_cases
 import pytest
 import torch
@@ -102,6 +104,13 @@ def test_one_process_changes_nothing():
     assert data_parallel(step, Ranks()) is step
     assert step.ranks is None
     assert all(torch.equal(value, before[name]) for name, value in step.loss.named_parameters())
+
+
+def test_members_of_a_population_are_divided_and_not_its_batches():
+    step = make_step({})
+    step.lift = object()
+    with pytest.raises(ValueError, match="Build the IQLPopulation in the process group"):
+        data_parallel(step, SimpleNamespace(size=2))
 
 
 def test_only_steps_are_made_parallel():

@@ -44,7 +44,8 @@ from iql_torchrl import (
     load_dataset,
     make_agent,
 )
-from iql_torchrl.data import DeviceSampler, load_shards, reuse
+from iql_torchrl.data import DeviceSampler, load_shards
+from iql_torchrl.data import load as loading
 from iql_torchrl.distributed import Ranks, data_parallel
 from iql_torchrl.evaluation import BackgroundEvaluation
 from iql_torchrl.trainers import run_folder
@@ -94,7 +95,7 @@ def prioritised(ranks: Ranks) -> dict[str, Any]:
 def memmaps(ranks: Ranks, folder: Path) -> dict[str, list[int]]:
     """How many tables each rank builds: of one folder at the same time, and after rank 0."""
     np.savez(folder / f"log{ranks.rank}.npz", **log())
-    original, built = reuse.write_dataset, []
+    original, built = loading.write_dataset, []
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         time.sleep(0.2)  # so that the other rank comes meanwhile
@@ -105,11 +106,11 @@ def memmaps(ranks: Ranks, folder: Path) -> dict[str, list[int]]:
         dataset = load_dataset(folder / "log0.npz", memmap=folder / name)
         return float(dataset.transitions["next", "reward"].sum())
 
-    reuse.write_dataset = counted
+    loading.write_dataset = counted
     ranks.check_same(0, "wait for the file")
     sums, counts = [load("at_once")], [len(built)]
     sums.append(ranks.main_first(lambda: load("in_turn")))
-    reuse.write_dataset = original
+    loading.write_dataset = original
     return {"built": [*counts, len(built) - counts[0]], "sums": sums}
 
 
