@@ -184,18 +184,14 @@ def columns_of_parts(
             used += sum(values.nbytes for values in kept[number].values())
         return kept[number]
 
-    def values_of(key: str, number: int) -> NDArray[Any] | None:
-        return part(number).get(key)
-
     if not len(lengths):
         return {}
-    first = part(int((np.asarray(lengths) > 0).argmax()))
-    return {
-        key: column_of_parts(
-            lengths, partial(values_of, key), each.shape[1:], each.dtype, f"{name}: {key}"
-        )
-        for key, each in first.items()
-    }
+    columns = dict[str, Column]()
+    for key, each in part(int((np.asarray(lengths) > 0).argmax())).items():
+        values = partial(lambda key, number: part(number).get(key), key)
+        subject = f"{name}: {key}"
+        columns[key] = column_of_parts(lengths, values, each.shape[1:], each.dtype, subject)
+    return columns
 
 
 def column_of_parts(

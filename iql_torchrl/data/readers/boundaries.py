@@ -601,11 +601,8 @@ def _contradictions(
         "check which column has the done flags and whether it is 1 where an episode ends "
         "(columns={...} names it)."
     )
-    rows, remaining, single = (
-        int(flags["valid"].sum()),
-        int(lengths.sum()),
-        int((lengths == 1).sum()),
-    )
+    rows, remaining = int(flags["valid"].sum()), int(lengths.sum())
+    single = int((lengths == 1).sum())
     flagged = (last & (flags["terminated"] | flags["truncated"])).sum()
     if rows > MANY and 2 * remaining < rows:
         texts.append(f"only {remaining} of {rows} rows make transitions, see the notes: {remedy}")
