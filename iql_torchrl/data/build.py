@@ -297,8 +297,11 @@ class ChunkChecker:
             if not finite and not np.isfinite(values).all():
                 self._check_infinite(key, rows, raw.get(key))
         for key, space in self.spaces.items():
-            low, high = _limits(space)
-            low, high = low.astype(rows[key].dtype), high.astype(rows[key].dtype)
+            low, high = np.array(0), np.array(1)  # of a MultiBinary
+            if isinstance(space, spaces.Box):
+                low, high = (bound.astype(rows[key].dtype) for bound in (space.low, space.high))
+            elif isinstance(space, spaces.Discrete | spaces.MultiDiscrete):
+                high = np.asarray(space.n if isinstance(space, spaces.Discrete) else space.nvec) - 1
             if (rows[key] < low).any() or (rows[key] > high).any():
                 self._check_outside(key, rows[key], low, high, raw[key].dtype)
         if MASK not in rows:
@@ -409,14 +412,6 @@ class ChunkChecker:
                     f"({', '.join(map(str, constant[:8]))}{more}); their std is taken as 1."
                 )
         return warnings, notes
-
-
-def _limits(space: Any) -> tuple[NDArray[Any], NDArray[Any]]:
-    """The smallest and the largest stored value of a space with bounds or categories."""
-    if isinstance(space, spaces.Box):
-        return space.low, space.high
-    counts = 2 if isinstance(space, spaces.MultiBinary) else getattr(space, "nvec", None)
-    return np.array(0), np.asarray(space.n if counts is None else counts) - 1
 
 
 def _lost_by_rounding(key: str, rows: NDArray[np.float64], names: list[str]) -> Iterator[str]:

@@ -79,7 +79,8 @@ def load_dataset(
 
     One row of a source is one step. Transitions are read, checked and written in chunks. Parquet, HDF5,
     Minari's, d3rlpy's and ``numpy.savez``'s files are read as chunks need them; CSV, JSON, compressed
-    npz files, and rows that are sorted by ids, are in memory meanwhile.
+    npz files, Parquet files in partitions (``day=3``), and rows that are sorted by ids, are in memory
+    meanwhile.
 
     Args:
         source: a Minari id (downloaded only when absent) or a ``MinariDataset``; a path to ``.hdf5``

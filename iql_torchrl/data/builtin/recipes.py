@@ -117,9 +117,8 @@ def _stacked(values: list[Any]) -> Any:
 
 def import_for_recipe(module: str, dataset: str) -> None:
     """Import an optional package of the datasets. ``ImportError`` says how to install it."""
-    with contextlib.redirect_stderr(
-        io.StringIO()
-    ):  # gym, which icu_sepsis imports, prints a notice
+    # gym, which icu_sepsis imports, prints a notice
+    with contextlib.redirect_stderr(io.StringIO()):
         package(module, f"making {dataset!r}", "datasets")
 
 

@@ -118,6 +118,11 @@ class Columns:
         """The row of the source that is row ``row`` here."""
         return int(row if self.order is None else self.order[row])
 
+    def place_of(self, wrong: NDArray[np.bool_]) -> str:
+        """How many rows are ``wrong`` ``(rows,)``, and which row of the source is the first."""
+        first = self.source_row(int(wrong.argmax()))
+        return f"{int(wrong.sum())} of {self.rows} rows, first at row {first}"
+
 
 def group_of(columns: Mapping[str, Column], path: str) -> dict[Key, Column]:
     """The column ``path`` by the key ``()``, or those of the group ``path`` by their further names."""
@@ -160,39 +165,33 @@ def columns_of_parts(
     lengths: Sequence[int] | NDArray[np.int64],
     read: Callable[[int], Mapping[str, NDArray[Any]]],
     name: str = "",
-    kept_bytes: int | None = None,
 ) -> dict[str, Column]:
     """Columns whose rows lie in consecutive parts that are read together, such as episodes.
 
     ``read(number)`` returns the columns of one part, each with ``lengths[number]`` rows; the first part
     with rows has all columns. The part read last is kept in memory, and those before it as long as they
-    have at most ``kept_bytes`` (by default ``KEPT_BYTES``): reading a smaller slice of several columns,
-    one after the other, reads each part once. ``name`` begins messages; there a part is an episode.
+    have at most ``KEPT_BYTES``: reading a smaller slice of several columns, one after the other, reads
+    each part once. ``name`` begins messages; there a part is an episode.
     """
     kept, used = dict[int, Mapping[str, NDArray[Any]]](), 0
-    limit = KEPT_BYTES if kept_bytes is None else kept_bytes
 
     def part(number: int) -> Mapping[str, NDArray[Any]]:
         nonlocal used
         if number not in kept:
-            while kept and used > limit:
+            while kept and used > KEPT_BYTES:
                 used -= sum(values.nbytes for values in kept.pop(next(iter(kept))).values())
             kept[number] = read(number)
             used += sum(values.nbytes for values in kept[number].values())
         return kept[number]
 
-    def values_of(key: str, number: int) -> NDArray[Any] | None:
-        return part(number).get(key)
-
     if not len(lengths):
         return {}
-    first = part(int((np.asarray(lengths) > 0).argmax()))
-    return {
-        key: column_of_parts(
-            lengths, partial(values_of, key), each.shape[1:], each.dtype, f"{name}: {key}"
-        )
-        for key, each in first.items()
-    }
+    columns = dict[str, Column]()
+    for key, each in part(int((np.asarray(lengths) > 0).argmax())).items():
+        values = partial(lambda key, number: part(number).get(key), key)
+        subject = f"{name}: {key}"
+        columns[key] = column_of_parts(lengths, values, each.shape[1:], each.dtype, subject)
+    return columns
 
 
 def column_of_parts(

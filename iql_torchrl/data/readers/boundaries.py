@@ -222,10 +222,10 @@ def _sorted_rows(columns: Columns) -> tuple[Columns, dict[str, Flags], list[str]
 def _id_codes(columns: Columns, key: str) -> NDArray[np.int64]:
     """A number for each row's id, ``(rows,)``, from 0 in the order of the first occurrence."""
     values = np.asarray(columns.columns[key][:]).reshape(-1)
-    if values.dtype.kind == "f" and (unknown := np.flatnonzero(~np.isfinite(values))).size:
+    if values.dtype.kind == "f" and (unknown := ~np.isfinite(values)).any():
         raise DatasetError(
-            f"{columns.name}: {key} ({columns.paths[key]!r}) is NaN or infinite in {len(unknown)} of "
-            f"{len(values)} rows, first at row {unknown[0]}; expected one id per "
+            f"{columns.name}: {key} ({columns.paths[key]!r}) is NaN or infinite in "
+            f"{columns.place_of(unknown)}; expected one id per "
             f"{'episode' if key == 'episode' else 'environment'} in every row."
         )
     if values.dtype.kind == "O":
@@ -306,11 +306,10 @@ def _time_gaps(columns: Columns, inside: Flags) -> tuple[Flags, list[str]]:
     if raw.dtype.kind in "mM":
         raw = (raw - raw[0]) / np.timedelta64(1, "s")
     times = raw.astype(np.float64)
-    if (unknown := np.flatnonzero(~np.isfinite(times))).size:
+    if (unknown := ~np.isfinite(times)).any():
         raise DatasetError(
-            f"{columns.name}: {subject} is missing in {len(unknown)} of {len(times)} rows, first at "
-            f"row {columns.source_row(unknown[0])}; expected a time in every row, or columns={{'time': "
-            f"None}}."
+            f"{columns.name}: {subject} is missing in {columns.place_of(unknown)}; expected a time in "
+            "every row, or columns={'time': None}."
         )
     step, inside, notes = np.append(np.diff(times), 0), inside.copy(), list[str]()
     inside[-1] = False
@@ -336,29 +335,27 @@ def _time_gaps(columns: Columns, inside: Flags) -> tuple[Flags, list[str]]:
 
 def _read_flags(columns: Columns) -> dict[str, Flags]:
     """Each of ``FLAGS`` as bool ``(rows,)``; rows are valid, and nothing else, where it is missing."""
-    flags, name, rows, paths = dict[str, Flags](), columns.name, columns.rows, columns.paths
+    flags, name, paths = dict[str, Flags](), columns.name, columns.paths
     for key in FLAGS:
         if key not in columns.columns:
-            flags[key] = np.full(rows, key == "valid")
+            flags[key] = np.full(columns.rows, key == "valid")
             continue
         values = np.ravel(columns.columns[key][:])
-        if len(wrong := np.flatnonzero((values != 0) & (values != 1))):
+        if (wrong := (values != 0) & (values != 1)).any():
             raise DatasetError(
-                f"{name}: {key} ({paths[key]!r}) has {values[wrong[0]]} in {len(wrong)} of "
-                f"{rows} rows with other values than 0 and 1, first at row "
-                f"{columns.source_row(wrong[0])}; expected 0 or 1."
+                f"{name}: {key} ({paths[key]!r}) has {values[wrong][0]} in {columns.place_of(wrong)}, "
+                "with other values than 0 and 1; expected 0 or 1."
             )
         flags[key] = values.astype(np.bool_)
     if "not_terminated" in paths:
         opposite = ~flags["not_terminated"]
-        differ = np.flatnonzero(flags["terminated"] != opposite)
-        if "terminated" in paths and len(differ):
+        differ = flags["terminated"] != opposite
+        if "terminated" in paths and differ.any():
             first, second = paths["not_terminated"], paths["terminated"]
             raise DatasetError(
                 f"{name}: {first!r} (0 where a row terminates) and {second!r} (1 there) disagree in "
-                f"{len(differ)} of {rows} rows, first at row {columns.source_row(differ[0])}; choose "
-                f"one with columns={{'terminated': {second!r}}} or columns={{'not_terminated': "
-                f"{first!r}, 'terminated': None}}."
+                f"{columns.place_of(differ)}; choose one with columns={{'terminated': {second!r}}} or "
+                f"columns={{'not_terminated': {first!r}, 'terminated': None}}."
             )
         flags["terminated"] = opposite
     return flags
@@ -378,25 +375,23 @@ def _resets(
     """
     after, none = np.append(False, ended[:-1]), np.zeros_like(ended)
     rewarded = np.asarray(columns.columns["next/reward"][:]).reshape(-1) != 0
-    wrong, usual = rewarded & after, float(rewarded[~after].mean())
-    if options.autoreset and wrong.any():
-        return after, [
-            f"autoreset=True dropped {int(after.sum())} rows, of which {int(wrong.sum())} have "
-            f"rewards, first at row {columns.source_row(int(wrong.argmax()))}; the step that resets a "
-            "vector environment has the reward 0. If these rows are transitions, pass autoreset=False."
-        ]
+    wrong, usual, count = rewarded & after, float(rewarded[~after].mean()), int(ended.sum())
     if options.autoreset:
-        return after, []
+        text = (
+            f"autoreset=True dropped {count} rows, of which {int(wrong.sum())} have rewards, first at "
+            f"row {columns.source_row(int(wrong.argmax()))}; the step that resets a vector environment "
+            "has the reward 0. If these rows are transitions, pass autoreset=False."
+        )
+        return after, [text] if wrong.any() else []
     if options.reward_offset or wrong.any() or (after & ended).any() or usual < 0.5:
         return none, []
     if broken is not None:
-        recognised = ended.sum() > 1 and not (broken & ended[:-1]).any()
-        return after if recognised else none, []
+        return after if count > 1 and not (broken & ended[:-1]).any() else none, []
     # a warning of the reader explains such rewards: d3rlpy before 1.1 moved them by one row
-    if usual < 0.99 or ended.sum() < 3 or columns.warnings:
+    if usual < 0.99 or count < 3 or columns.warnings:
         return none, []
     return none, [
-        f"the rows after all {int(ended.sum())} ends of episodes have reward 0, and hardly any other "
+        f"the rows after all {count} ends of episodes have reward 0, and hardly any other "
         "row: they look like rows that a vector environment wrote when it reset itself, whose actions "
         "were ignored. Pass autoreset=True to drop them, or autoreset=False if they are steps."
     ]
@@ -456,10 +451,9 @@ def _agreeing(
     if wrong.any():
         path = columns.paths["episode"]
         raise DatasetError(
-            f"{columns.name}: {int(wrong.sum())} rows are terminated or truncated although the "
-            f"episode id ({path!r}) continues, first at row "
-            f"{columns.source_row(int(wrong.argmax()))}; expected done flags and ids to agree. If "
-            f"the ids number environments, pass columns={{'env_index': {path!r}, 'episode': None}}."
+            f"{columns.name}: rows are terminated or truncated although the episode id ({path!r}) "
+            f"continues, in {columns.place_of(wrong)}; expected done flags and ids to agree. If the "
+            f"ids number environments, pass columns={{'env_index': {path!r}, 'episode': None}}."
         )
     return last & ~inside
 
@@ -607,11 +601,8 @@ def _contradictions(
         "check which column has the done flags and whether it is 1 where an episode ends "
         "(columns={...} names it)."
     )
-    rows, remaining, single = (
-        int(flags["valid"].sum()),
-        int(lengths.sum()),
-        int((lengths == 1).sum()),
-    )
+    rows, remaining = int(flags["valid"].sum()), int(lengths.sum())
+    single = int((lengths == 1).sum())
     flagged = (last & (flags["terminated"] | flags["truncated"])).sum()
     if rows > MANY and 2 * remaining < rows:
         texts.append(f"only {remaining} of {rows} rows make transitions, see the notes: {remedy}")

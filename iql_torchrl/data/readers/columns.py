@@ -358,12 +358,11 @@ def _log_probabilities(named: Columns) -> Columns:
     prob = columns.pop("action_prob", None)
     if prob is not None and "action_log_prob" not in columns:
         values = np.asarray(prob[:], np.float64).reshape(-1)
-        wrong = np.flatnonzero((values <= 0) | (values > 1))
-        if wrong.size:
+        if (wrong := (values <= 0) | (values > 1)).any():
             raise DatasetError(
-                f"{named.name}: action_prob ({named.paths['action_prob']!r}) is {values[wrong[0]]:g} "
-                f"in {len(wrong)} of {len(values)} rows with values outside (0, 1], first at row "
-                f"{wrong[0]}; expected the behaviour policy's probability of the row's action."
+                f"{named.name}: action_prob ({named.paths['action_prob']!r}) is {values[wrong][0]:g}, "
+                f"and outside (0, 1] in {named.place_of(wrong)}; expected the behaviour policy's "
+                "probability of the row's action."
             )
         columns["action_log_prob"] = np.log(values)
     if (log_prob := columns.get("action_log_prob")) is not None:

@@ -162,10 +162,8 @@ def _clips(
             f"{folder.name}: {name} is stored as videos, which are found by video_path and fps in "
             "meta/info.json and the column episode_index; one of them is missing: download it again."
         )
-    episode, rows = (
-        steps["episode_index"],
-        {row.get("episode_index"): row for row in _episodes(folder)},
-    )
+    episode = steps["episode_index"]
+    rows = {row.get("episode_index"): row for row in _episodes(folder)}
     begins = np.flatnonzero(np.concatenate([[True], episode[1:] != episode[:-1]]))
     lengths = np.diff([*begins, len(episode)])
     frame_index = steps.get("frame_index", np.arange(len(episode)) - np.repeat(begins, lengths))

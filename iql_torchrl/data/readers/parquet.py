@@ -27,12 +27,10 @@ def parquet_files(folder: Path) -> list[Path]:
 
     Raises ``DatasetError`` where their names tell several splits, such as ``train-00000-of-00002``.
     """
-
-    def order(path: Path) -> tuple[list[int], str]:
-        name = path.relative_to(folder).as_posix()
-        return [int(digits) for digits in re.findall(r"\d+", name)], name
-
-    files = sorted((p for p in folder.rglob("*.parquet") if p.is_file()), key=order)
+    found = [path for path in folder.rglob("*.parquet") if path.is_file()]
+    relative = [path.relative_to(folder).as_posix() for path in found]
+    order = [(list(map(int, re.findall(r"\d+", name))), name) for name in relative]
+    files = [path for _, path in sorted(zip(order, found, strict=True))]
     names = {re.sub(r"-\d+-of-\d+.*", "", path.stem): path.stem for path in files}
     splits = sorted(name for name, stem in names.items() if name != stem or stem in SPLITS)
     if len(splits) > 1:

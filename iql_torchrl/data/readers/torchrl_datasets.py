@@ -69,13 +69,12 @@ def open_torchrl(source: TensorDictBase | ReplayBuffer | Storage, options: ReadO
             "termination, whose value is not bootstrapped; if episodes end by time, pass "
             "columns={'terminated': None, 'truncated': 'next/done'}."
         )
-    observed, following = (
-        list(group_of(columns, path if path in columns else path.replace(".", "/")).values())
-        for path in (
-            mapping.get("observation") or "observation",
-            mapping.get("next_observation") or "next/observation",
-        )
-    )
+    defaults = {"observation": "observation", "next_observation": "next/observation"}
+    paths = [mapping.get(key) or default for key, default in defaults.items()]
+    groups = [
+        group_of(columns, path) or group_of(columns, path.replace(".", "/")) for path in paths
+    ]
+    observed, following = (list(group.values()) for group in groups)
     if observed and following:
         terminated = _flags(columns, mapping.get("terminated", "next/terminated"))
         keep, text = _rows_with_next(name, observed, following, terminated)
