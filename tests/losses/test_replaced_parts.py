@@ -147,3 +147,10 @@ def test_a_single_observation_under_compile():
     value = networks.StateValue(4, hidden=(8,))
     row = torch.randn(4)
     torch.testing.assert_close(torch.compile(value)(row), value(row))
+
+
+def test_hyperparameters_are_not_cast_with_the_networks():
+    loss = make_loss(expectile=0.7).bfloat16()
+    assert next(loss.parameters()).dtype == torch.bfloat16
+    assert loss.value_objective.expectile.dtype == torch.float64
+    assert float(loss.value_objective.expectile) == 0.7
