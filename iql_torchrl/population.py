@@ -188,18 +188,22 @@ class IQLPopulation:
     def _events(self, end: int, every: int, read: list[bool]) -> Iterator[PopulationEvent]:
         read.append(True)
         while self.updates < end:
-            metrics = self._advance(min(every, end - self.updates), every)
+            updates = min(every, end - self.updates)
+            if (
+                self._captured is not None
+                and every < self._captured.updates <= (end - self.updates) / 4
+            ):
+                self._captured = None  # no interval would fill a call
+            metrics = self._advance(updates)
             yield PopulationEvent(self.updates, metrics)
 
-    def _advance(self, updates: int, every: int) -> TensorDictBase:
-        """Means over ``updates`` updates, at most ``every``; those that do not fill a captured call are
-        made eagerly."""
+    def _advance(self, updates: int) -> TensorDictBase:
+        """Means over ``updates`` updates; those that do not fill a captured call are made eagerly."""
         total: Any = 0
         left = updates
         if self.configs[0].compile:
-            per_call = _updates_per_call(every)
-            made = 0 if self._captured is None else self._captured.updates
-            if not made or made > every or 4 * made < per_call:
+            per_call = _updates_per_call(updates)
+            if self._captured is None or 4 * self._captured.updates < per_call:
                 self._captured = captured(self.step, self.sampler, updates=per_call)
             per_call = self._captured.updates
             while left >= per_call:

@@ -154,3 +154,14 @@ def test_hyperparameters_are_not_cast_with_the_networks():
     assert next(loss.parameters()).dtype == torch.bfloat16
     assert loss.value_objective.expectile.dtype == torch.float64
     assert float(loss.value_objective.expectile) == 0.7
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("temperature", -1.0), ("expectile", 1.5), ("max_weight", 0)]
+)
+def test_an_assigned_hyperparameter_out_of_range_is_refused(name, value):
+    loss = make_loss()
+    before = float(getattr(loss, name))
+    with pytest.raises(ValueError, match=name):
+        setattr(loss, name, value)
+    assert float(getattr(loss, name)) == before

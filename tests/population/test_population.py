@@ -345,6 +345,9 @@ def test_a_short_first_training_does_not_fix_the_captured_calls(made):
         population.train_now(updates)
     assert made == [1, 32, 32]
     assert population.updates == 68
+    for _ in population.train(150, every=10):  # which no call of 32 fits into
+        pass
+    assert made[3:] == [10] * 15
 
 
 def test_events_that_nothing_reads_are_warned_about():

@@ -214,7 +214,11 @@ def test_guards_are_filtered_beside_the_users_options(monkeypatch):
     assert plain["options"] == {"triton.cudagraphs": False, "cpp_wrapper": True, **right}
     assert with_options["options"] == {**right, **own}
     assert own == {"max_autotune": True}  # of which torch.compile takes entries out
-    assert with_mode == {"fullgraph": True, "mode": "default"}
+    assert with_mode["options"].pop("guard_filter_fn").__wrapped__ is worth_checking
+    assert with_mode == {
+        "fullgraph": True,
+        "options": right,
+    }  # torch refuses both, mode and options
     assert with_backend == {"fullgraph": True, "backend": "eager"}
 
 
