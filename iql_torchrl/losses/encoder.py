@@ -21,7 +21,8 @@ class SharedEncoder:
     """A network whose output actor, critics and V read, for ``IQLLoss(encoder_network=...)``.
 
     An update evaluates it once for s, once for s' and once for s with the weights of its target, which
-    the target critics read; ``SoftUpdate`` moves that target too. The other networks hold none of its
+    the target critics read; with ``gradient="all"`` in sequential order again for s after V's step.
+    ``SoftUpdate`` moves that target too. The other networks hold none of its
     parameters.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""Whether arguments fit an update."""
+"""Checks of the arguments of an update."""
 
 from __future__ import annotations
 

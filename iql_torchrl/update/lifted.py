@@ -92,9 +92,9 @@ def write_member(stacked: IQLLoss, number: int, loss: IQLLoss) -> None:
 
 @dataclass(frozen=True)
 class MemberDraw(Draw):
-    """A random tensor ``(P, *batch, *entries)``: that of a part of all members.
+    """A random tensor ``(P, *batch, *entries)`` for the members ``first`` to ``first + P`` of ``count``.
 
-    Numbers are drawn for all ``count`` members, so that each gets those that it gets in the whole.
+    Numbers are drawn for all ``count`` members, so that each gets the same on any number of ranks.
     """
 
     first: int = 0

@@ -318,7 +318,7 @@ class IQLStep(Step):
         ``ValueError``: the optimizer lacks a parameter that requires a gradient. ``RuntimeError``: in
         ``torch.inference_mode()`` or ``torch.no_grad()``, where no gradient exists; and in
         a ``torch.distributed`` process group of several ranks over which gradients are not summed,
-        unless these are independent. It costs less than a microsecond.
+        unless these are independent.
         """
         for mode, on in (
             ("torch.inference_mode()", torch.is_inference_mode_enabled()),
