@@ -20,8 +20,8 @@ class Part:
 
     Every rank holds the whole batch, so it knows by itself what all means are divided by: with D the
     sum of all valid steps' weights and d that of a rank's, the loss of the batch is the sum over ranks
-    of ``d / D`` times the mean over the rank's rows. Before its descent a rank communicates only where an
-    objective reads ``Batch.mean`` or ``Batch.largest``.
+    of ``d / D`` times the mean over the rank's rows. Before its descent a rank communicates only where
+    an objective reads ``Batch.mean`` or ``Batch.largest``.
 
     Raises ``ValueError`` where the batch has fewer rows than there are ranks.
     """

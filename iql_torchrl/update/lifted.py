@@ -92,7 +92,7 @@ def write_member(stacked: IQLLoss, number: int, loss: IQLLoss) -> None:
 
 @dataclass(frozen=True)
 class MemberDraw(Draw):
-    """A random tensor ``(P, *batch, *entries)`` for the members ``first`` to ``first + P`` of ``count``.
+    """A random tensor ``(P, *batch, *entries)`` for members ``first`` to ``first + P`` of ``count``.
 
     Numbers are drawn for all ``count`` members, so that each gets the same on any number of ranks.
     """
