@@ -1,9 +1,8 @@
 """Glucose of simulated patients with insulin-dependent diabetes, and a dataset of their controller.
 
 Insulin and carbohydrates pass two compartments each, as in Hovorka et al. 2004; the action of insulin
-is delayed once more. Parameters differ between patients, who eat three meals a day that nobody
-announces. The reward is the risk index of Kovatchev et al. 1997 divided by -10: 0 at 112 mg/dl. Not a
-medical model.
+has a delay of its own. Parameters differ between patients, who eat three unannounced meals a day. The
+reward is the risk index of Kovatchev et al. 1997 divided by -10: 0 at 112 mg/dl. Not a medical model.
 """
 
 from __future__ import annotations

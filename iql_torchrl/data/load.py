@@ -1,4 +1,4 @@
-"""``load_dataset``: from a source, or a folder that was built of it, to an ``OfflineDataset``."""
+"""``load_dataset``: from a source, or its dataset on disk, to an ``OfflineDataset``."""
 
 from __future__ import annotations
 

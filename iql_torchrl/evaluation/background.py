@@ -99,7 +99,7 @@ class BackgroundEvaluation:
         if (size := len(serialize("make_env", make_env))) > LARGE:
             warnings.warn(
                 f"make_env sends {size / 2**20:.0f} MiB to the evaluation process; a function that "
-                "refers to a dataset sends all of it: pass dataset.make_env itself",
+                "refers to a dataset sends the whole dataset: pass dataset.make_env itself",
                 stacklevel=2,
             )
         self.timeout, self._make_env, self._policy = timeout, make_env, policy

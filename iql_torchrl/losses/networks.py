@@ -264,6 +264,7 @@ class NetworkLoss(LossModule):
             if not several and name not in mirroring:
                 self.slots[name].hold(self.tensors[f"{name}_params"])
         self.is_ensemble = self._critics_are_ensemble()
+        self.joins_states = can_be_ensemble(getattr(self.value_network, "module", None))
         self._tie()
 
     def _critics_are_ensemble(self) -> bool:
@@ -448,7 +449,7 @@ class NetworkLoss(LossModule):
         if not self.bootstraps_once():
             return self.state_value(batch), None
         size = batch.data.batch_size
-        if not size or not can_be_ensemble(getattr(self.value_network, "module", None)):
+        if not size or not self.joins_states:
             return self.state_value(batch), self.state_value(batch.next)
         here, there = self.inputs(batch), self.inputs(batch.next)
         both = TensorDict({}, batch_size=(2 * size[0], *size[1:]))

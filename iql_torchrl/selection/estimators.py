@@ -280,7 +280,7 @@ def importance_sampling(
         candidates: name to ``Agent`` or TorchRL actor; continuous ones need a density.
         dataset: episodes that the candidates were not trained on.
         behaviour: the behaviour policy: a key of its log-probabilities in the data
-            (``"action_log_prob"``), or a model of it: an ``Agent`` or actor, such as behaviour cloning
+            (``"action_log_prob"``), or an ``Agent`` or actor that models it, such as behaviour cloning
             trained on other episodes.
         discount: in [0, 1].
         deterministic: evaluate the most probable discrete action; continuous policies always sample.

@@ -99,7 +99,7 @@ def fitted_q_evaluation(
     weights and see the same batches, so an estimate does not depend on the other candidates.
 
     Held-out steps correct the critics' errors, see :func:`network_scores`. Results are in raw reward
-    units, whatever reward scaling the candidates were trained with.
+    units, also where the candidates were trained with reward scaling.
 
     Args:
         candidates: name to ``Agent`` or TorchRL actor.

@@ -245,14 +245,12 @@ def _compile_options(plain: IQLStep, given: Mapping[str, Any]) -> dict[str, Any]
     if not by_inductor and "options" not in options:
         return options
     own: dict[str, Any] = {}
-    if (
-        by_inductor and "mode" in options and not inner
-    ):  # torch.compile accepts no options beside a mode
-        inner = mode_options(options.pop("mode"))
+    if by_inductor:
         own = correct_programs(plain.device)
-    elif by_inductor:
-        every = program_options(plain.device, plain.loss.parameters())
-        own = correct_programs(plain.device) if "options" in options else every
+        if "mode" in options and not inner:  # torch.compile accepts no options beside a mode
+            inner = mode_options(options.pop("mode"))
+        elif "options" not in options:
+            own = program_options(plain.device, plain.loss.parameters())
     return options | {"options": {"guard_filter_fn": counted(worth_checking), **own, **inner}}
 
 

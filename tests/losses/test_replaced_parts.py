@@ -143,10 +143,14 @@ def test_options_of_compile_keep_what_programs_need(options):
     assert "guard_filter_fn" in given["options"]
 
 
-def test_a_single_observation_under_compile():
-    value = networks.StateValue(4, hidden=(8,))
-    row = torch.randn(4)
-    torch.testing.assert_close(torch.compile(value)(row), value(row))
+def test_a_single_observation_in_a_program_for_a_gpu(monkeypatch):
+    """A narrow layer of one row without a batch; NumPy has the value."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.setattr(networks.perceptrons, "launches_kernels", lambda device: True)
+    row, weight, bias = torch.randn(4), torch.randn(32, 4), torch.randn(32)
+    expected = weight.numpy() @ row.numpy() + bias.numpy()
+    out = networks.perceptrons.affine(row, weight, bias)
+    torch.testing.assert_close(out, torch.from_numpy(expected))
 
 
 def test_hyperparameters_are_not_cast_with_the_networks():

@@ -151,9 +151,9 @@ def differs(
 ) -> Flags:
     """True where ``following`` is not ``observed`` so many rows ``ahead``, in leading ``steps`` rows.
 
-    The norm of the difference is above ``tolerance.EQUAL``, with columns of a standard deviation below
-    1 in units of it; entries that differ by rounding only, of the less precise of the two
-    columns' types, are equal, and so is NaN, which is reported elsewhere.
+    The norm of the difference is above ``tolerance.EQUAL``; columns of a standard deviation below 1
+    are divided by their standard deviation. Entries that differ by rounding of the less precise dtype
+    are equal, and so is NaN, which is reported elsewhere.
     """
     with np.errstate(invalid="ignore"):
         units = [_leading({(): column}, np.float64).std(axis=0) for column in observed.values()]

@@ -216,7 +216,7 @@ def open_columns(source: Any, options: ReadOptions) -> Columns:
 
 
 def source_files(source: Any, options: ReadOptions) -> tuple[Path, ...]:
-    """Every file that the source reads; empty if any part of it is in memory."""
+    """Every file that the source reads; empty where a part is in memory."""
     if isinstance(source, list | tuple):
         parts = [source_files(item, options) for item in source]
         return tuple(path for part in parts for path in part) if all(parts) else ()
