@@ -240,13 +240,17 @@ def maze2d(maze: str, goal: tuple[int, int], folder: Path) -> Data:
     return Data(kept, make_env, REFERENCE_RETURNS[f"maze2d-{maze}"], returns)
 
 
-def d4rl_maze2d(maze: str, folder: Path) -> Data:
-    """The dataset that d4rl_maze2d.py writes, as long as D4RL's, and D4RL's task; a window a return."""
+def d4rl_maze2d(maze: str, folder: Path, *variant: str) -> Data:
+    """The dataset that d4rl_maze2d.py writes, as long as D4RL's, and D4RL's task; a window a return.
+
+    ``variant``: further arguments of that script.
+    """
     import d4rl_maze2d as d4rl
 
-    path, limit = folder / f"d4rl_{maze}.npz", d4rl.MAZES[maze][1]
+    words = [maze, *(word.removeprefix("--") for word in variant)]
+    path, limit = folder / f"d4rl_{'_'.join(words)}.npz", d4rl.MAZES[maze][1]
     if not path.is_file():
-        d4rl.main([maze, str(path)])
+        d4rl.main([maze, str(path), *variant])
     with np.load(path) as table:
         rows = dict(table)
     whole = len(rows["reward"]) // limit * limit
@@ -327,6 +331,13 @@ def make_cartpole(path: Path, episodes: int = CARTPOLE_EPISODES) -> None:
     np.savez_compressed(path, **{name: np.array(values) for name, values in rows.items()})
 
 
+#: d4rl_maze2d.py's arguments for ``d4rl-NAME``: its default, and what else D4RL's file may have been.
+D4RL = {
+    "umaze": ("umaze",),
+    "medium": ("medium",),
+    "umaze-terminals": ("umaze", "--reached", "terminals"),
+    "umaze-noisy": ("umaze", "--noisy"),
+}
 LOGS: dict[str, Log] = {
     "pendulum": Log(pendulum, updates=5_000, episodes=20),
     "sepsis": Log(sepsis, updates=1_000, episodes=0, methods=DISCRETE, options={"ours": SEPSIS}),
@@ -338,10 +349,15 @@ LOGS: dict[str, Log] = {
     "maze2d-medium": Log(
         partial(maze2d, "medium", (6, 6)), updates=5_000, episodes=20, raw_reward=True
     ),
-    "d4rl-umaze": Log(partial(d4rl_maze2d, "umaze"), updates=80_000, episodes=100, raw_reward=True),
-    "d4rl-medium": Log(
-        partial(d4rl_maze2d, "medium"), updates=80_000, episodes=100, raw_reward=True
-    ),
+    **{
+        f"d4rl-{name}": Log(
+            lambda folder, arguments=arguments: d4rl_maze2d(arguments[0], folder, *arguments[1:]),
+            updates=80_000,
+            episodes=100,
+            raw_reward=True,
+        )
+        for name, arguments in D4RL.items()
+    },
 }
 #: What a call without ``--logs`` runs: the published table, about an hour and a half of one core.
 PLAN = ("pendulum", "sepsis", "cartpole", "maze2d-umaze")

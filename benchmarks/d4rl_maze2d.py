@@ -13,8 +13,9 @@ there, with what one would not expect:
   from target to target, without noise. When it has reached one (within 0.1), the recording repeats
   the observation once, because the script does not take over the new one.
 - A reward belongs to the observation before the step: 1 within 0.5 of the task's goal.
-- The published file marks reached targets as timeouts, and ``d4rl.qlearning_dataset`` leaves these
-  steps out. Nothing is terminal.
+- With ``--reached timeouts`` (default) the file marks reached targets as timeouts, whose steps
+  ``d4rl.qlearning_dataset`` leaves out, and nothing is terminal. The script of today writes them as
+  terminals, and no timeouts: ``--reached terminals``.
 
 ``--check`` plays random actions and the controller, whose mean returns D4RL publishes as the scores
 0 and 100.
@@ -51,9 +52,11 @@ MAZES = {
         ), 800, 4_000_000,
     ),
 }  # fmt: skip
+Rows = dict[str, NDArray[Any]]
 GOAL_RADIUS = 0.5
 START_NOISE = 0.1
 REACHED = 0.1
+NOISE = 0.5  # --noisy
 MODEL = """
 <mujoco>
   <option timestep="0.01" gravity="0 0 0" iterations="20" integrator="Euler"/>
@@ -169,42 +172,53 @@ class Controller:
         self.before, self.target = start, target
 
 
-def make(name: str, steps: int, seed: int = 0) -> dict[str, NDArray[Any]]:
-    """The rows of D4RL's log, as ``d4rl.qlearning_dataset`` reads them; ``truncated``: a target."""
-    generator = np.random.default_rng(seed)
+def make(
+    name: str, steps: int, seed: int = 0, reached: str = "timeouts", noisy: bool = False
+) -> Rows:
+    """The rows of D4RL's log, as ``d4rl.qlearning_dataset`` reads them.
+
+    ``reached``: the column of the file that marks reached targets, ``"timeouts"`` or ``"terminals"``.
+    ``noisy``: Gaussian noise of deviation 0.5 is added to the controller's actions.
+    """
+    generator, noise = np.random.default_rng(seed), np.random.default_rng((seed, 1))
     env = Maze2d(name)
     env.reset(seed=seed)
     controller = Controller(env.cells, generator)
     target, state, since = env.near_a_cell(generator), env.state(), 0
     states, actions = np.empty((steps, 4), np.float32), np.empty((steps, 2), np.float32)
-    ends = np.empty(steps, bool)
+    ends, counts = np.empty(steps, bool), np.empty(steps, int)
     for step in range(steps):
         action, done = controller.act(state, target)
+        if noisy:
+            action = (action + NOISE * noise.normal(size=2)).clip(-1.0, 1.0)
         done = done or since >= env.limit
-        states[step], actions[step], ends[step] = state, action, done
+        states[step], actions[step], ends[step], counts[step] = state, action, done, since
         env.simulate(action)
         if done:
             target, since = env.near_a_cell(generator), 0
         else:
             state, since = env.state(), since + 1
     rewards = np.linalg.norm(states[:, :2] - env.goal, axis=1) <= GOAL_RADIUS
-    kept = np.flatnonzero(~ends[:-1])
-    last = ends[kept + 1]
-    last[-1] = True
+    # Without timeouts the reader leaves out the last step that an episode may have.
+    left_out = ends if reached == "timeouts" else counts == env.limit - 1
+    kept = np.flatnonzero(~left_out[:-1])
+    terminated = ends[kept] & (reached == "terminals")
+    last = left_out[kept + 1] & ~terminated
+    last[-1] = not terminated[-1]
     return {
         "observation": states[kept],
         "action": actions[kept],
         "reward": rewards[kept].astype(np.float32),
         "next_observation": states[kept + 1],
-        "terminated": np.zeros(len(kept), bool),
+        "terminated": terminated,
         "truncated": last,
     }
 
 
-def write(name: str, path: Path, steps: int) -> None:
+def write(name: str, path: Path, steps: int, **variant: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, **make(name, steps))  # type: ignore[arg-type]
+        np.savez_compressed(file, **make(name, steps, **variant))  # type: ignore[arg-type]
 
 
 def check(name: str, episodes: int) -> dict[str, tuple[float, float]]:
@@ -232,11 +246,16 @@ def main(arguments: list[str] | None = None) -> None:
     add("maze", choices=MAZES)
     add("path", type=Path, nargs="?", help="the file to write, .npz")
     add("--steps", type=int, help="of the recording; by default those of D4RL's log")
+    add("--reached", choices=("timeouts", "terminals"), default="timeouts", help="the column of the "
+        "published file that marks reached targets")  # fmt: skip
+    add(
+        "--noisy", action="store_true", help="noise on the actions, as that option of D4RL's script"
+    )
     add("--check", action="store_true", help="compare the reference returns with D4RL's")
     add("--episodes", type=int, default=1000, help="of --check")
     o = parser.parse_args(arguments)
     if o.path is not None:
-        write(o.maze, o.path, o.steps or MAZES[o.maze][2])
+        write(o.maze, o.path, o.steps or MAZES[o.maze][2], reached=o.reached, noisy=o.noisy)
     if o.check:
         published = REFERENCE_RETURNS[f"maze2d-{o.maze}"]
         for (label, (mean, error)), other in zip(

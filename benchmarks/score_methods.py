@@ -111,7 +111,7 @@ def ours(task: Task) -> Learner:
     config = IQLConfig(seed=task.seed, updates=task.updates, **options)
     dataset = load_dataset(
         task.rows, observation_space=observation_space, action_space=action_space,
-        reward=tuple(reward) if reward else "return_range", progress=False,
+        reward=tuple(reward) if reward else config.reward, progress=False,
     )  # fmt: skip
     agent = make_agent(config, dataset)
     batches = dataset.device_sampler(config.batch_size, seed=task.seed)
