@@ -20,10 +20,10 @@ from iql_torchrl.agent.build import (
     LEARNING_RATES,
     Agent,
     build_agent,
-    check_discount,
     ends_before,
     make_step,
     rate_factors,
+    warn_of_data,
 )
 from iql_torchrl.agent.task import Task
 from iql_torchrl.config import IQLConfig, check_choice, config_settings
@@ -96,7 +96,7 @@ class IQLPopulation:
         self.runs = self.ranks.part(len(configs))
         self.configs = self.all_configs[self.runs.start : self.runs.stop]
         self.task = Task.of(dataset)
-        check_discount(max(config.discount for config in configs), dataset)
+        warn_of_data(configs[0], dataset, max(config.discount for config in configs))
         first = self.all_configs[0]
         self.loss = stack_losses([self._agent(number).loss for number in range(len(self))])
         self.loss.to(first.device)

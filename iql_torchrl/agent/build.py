@@ -16,6 +16,7 @@ from gymnasium import spaces
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
+from torchrl import logger as torchrl_logger
 from torchrl.modules import ProbabilisticActor
 from torchrl.objectives import SoftUpdate
 
@@ -26,7 +27,7 @@ from iql_torchrl.agent.export import described_policy, export_policy, versions
 from iql_torchrl.agent.networks import Encoders, check_images, make_networks
 from iql_torchrl.agent.task import Task
 from iql_torchrl.config import IQLConfig, check_usable
-from iql_torchrl.data import DatasetSummary, DatasetWarning
+from iql_torchrl.data import DatasetSummary, DatasetWarning, RewardMap
 from iql_torchrl.evaluation.acting import act, private_random_numbers
 from iql_torchrl.evaluation.result import Evaluation
 from iql_torchrl.files import CheckpointError, components, newest, read_components
@@ -318,7 +319,8 @@ def make_agent(
     ``(B, *shape)``, into features ``(B, F)``, is trained with the others, and is not copied.
 
     Draws the initial weights from ``config.seed`` without touching the caller's random state. Warns
-    with ``DatasetWarning`` where the config's discount is 1 and the dataset has truncated episodes.
+    with ``DatasetWarning`` where the config's discount is 1 and the dataset has truncated episodes, and
+    logs a warning where the dataset's rewards are not scaled as ``config.reward`` says.
 
     Raises ``ValueError`` when an encoder names no leaf or gives no vector, float images lie outside
     [0, 1], the actions are neither Discrete nor a Box of floats ``(A,)`` with finite bounds, the policy
@@ -332,12 +334,22 @@ def make_agent(
         )
     task = Task.of(dataset)
     check_images(dataset, encoders or {})
-    check_discount(config.discount, dataset)
+    warn_of_data(config, dataset, config.discount)
     return build_agent(config, task, encoders)
 
 
-def check_discount(discount: float, dataset: DatasetSummary) -> None:
-    """Warn where ``discount`` is 1 and an episode is truncated, past which values have no bound."""
+def warn_of_data(config: IQLConfig, dataset: DatasetSummary, discount: float) -> None:
+    """Warn of rewards whose scaling is not ``config.reward``, and of undiscounted truncations.
+
+    The latter have values without a bound: ``discount`` is 1 and an episode is truncated.
+    """
+    asked, mapped = config.reward, dataset.reward_map
+    if asked is not None and (asked == "raw") is not (mapped == RewardMap()):
+        torchrl_logger.warning(
+            f"config.reward is {asked!r} and the rewards of {dataset.name} have the map "
+            f"{(mapped.scale, mapped.shift)} (1, 0 is raw). Training uses them as they are; if that "
+            f"is not wanted, load_dataset(..., reward={asked!r})."
+        )
     if discount == 1 and dataset.range_of(("next", "truncated"))[1]:
         warnings.warn(
             f"discount is 1 and {dataset.name} has truncated episodes, past which undiscounted values "

@@ -106,7 +106,7 @@ class BackgroundEvaluation:
         copy = io.BytesIO(serialize("policy", policy))
         self._copy = torch.load(copy, map_location="cpu", weights_only=False)
         self._evaluate = partial(
-            evaluate, self._copy, make_env, episodes=episodes, num_envs=num_envs, seed=seed,
+            evaluate_on, self._copy, make_env, episodes=episodes, num_envs=num_envs, seed=seed,
             goals=goals, reference_scores=known_scores(reference_scores), max_steps=max_steps,
             deterministic=deterministic, device=str(torch.device(device or "cpu")),
         )  # fmt: skip
@@ -342,6 +342,11 @@ def run_task(task: bytes) -> Any:
         if isinstance(sent, Exception):
             raise
         raise RuntimeError(f"{type(error).__name__}: {error}") from error
+
+
+def evaluate_on(policy: Any, make_env: Any, *, device: str, **settings: Any) -> Evaluation:
+    """:func:`~iql_torchrl.evaluate` of the policy, which is moved to ``device`` first."""
+    return evaluate(policy.to(device), make_env, device=device, **settings)
 
 
 def named_tensors(policy: nn.Module) -> dict[str, Tensor]:

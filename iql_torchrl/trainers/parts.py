@@ -23,7 +23,6 @@ from iql_torchrl.data import (
     DatasetWarning,
     OfflineDataset,
     RelabelledDataset,
-    RewardMap,
     ShardedDataset,
 )
 from iql_torchrl.data.schema import dotted
@@ -141,7 +140,7 @@ def check_agent(
         torchrl_logger.warning(after)
     if dataset is None:
         return
-    other, asked, mapped = Task.of(dataset), agent.config.reward, dataset.reward_map
+    other = Task.of(dataset)
     for name in ("observation", "action"):
         shapes = [_shapes(getattr(task, f"{name}_spec")) for task in (agent.task, other)]
         if shapes[0] != shapes[1]:
@@ -151,16 +150,8 @@ def check_agent(
                 f"{spaces[1]}; make_agent(config, dataset) with this dataset makes one that fits."
             )
     _check_action_range(agent.task.action_space, dataset)
-    rewards = list(_other_rewards(agent.task, other))
-    for text in (*rewards, *_other_units(agent.task, other)) * warns:
+    for text in (*_other_rewards(agent.task, other), *_other_units(agent.task, other)) * warns:
         warnings.warn(text, DatasetWarning, stacklevel=3)
-    chosen = asked is not None and (asked == "raw") is not (mapped == RewardMap())
-    if warns and not rewards and chosen:
-        torchrl_logger.warning(
-            f"config.reward is {asked!r} and the rewards of {dataset.name} have the map "
-            f"{(mapped.scale, mapped.shift)} (1, 0 is raw). Training uses them as they are; if that "
-            f"is not wanted, load_dataset(..., reward={asked!r})."
-        )
 
 
 def _shapes(spec: TensorSpec) -> dict[Any, tuple[torch.Size, int | None]]:

@@ -647,6 +647,25 @@ def test_numbers_and_snapshots_are_checked():
     background.close()
 
 
+class Moved(nn.Module):
+    """A policy that notes where it was moved to."""
+
+    def to(self, device):
+        self.places = [*getattr(self, "places", []), device]
+        return self
+
+
+def test_the_policy_is_moved_to_the_device_of_the_evaluation(monkeypatch):
+    policy, devices = Moved(), []
+
+    def recorded(policy, make_env, *, device, episodes):
+        devices.append((list(policy.places), device, episodes))
+
+    monkeypatch.setattr(background_module, "evaluate", recorded)
+    background_module.evaluate_on(policy, None, device="cuda:1", episodes=3)
+    assert devices == [(["cuda:1"], "cuda:1", 3)]
+
+
 @pytest.mark.gpu
 def test_a_policy_on_cuda_is_evaluated_on_the_cpu_by_default():
     agent = make_agent(IQLConfig(hidden=(8,), batch_size=4, device="cuda"), pendulum_log())

@@ -144,10 +144,10 @@ def test_options_of_compile_keep_what_programs_need(options):
 
 
 def test_a_single_observation_in_a_program_for_a_gpu(monkeypatch):
-    """A narrow layer of one row without a batch; NumPy has the value."""
+    """A layer of few outputs and one row without a batch; NumPy has the value."""
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     monkeypatch.setattr(networks.perceptrons, "launches_kernels", lambda device: True)
-    row, weight, bias = torch.randn(4), torch.randn(32, 4), torch.randn(32)
+    row, weight, bias = torch.randn(4), torch.randn(6, 4), torch.randn(6)
     expected = weight.numpy() @ row.numpy() + bias.numpy()
     out = networks.perceptrons.affine(row, weight, bias)
     torch.testing.assert_close(out, torch.from_numpy(expected))

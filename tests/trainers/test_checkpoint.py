@@ -385,14 +385,16 @@ def test_a_fingerprint_notices_any_value(row, key):
 def test_a_config_of_another_reward_is_reported(asked, loaded, lines, caplog):
     reward = (1.0, -1.0) if loaded == -1 else loaded
     dataset = load_dataset(log(), reward=reward)
-    agent = make_agent(config(reward=asked), dataset)
     with caplog.at_level("WARNING", logger="torchrl"):
         torchrl_logger.addHandler(caplog.handler)
         try:
+            agent = make_agent(config(reward=asked), dataset)
+            of_agent = len(caplog.messages)
             OfflineTrainer(agent=agent, dataset=dataset, total_updates=1, progress_bar=False)
+            IQLPopulation([config(reward=asked)], dataset)
         finally:
             torchrl_logger.removeHandler(caplog.handler)
-    assert len(caplog.messages) == lines
+    assert (of_agent, len(caplog.messages)) == (lines, 2 * lines)
     for line in caplog.messages:
         assert line.startswith(f"config.reward is '{asked}' and the rewards of ")
 
