@@ -110,12 +110,13 @@ SEPSIS = {
 #: Of our own settings those that the page shows; the result file has all.
 OWN = ("ours", "cloning")
 SHOWN = (*OURS, *SEPSIS, "schedule", "order", "standardise", "initialisation", "policy")
-KEY = ("log", "method", "updates")
 #: CORL's README at eeeeef2, "Last Scores": mean and deviation over its seeds.
 PUBLISHED = {
     "d4rl-umaze": {"ours": (42.11, 0.58), "CORL": (42.11, 0.58), "cloning": (0.36, 8.69)},
     "d4rl-medium": {"ours": (34.85, 2.72), "CORL": (34.85, 2.72), "cloning": (0.79, 3.25)},
 }
+#: Updates that the table of published scores shows.
+MILLION = (100_000, 200_000, 300_000, 400_000, 500_000, 700_000, 1_000_000)
 CONTINUOUS = ("cloning", "ours", "d3rlpy", "TorchRL", "CORL")
 DISCRETE = ("cloning", "ours", "TorchRL")
 
@@ -729,20 +730,28 @@ def _on(line: Mapping[str, Any]) -> list[str]:
 
 
 def published_table(content: Mapping[str, Any]) -> str:
-    """Markdown: means and deviations over seeds here, and those of CORL's README."""
-    text = ["| log | method | updates | seeds | here | CORL, 1,000,000 updates | processor |"]
-    text.append("|---|---|---:|---:|---:|---:|---|")
-    for line in sorted(content["summary"], key=lambda line: (line["log"], line["updates"])):
-        key = [line[name] for name in KEY]
-        scores = [c["score"] for c in content["cells"] if [c[k] for k in KEY] == key]
-        here = f"{np.mean(scores):.1f}"
-        if len(scores) > 1:
-            here += f" ± {np.std(scores):.1f}"
-        mean, deviation = PUBLISHED[line["log"]][line["method"]]
-        cells = [line["log"], line["method"], f"{line['updates']:,}", str(line["seeds"]), here]
-        cells += [f"{mean} ± {deviation}", "; ".join(_on(line))]
-        text.append("| " + " | ".join(cells) + " |")
+    """Markdown: means and deviations over seeds during training here, and those of CORL's README."""
+    curves: dict[tuple[str, str], list[dict[int, float]]] = {}
+    running = [(label.split(", "), part["curve"]) for label, part in content["unfinished"].items()]
+    done = [((cell["log"], cell["method"]), cell["curve"]) for cell in content["cells"]]
+    for (name, method, *_), curve in [*done, *running]:
+        curves.setdefault((name, method), []).append({point: score for point, _, score in curve})
+    heads = [f"{point // 1000:,}" for point in MILLION]
+    text = ["| dataset | method | seeds | " + " | ".join(heads) + " | CORL's README |"]
+    text.append("|---|---|---:|" + "---:|" * (len(heads) + 1))
+    for (name, method), runs in sorted(curves.items()):
+        scores = [[run[point] for run in runs if point in run] for point in MILLION]
+        cells = [_mean_and_deviation(each) for each in scores]
+        published = PUBLISHED["-".join(name.split("-")[:2])][method]
+        cells.append(f"{published[0]} ± {published[1]}")
+        text.append("| " + " | ".join([name, method, str(len(runs)), *cells]) + " |")
     return "\n".join(text)
+
+
+def _mean_and_deviation(scores: Sequence[float]) -> str:
+    if not scores:
+        return "-"
+    return f"{np.mean(scores):.1f}" + (f" ± {np.std(scores):.1f}" if len(scores) > 1 else "")
 
 
 def times_table(content: Mapping[str, Any]) -> str:
@@ -831,7 +840,7 @@ def write_page(page: Path, result: str) -> None:
         ("settings table", result, settings_table),
         ("times table", f"{result}_time", times_table),
         ("tutorial table", "minari_tutorial", tutorial_table),
-        ("published table", f"{result}_published", published_table),
+        ("published table", f"{result}_million", published_table),
     ]
     texts = {
         name: maker(json.loads((RESULTS / f"{file}.json").read_text()))

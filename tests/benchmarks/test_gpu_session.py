@@ -55,6 +55,38 @@ def test_time_limits_fit_into_ten_minutes():
     assert sum(limits) <= 600
 
 
+@pytest.mark.parametrize(("processors", "times"), [(4, 1), (16, 2)])
+def test_with_many_processors_all_stages_run_once_before_they_are_timed(
+    processors, times, tmp_path
+):
+    """With an interpreter that only writes down what it is asked to run."""
+    tools, folder, calls = tmp_path / "tools", tmp_path / "results", tmp_path / "calls"
+    tools.mkdir()
+    texts = {
+        "nproc": f"echo {processors}",
+        "python": f'case "$1" in *session_summary.py) exec {sys.executable} "$@";; esac\n'
+        f'echo "$@" >> {calls}',
+    }
+    for name, text in texts.items():
+        (tools / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tools / name).chmod(0o755)
+    settings = {**os.environ, "PYTHON": str(tools / "python"), "DEVICE": "cuda:9"}
+    settings["PATH"] = f"{tools}:{settings['PATH']}"
+    subprocess.run([SCRIPT, folder], env=settings, capture_output=True, text=True, check=True)
+    (summary,) = folder.glob("session_*.json")
+    stages = json.loads(summary.read_text())["stages"]
+    assert {name: entry["result"] for name, entry in stages.items()} == dict.fromkeys(
+        STAGES[1:], "passed"
+    )
+    lines = calls.read_text().splitlines()
+    assert sum("-m pytest" in line for line in lines) == 1
+    for name in ("bench_population.py", "--form captured", "_float32", "_memory"):
+        outputs = [line.split("--output ")[1].split()[0] for line in lines if name in line]
+        assert len(outputs) == times, name
+        assert outputs[-1] == str(folder)
+        assert str(folder) not in outputs[:-1]
+
+
 @pytest.mark.slow
 def test_a_failed_stage_is_recorded_and_ends_no_other(tmp_path):
     """An interpreter that fails in pytest and runs everything else."""
