@@ -729,17 +729,22 @@ def _on(line: Mapping[str, Any]) -> list[str]:
     return [each.replace("(R)", "").replace(" Processor", "") for each in line["processors"]]
 
 
-def published_table(content: Mapping[str, Any]) -> str:
-    """Markdown: means and deviations over seeds during training here, and those of CORL's README."""
-    curves: dict[tuple[str, str], list[dict[int, float]]] = {}
+def curves(content: Mapping[str, Any]) -> dict[tuple[str, str], list[dict[int, float]]]:
+    """For each log and method the scores of its runs by updates, unfinished ones too."""
+    runs: dict[tuple[str, str], list[dict[int, float]]] = {}
     running = [(label.split(", "), part["curve"]) for label, part in content["unfinished"].items()]
     done = [((cell["log"], cell["method"]), cell["curve"]) for cell in content["cells"]]
     for (name, method, *_), curve in [*done, *running]:
-        curves.setdefault((name, method), []).append({point: score for point, _, score in curve})
+        runs.setdefault((name, method), []).append({point: score for point, _, score in curve})
+    return runs
+
+
+def published_table(content: Mapping[str, Any]) -> str:
+    """Markdown: means and deviations over seeds during training here, and those of CORL's README."""
     heads = [f"{point // 1000:,}" for point in MILLION]
     text = ["| dataset | method | seeds | " + " | ".join(heads) + " | CORL's README |"]
     text.append("|---|---|---:|" + "---:|" * (len(heads) + 1))
-    for (name, method), runs in sorted(curves.items()):
+    for (name, method), runs in sorted(curves(content).items()):
         scores = [[run[point] for run in runs if point in run] for point in MILLION]
         cells = [_mean_and_deviation(each) for each in scores]
         published = PUBLISHED["-".join(name.split("-")[:2])][method]
