@@ -130,17 +130,21 @@ def recommendation(rows: Sequence[Row], blocked: bool, confidence: float) -> tup
     """
     better = [row for row in rows if row["gain_low"] > 0]
     sound = [row for row in better if not set(row["caveats"]) & set(BLOCKING)]
-    refused = blocked or any(set(row["caveats"]) & CONFLICTS for row in rows) or not sound
+    of_all = blocked or any(set(row["caveats"]) & CONFLICTS for row in rows)
+    refused = of_all or not sound
     row = rows[0] if refused else sound[0]
     interval = (
         f"{confidence:.0%} interval for all {len(rows)} candidates at once {row['gain_low']:.4g} "
         f"to {row['gain_high']:.4g}"
     )
     if refused:
-        caveats = "; higher estimates have caveats, see the warnings" if better else ""
+        concerned = "a warning concerns all candidates" if of_all else "it has caveats"
+        if not of_all and len(better) > 1:
+            concerned = f"all {len(better)} with an interval above 0 have caveats"
+        reason = f"; {concerned}, see the warnings" if better else ""
         return None, (
             "Recommendation: no candidate is reliably better than the behaviour policy (the "
-            f"highest estimate, {row['candidate']}, gains {row['gain']:.4g}, {interval}{caveats})."
+            f"highest estimate, {row['candidate']}, gains {row['gain']:.4g}, {interval}{reason})."
         )
     higher = row["rank"] - 1
     more = f"; {higher} with higher estimates have caveats or are uncertain" if higher else ""
@@ -175,10 +179,11 @@ def blocking_warnings(
     """Reasons why no value may be compared with the behaviour policy's: one sentence each."""
     modelled = not fitted_q.episodes.exact.all()
     if modelled and not converged:
+        factor = max(HORIZONS * held_out.horizon / fitted_q.backups, PASSES / fitted_q.passes)
         yield (
             f"fitted Q evaluation renewed its targets {fitted_q.backups:.3g} times, in "
-            f"{fitted_q.passes:.3g} passes of the data, where values look "
-            f"{held_out.horizon:.3g} steps ahead: it has not converged; use more updates."
+            f"{fitted_q.passes:.3g} passes of the data, where values look {held_out.horizon:.3g} "
+            f"steps ahead: it has not converged; use more updates, {factor:.1f} times as many or more."
         )
     sketch = sketch_of(train.dataset.episode_digests())
     if (shared := shared_share(sketch, held_out.dataset.episode_digests())) > SHARED:

@@ -301,7 +301,7 @@ def test_no_recommendation_where_the_estimators_contradict_each_other(again, fit
         assert row["gain_low"] > 0
         assert row["importance_high"] < row["value_low"]
         assert row["caveats"] == ("contradiction",)
-        assert "higher estimates have caveats, see the warnings" in result.recommendation
+        assert "; a warning concerns all candidates, see the warnings)." in result.recommendation
 
 
 def test_no_recommendation_where_logged_probabilities_are_too_low(parts, candidates, fitted):
