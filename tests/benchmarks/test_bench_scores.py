@@ -258,14 +258,23 @@ def test_summary_and_table():
 
 
 def test_means_and_deviations_next_to_published_ones():
-    content = {"logs": {}, "settings": {}, "cells": [], "summary": []}
-    for seed, score in enumerate((30.0, 34.0)):
-        bench_scores.add(content, {**result("ours", seed, score), "log": "d4rl-umaze"})
-    bench_scores.add(content, {**result("cloning", 0, 1.0), "log": "d4rl-umaze"})
-    on = "Make Chip5000, family 6"
-    assert bench_scores.published_table(content).splitlines()[2:] == [
-        f"| d4rl-umaze | ours | 5,000 | 2 | 32.0 ± 2.0 | 42.11 ± 0.58 | {on} |",
-        f"| d4rl-umaze | cloning | 5,000 | 1 | 1.0 | 0.36 ± 8.69 | {on} |",
+    """At the table's numbers of updates; a run that has not ended has what there is of it."""
+
+    def curve(*scores):
+        return [[(i + 1) * 100_000, 0.0, score] for i, score in enumerate(scores)]
+
+    cells = [
+        {"log": "d4rl-umaze", "method": "ours", "curve": curve(28.0, 30.0)},
+        {"log": "d4rl-umaze", "method": "ours", "curve": curve(29.0, 34.0)},
+        {"log": "d4rl-medium", "method": "cloning", "curve": curve(1.0)},
+    ]
+    unfinished = {"d4rl-umaze-noisy, CORL, 0, 1000000": {"curve": curve(7.25)}}
+    text = bench_scores.published_table({"cells": cells, "unfinished": unfinished})
+    rest = " | -" * 5
+    assert text.splitlines()[2:] == [
+        f"| d4rl-medium | cloning | 1 | 1.0 | -{rest} | 0.79 ± 3.25 |",
+        f"| d4rl-umaze | ours | 2 | 28.5 ± 0.5 | 32.0 ± 2.0{rest} | 42.11 ± 0.58 |",
+        f"| d4rl-umaze-noisy | CORL | 1 | 7.2 | -{rest} | 42.11 ± 0.58 |",
     ]
 
 

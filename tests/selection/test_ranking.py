@@ -38,6 +38,7 @@ from iql_torchrl.selection import (
     ranking,
 )
 from iql_torchrl.selection.bounds import mean_bounds
+from iql_torchrl.selection.recommendation import recommendation
 
 WORLD, GREEDY = random_mdp(), greedy_policy(random_mdp())
 MIXED = [0.5 * uniform() + 0.5 * policy for policy in random_policies(4)]
@@ -242,7 +243,7 @@ ONES = np.ones(6)
         ({"history": {STEP: -4.6}}, None, False, f"on {STEP} (t statistic -4.6)"),
         ({"history": {STEP: 4.4}}, None, True, ""),
         ({"backups": 3.0, "passes": 9.0}, None, False, "renewed its targets 3 times, in 9 passes"),
-        ({"backups": 1e3, "passes": 0.5}, None, False, "times, in 0.5 passes of the data, where"),
+        ({"backups": 1e3, "passes": 0.5}, None, False, "use more updates, 2.0 times as many or more"),
         ({"backups": 1e3, "passes": 9.0}, None, True, ""),
         ({"uncovered_ends": 0.009}, None, True, ""),
         ({"uncovered_ends": 0.2}, None, True, "leave 20% of the discounted future in states that"),
@@ -265,6 +266,27 @@ def test_each_doubt_and_sentence(again, fitted, ranked, changes, caveat, recomme
     for key, name in zip(OF_GREEDY, names, strict=True):
         assert key not in changes or row[name] == changes[key]
     assert result.behaviour_extrapolation == pytest.approx(changes.get("behaviour_unsupported", 0))
+
+
+@pytest.mark.parametrize(
+    ("lows", "blocked", "reason"),
+    [
+        ((1.0, -1.0), False, "; it has caveats, see the warnings)."),
+        ((1.0, 0.5), False, "; all 2 with an interval above 0 have caveats, see the warnings)."),
+        ((1.0, -1.0), True, "; a warning concerns all candidates, see the warnings)."),
+        ((-0.5, -1.0), False, " -0.5 to 9)."),
+    ],
+)
+def test_reasons_why_no_candidate_is_recommended(lows, blocked, reason):
+    rows = [
+        {"candidate": name, "rank": number, "gain": 4.0 - number, "gain_low": low, "gain_high": 9.0,
+         "caveats": ("extrapolation",)}
+        for number, (name, low) in enumerate(zip("ab", lows, strict=True), 1)
+    ]  # fmt: skip
+    chosen, sentence = recommendation(rows, blocked, 0.95)
+    assert chosen is None
+    assert "(the highest estimate, a, gains 3, 95% interval for all 2" in sentence
+    assert sentence.endswith(reason)
 
 
 def test_more_extrapolation_may_be_allowed(again):
