@@ -241,17 +241,18 @@ def maze2d(maze: str, goal: tuple[int, int], folder: Path) -> Data:
     return Data(kept, make_env, REFERENCE_RETURNS[f"maze2d-{maze}"], returns)
 
 
-def d4rl_maze2d(maze: str, folder: Path, *variant: str) -> Data:
+def d4rl_maze2d(arguments: Sequence[str], folder: Path) -> Data:
     """The dataset that d4rl_maze2d.py writes, as long as D4RL's, and D4RL's task; a window a return.
 
-    ``variant``: further arguments of that script.
+    ``arguments`` of that script: the maze, and options of the recording.
     """
     import d4rl_maze2d as d4rl
 
-    words = [maze, *(word.removeprefix("--") for word in variant)]
-    path, limit = folder / f"d4rl_{'_'.join(words)}.npz", d4rl.MAZES[maze][1]
+    maze, *options = arguments
+    words = "_".join(word.removeprefix("--") for word in arguments)
+    path, limit = folder / f"d4rl_{words}.npz", d4rl.MAZES[maze][1]
     if not path.is_file():
-        d4rl.main([maze, str(path), *variant])
+        d4rl.main([maze, str(path), *options])
     with np.load(path) as table:
         rows = dict(table)
     whole = len(rows["reward"]) // limit * limit
@@ -352,10 +353,7 @@ LOGS: dict[str, Log] = {
     ),
     **{
         f"d4rl-{name}": Log(
-            lambda folder, arguments=arguments: d4rl_maze2d(arguments[0], folder, *arguments[1:]),
-            updates=80_000,
-            episodes=100,
-            raw_reward=True,
+            partial(d4rl_maze2d, arguments), updates=80_000, episodes=100, raw_reward=True
         )
         for name, arguments in D4RL.items()
     },

@@ -16,8 +16,8 @@ there, with what one would not expect:
 - With ``--reached timeouts`` (default) reached targets are timeouts, whose steps
   ``d4rl.qlearning_dataset`` leaves out, and nothing is terminal, as in the published file (D4RL's
   issues 85 and 176). The script of today writes terminals, and no timeouts: ``--reached terminals``.
-- ``--noisy`` adds noise to the actions. The published umaze was recorded so, it seems: of it 12,459
-  steps are left out (D4RL's issue 65), here 12,403 with the noise and 13,599 without.
+- ``--noisy`` adds noise to the actions. The reader leaves out 12,459 steps of the published umaze
+  (D4RL's issue 65), 12,403 here with the noise and 13,599 without, so it was probably used.
 
 ``--check`` plays random actions and the controller, whose mean returns D4RL publishes as the scores
 0 and 100.

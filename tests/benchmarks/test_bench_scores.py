@@ -258,7 +258,7 @@ def test_summary_and_table():
 
 
 def test_means_and_deviations_next_to_published_ones():
-    """At the table's numbers of updates; a run that has not ended has what there is of it."""
+    """Unfinished runs have scores up to their last evaluation."""
 
     def curve(*scores):
         return [[(i + 1) * 100_000, 0.0, score] for i, score in enumerate(scores)]
