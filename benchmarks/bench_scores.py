@@ -64,7 +64,6 @@ CACHE = Path.home() / ".cache" / "iql_torchrl" / "peers"
 EVALUATION_SEED = 10_000
 CHUNK = 250  # updates of one command to a process: the least that may be asked for
 CAPTURED = 25  # updates of one call of the captured form, as in score_methods.py
-HOPPER_STEPS = 25_000
 CARTPOLE_EPISODES = 400
 
 #: The pip requirements of each method's environment; none: that of this package.
@@ -260,16 +259,18 @@ def d4rl_maze2d(arguments: Sequence[str], folder: Path) -> Data:
     return Data(rows, partial(d4rl.Maze2d, maze), REFERENCE_RETURNS[f"maze2d-{maze}"], returns)
 
 
-def hopper(folder: Path) -> Data:
-    """The dataset that make_hopper.py writes, with a small buffer of SAC's training."""
-    path = folder / "hopper_replay.npz"
+def replay(task: str, folder: Path) -> Data:
+    """What make_replay.py collects: every step of SAC until its policy is good."""
+    environment, steps = REPLAYS[task]
+    path = folder / f"{task}_replay.npz"
     if not path.is_file():
-        import make_hopper
+        import make_replay
 
-        make_hopper.main([str(path), "--steps", str(HOPPER_STEPS)])
-    dataset = load_dataset(path, env="Hopper-v5", progress=False)
-    make_env = partial(gymnasium.make, "Hopper-v5")
-    return Data(columns(dataset), make_env, REFERENCE_RETURNS["hopper"], dataset.episode_returns)
+        options = ["--steps", str(steps), "--width", "256", "--batch-size", "128", "--compile"]
+        make_replay.main([environment, str(path), *options])
+    dataset = load_dataset(path, env=environment, progress=False)
+    make_env = partial(gymnasium.make, environment)
+    return Data(columns(dataset), make_env, REFERENCE_RETURNS[task], dataset.episode_returns)
 
 
 def sepsis(folder: Path) -> Data:
@@ -340,6 +341,8 @@ D4RL = {
     "umaze-terminals": ("umaze", "--reached", "terminals"),
     "umaze-noisy": ("umaze", "--noisy"),
 }
+#: Environment and steps of the logs ``NAME-replay``.
+REPLAYS = {"hopper": ("Hopper-v5", 300_000), "halfcheetah": ("HalfCheetah-v5", 300_000)}
 LOGS: dict[str, Log] = {
     "pendulum": Log(pendulum, updates=5_000, episodes=20),
     "sepsis": Log(sepsis, updates=1_000, episodes=0, methods=DISCRETE, options={"ours": SEPSIS}),
@@ -347,10 +350,13 @@ LOGS: dict[str, Log] = {
     "maze2d-umaze": Log(
         partial(maze2d, "umaze", (1, 1)), updates=3_000, episodes=20, raw_reward=True
     ),
-    "hopper": Log(hopper, updates=2_000, episodes=10),
     "maze2d-medium": Log(
         partial(maze2d, "medium", (6, 6)), updates=5_000, episodes=20, raw_reward=True
     ),
+    **{
+        f"{name}-replay": Log(partial(replay, name), updates=50_000, episodes=20)
+        for name in REPLAYS
+    },
     **{
         f"d4rl-{name}": Log(
             partial(d4rl_maze2d, arguments), updates=80_000, episodes=100, raw_reward=True

@@ -1,11 +1,11 @@
-"""A log of mixed quality: everything that SAC collects while it learns Hopper.
+"""A log of mixed quality: everything that SAC collects while it learns a task of MuJoCo.
 
-    python benchmarks/make_hopper.py hopper_replay.npz
+    python benchmarks/make_replay.py Hopper-v5 hopper_replay.npz
 
-Trains TorchRL's ``SACLoss`` on Gymnasium's Hopper-v5, one update a step after ``--random-steps``
-uniform ones, and writes every transition in the order of collection, so the dataset holds falls of an
-untrained policy next to long episodes of a trained one. One thread and fixed seeds; the last digits
-differ between machines. The file is replaced every 10,000 steps and is a complete table at any time.
+Trains TorchRL's ``SACLoss``, one update a step after ``--random-steps`` uniform ones, and writes every
+transition in the order of collection, so the dataset holds episodes of an untrained policy next to
+those of a trained one. One thread and fixed seeds; the last digits differ between machines. The file
+is replaced every 10,000 steps and is a complete table at any time: the one of a shorter run.
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ from torchrl.modules import NormalParamExtractor, ProbabilisticActor, TanhNormal
 from torchrl.objectives import SACLoss, SoftUpdate
 from tqdm import tqdm
 
-ENVIRONMENT = "Hopper-v5"
-BATCH, GAMMA, POLYAK, RATE = 256, 0.99, 0.005, 3e-4  # Haarnoja et al. 2018, table 1
+GAMMA, POLYAK, RATE = 0.99, 0.005, 3e-4  # Haarnoja et al. 2018, table 1
 STD_MIN = 1e-4
 EVERY = 10_000
 
@@ -39,7 +38,7 @@ EVERY = 10_000
 class Learner:
     """The networks of SAC, and one update of all of them with an own target entropy, -|A|."""
 
-    def __init__(self, env: gymnasium.Env[Any, Any], width: int) -> None:
+    def __init__(self, env: gymnasium.Env[Any, Any], width: int, compile_loss: bool) -> None:
         box = env.action_space
         assert isinstance(box, gymnasium.spaces.Box), box
         spec = Bounded(torch.as_tensor(box.low), torch.as_tensor(box.high), box.shape)
@@ -67,6 +66,7 @@ class Learner:
         self.loss.make_value_estimator(gamma=GAMMA)
         self.targets = SoftUpdate(self.loss, tau=POLYAK)
         self.optimizer = torch.optim.Adam(self.loss.parameters(), lr=RATE, fused=True)
+        self.total_loss = torch.compile(self._total) if compile_loss else self._total
 
     @torch.no_grad()
     def act(self, observation: NDArray[Any]) -> NDArray[np.float32]:
@@ -76,11 +76,15 @@ class Learner:
             action = self.actor(TensorDict({"observation": row}, [1]))["action"][0]
         return np.asarray(action.numpy(), dtype=np.float32)
 
-    def update(self, batch: TensorDict) -> None:
+    def _total(self, batch: TensorDict) -> torch.Tensor:
         losses = self.loss(batch)
-        total = losses["loss_actor"] + losses["loss_qvalue"] + losses["loss_alpha"]
+        total: torch.Tensor = losses["loss_actor"] + losses["loss_qvalue"] + losses["loss_alpha"]
+        return total
+
+    def update(self, batch: TensorDict) -> None:
+        total = self.total_loss(batch)
         self.optimizer.zero_grad()
-        total.backward()
+        total.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         self.targets.step()
 
@@ -107,16 +111,16 @@ def collect(o: argparse.Namespace) -> dict[str, NDArray[Any]]:
     """Train for ``o.steps`` environment steps; write and return the columns of the dataset."""
     torch.set_num_threads(1)
     torch.manual_seed(o.seed)
-    env = gymnasium.make(ENVIRONMENT)
+    env = gymnasium.make(o.environment)
     env.action_space.seed(o.seed)
-    learner = Learner(env, o.width)
+    learner = Learner(env, o.width, o.compile)
     storage = LazyTensorStorage(o.steps)
-    replay = TensorDictReplayBuffer(storage=storage, batch_size=BATCH)
+    replay = TensorDictReplayBuffer(storage=storage, batch_size=o.batch_size)
     columns: dict[str, list[Any]] = {
         name: [] for name in ("obs", "next_obs", "action", "reward", "terminated", "truncated")
     }
     observation, _ = env.reset(seed=o.seed)
-    bar = tqdm(range(1, o.steps + 1), desc="SAC on Hopper", unit="step", disable=None)
+    bar = tqdm(range(1, o.steps + 1), desc=f"SAC on {o.environment}", unit="step", disable=None)
     for step in bar:
         action = env.action_space.sample() if step <= o.random_steps else learner.act(observation)
         after, reward, terminated, truncated, _ = env.step(action)
@@ -163,10 +167,13 @@ def of_the_episodes(table: dict[str, NDArray[Any]]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
+    add("environment", help="Gymnasium's name, such as Hopper-v5")
     add("path", type=Path, help="the file to write, .npz")
     add("--steps", type=int, default=100_000, help="environment steps, one row each")
     add("--random-steps", type=int, default=5_000, help="uniform actions at the start")
     add("--width", type=int, default=128, help="of the two hidden layers of each network")
+    add("--batch-size", type=int, default=256)
+    add("--compile", action="store_true", help="torch.compile the loss")
     add("--seed", type=int, default=0)
     o = parser.parse_args(arguments)
     if o.path.suffix != ".npz":

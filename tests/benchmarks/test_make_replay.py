@@ -1,8 +1,8 @@
-"""``benchmarks/make_hopper.py``, at small size."""
+"""``benchmarks/make_replay.py``, at small size."""
 
 from __future__ import annotations
 
-import make_hopper
+import make_replay
 import numpy as np
 import pytest
 from extras import needs
@@ -13,7 +13,9 @@ from iql_torchrl import load_dataset
 def test_the_log_has_every_step_and_the_ends_of_its_episodes(tmp_path):
     needs("mujoco")
     path = tmp_path / "log.npz"
-    make_hopper.main([str(path), "--steps", "120", "--random-steps", "110", "--width", "8"])
+    make_replay.main(
+        ["Hopper-v5", str(path), "--steps", "120", "--random-steps", "110", "--width", "8"]
+    )
     with np.load(path) as table:
         columns = dict(table)
     ends = columns["terminated"] | columns["truncated"]
@@ -26,7 +28,7 @@ def test_the_log_has_every_step_and_the_ends_of_its_episodes(tmp_path):
     height, angle = columns["next_obs"][:, 0], columns["next_obs"][:, 1]
     assert np.array_equal(columns["terminated"], (height <= 0.7) | (np.abs(angle) >= 0.2))
     assert columns["terminated"].sum() >= 2
-    dataset = load_dataset(path, env=make_hopper.ENVIRONMENT, progress=False)
+    dataset = load_dataset(path, env="Hopper-v5", progress=False)
     assert len(dataset.episode_returns) == ends.sum()
     with pytest.raises(SystemExit):
-        make_hopper.main(["log.csv"])
+        make_replay.main(["Hopper-v5", "log.csv"])
