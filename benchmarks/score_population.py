@@ -2,14 +2,13 @@
 
     python benchmarks/score_population.py train FOLDER --logs d4rl-umaze d4rl-umaze-noisy --seeds 4
     python benchmarks/score_population.py play FOLDER --logs d4rl-umaze d4rl-umaze-noisy --seeds 4
-    python benchmarks/score_population.py draw FOLDER
 
 ``train`` trains one ``IQLPopulation`` for each dataset, whose runs are those of ``bench_scores.py``
 with the seeds 0, 1, ... (own batches, captured updates). On CUDA each population has a stream, so that
 several share the card. At ``--points`` numbers of updates the policies' weights are written to FOLDER.
 Where ``--seconds`` would not suffice for all, the last population ends early. ``play`` evaluates them
-with the environments, episodes and seeds of ``bench_scores.py`` and adds the runs to its result file;
-``draw`` draws the curves of that file.
+with the environments, episodes and seeds of ``bench_scores.py`` and adds the runs to its result file,
+which draw_scores.py draws.
 """
 
 from __future__ import annotations
@@ -26,18 +25,15 @@ from bench_scores import (
     EVALUATION_SEED,
     LOGS,
     OURS,
-    PUBLISHED,
     RESULTS,
     about_log,
     add,
-    curves,
     log_data,
     options_of,
     read,
 )
 from iql_torchrl import IQLConfig, IQLPopulation, captured, load_dataset
 from iql_torchrl.files import atomic_write
-from iql_torchrl.report.figures import save as save_figure
 from record import machine, processor, save
 
 import numpy as np
@@ -179,33 +175,10 @@ def play(o: argparse.Namespace) -> None:
         save(path, content, packages=("gymnasium", "mujoco"))
 
 
-def draw(o: argparse.Namespace) -> None:
-    """Mean scores and their range over seeds during training, and the published score."""
-    from matplotlib.figure import Figure
-
-    runs = curves(read(RESULTS / f"{o.result}.json"))
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.subplots()
-    for number, ((name, method), each) in enumerate(sorted(runs.items())):
-        points = sorted(set.intersection(*(set(run) for run in each)))
-        scores = np.array([[run[point] for point in points] for run in each])
-        look = {"color": f"C{number}", "label": f"{method}, {name}"}
-        axes.plot(points, scores.mean(0), marker="o", markersize=3, **look)
-        axes.fill_between(points, scores.min(0), scores.max(0), color=f"C{number}", alpha=0.2)
-    mean, deviation = PUBLISHED["d4rl-umaze"]["CORL"]
-    axes.errorbar([1_000_000], [mean], [deviation], color="black", marker="s", capsize=3,
-                  label="CORL's README, maze2d-umaze-v1")  # fmt: skip
-    axes.set(xlabel="updates", ylabel="score", ylim=(0, None))
-    axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:g} M")
-    axes.grid(alpha=0.3, linewidth=0.5)
-    axes.legend(fontsize=8, frameon=False)
-    save_figure(figure, RESULTS / f"{o.result}.png")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     option = parser.add_argument
-    option("work", choices=("train", "play", "draw"))
+    option("work", choices=("train", "play"))
     option("folder", type=Path, help="of the policies' weights")
     option("--peers", type=Path, default=CACHE, help="folder of the datasets; may be new")
     option("--logs", nargs="+", choices=LOGS, default=["d4rl-umaze"])
@@ -216,7 +189,7 @@ def main() -> None:
     option("--seconds", type=float, default=float("inf"), help="of all training, at most")
     option("--result", default="scores_million", help="name of the result file")
     o = parser.parse_args()
-    {"train": train, "play": play, "draw": draw}[o.work](o)
+    {"train": train, "play": play}[o.work](o)
 
 
 if __name__ == "__main__":
