@@ -2,22 +2,27 @@
 
     python benchmarks/bench_data.py                 # about 5 GB of disk twice, minutes
     python benchmarks/bench_data.py --size-gb 0.5   # the same, with a smaller table on disk
+    python benchmarks/bench_data.py --size-gb 0.5 --against 2499ab0 --repeats 9
 
 Each measurement runs in its own process, which imports what it needs. Writes
-benchmarks/results/data.json and deletes the data that it made.
+benchmarks/results/data.json and deletes the data that it made. ``--against`` measures another
+revision in turn with this one and writes the ratios of neighbouring times to data_revisions.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest import mock
 
+from bench_revisions import unpack
 from record import apart, place, save
 
 OBSERVATION, ACTION, EPISODE = 17, 6, 1000
@@ -208,17 +213,22 @@ def sample_windows(rows: int, rounds: int) -> dict[str, float]:
     return interleaved(calls, rounds)
 
 
+def make_files(options: argparse.Namespace, folder: Path) -> None:
+    """A Minari dataset, and a table in D4RL's layout."""
+    apart(write_minari, options.rows, environment={"MINARI_DATASETS_PATH": str(folder)})
+    rows = int(options.size_gb * 1e9 / row_bytes(OBSERVATION, ACTION)) // EPISODE * EPISODE
+    apart(write_d4rl, folder / "table.hdf5", rows, OBSERVATION, ACTION)
+
+
 def everything(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     environment = {"MINARI_DATASETS_PATH": str(folder)}
-    apart(write_minari, options.rows, environment=environment)
+    make_files(options, folder)
     # Alternating, so that another load on the machine affects both.
     pairs = [
         (apart(read_raw, environment=environment), apart(load, environment=environment))
         for _ in range(3)
     ]
     raw, loaded = (min(each, key=lambda r: r["seconds"]) for each in zip(*pairs, strict=True))
-    rows = int(options.size_gb * 1e9 / row_bytes(OBSERVATION, ACTION)) // EPISODE * EPISODE
-    apart(write_d4rl, folder / "table.hdf5", rows, OBSERVATION, ACTION)
     return {
         "raw": raw,
         "load": loaded,
@@ -228,6 +238,40 @@ def everything(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "device": apart(sample_device, options.rounds, options.device),
         "windows": apart(sample_windows, options.rows, options.rounds),
     }
+
+
+def times(options: argparse.Namespace, folder: Path) -> dict[str, float]:
+    """Of one revision: seconds of loading, building and reopening, microseconds of samples."""
+    shutil.rmtree(folder / "table", ignore_errors=True)
+    return {
+        "load": apart(load)["seconds"],
+        "build": apart(build, folder)["seconds"],
+        "reopen": apart(build, folder)["seconds"],
+        "buffer": apart(sample_buffers, options.rows, options.rounds)["ours"],
+        **apart(sample_device, options.rounds, options.device),
+        **apart(sample_windows, options.rows, options.rounds),
+    }
+
+
+def against(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """The same of this revision and ``options.against``, whose order is reversed in each repeat."""
+    make_files(options, folder)
+    trees = {"new": unpack(".", folder), "old": unpack(options.against, folder)}
+    measured: list[dict[str, dict[str, float]]] = []
+    for repeat in range(options.repeats):
+        found = {}
+        for name in sorted(trees, reverse=bool(repeat % 2)):
+            paths = {"PYTHONPATH": str(trees[name]), "MINARI_DATASETS_PATH": str(folder)}
+            with mock.patch.dict(os.environ, paths):
+                found[name] = times(options, folder)
+        measured.append(found)
+    ratios = {
+        key: [found["new"][key] / found["old"][key] for found in measured]
+        for key in measured[0]["new"]
+    }
+    for key, each in ratios.items():
+        print(f"{key:12} {median(each):.2f} ({min(each):.2f} to {max(each):.2f})", flush=True)
+    return {"against": options.against, "ratios": ratios, "measured": measured}
 
 
 def report(result: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -261,8 +305,13 @@ def main() -> None:
     add("--size-gb", type=float, default=5.0, help="of the memory-mapped table")
     add("--rounds", type=int, default=2_000, help="timed samples each")
     add("--device", default="cpu", help="of DeviceSampler")
+    add("--against", metavar="REVISION", help="compare with another revision instead")
+    add("--repeats", type=int, default=5, help="of the comparison")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
+        if options.against:
+            save(place("data", "revisions"), against(options, Path(folder)))
+            return
         result = everything(options, Path(folder))
     for quantity, value, limit in report(result):
         print(f"{quantity:38} {value:58} {limit}")

@@ -342,7 +342,7 @@ D4RL = {
     "umaze-noisy": ("umaze", "--noisy"),
 }
 #: Environment and steps of the logs ``NAME-replay``.
-REPLAYS = {"hopper": ("Hopper-v5", 300_000), "halfcheetah": ("HalfCheetah-v5", 300_000)}
+REPLAYS = {"hopper": ("Hopper-v5", 300_000)}
 LOGS: dict[str, Log] = {
     "pendulum": Log(pendulum, updates=5_000, episodes=20),
     "sepsis": Log(sepsis, updates=1_000, episodes=0, methods=DISCRETE, options={"ours": SEPSIS}),
