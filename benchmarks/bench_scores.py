@@ -260,13 +260,12 @@ def d4rl_maze2d(arguments: Sequence[str], folder: Path) -> Data:
 
 
 def replay(task: str, folder: Path) -> Data:
-    """What make_replay.py collects: every step of SAC until its policy is good."""
-    environment, steps = REPLAYS[task]
+    """What make_replay.py collects: every step of SAC while it learns."""
+    environment, options = REPLAYS[task]
     path = folder / f"{task}_replay.npz"
     if not path.is_file():
         import make_replay
 
-        options = ["--steps", str(steps), "--width", "256", "--batch-size", "128", "--compile"]
         make_replay.main([environment, str(path), *options])
     dataset = load_dataset(path, env=environment, progress=False)
     make_env = partial(gymnasium.make, environment)
@@ -341,8 +340,8 @@ D4RL = {
     "umaze-terminals": ("umaze", "--reached", "terminals"),
     "umaze-noisy": ("umaze", "--noisy"),
 }
-#: Environment and steps of the logs ``NAME-replay``.
-REPLAYS = {"hopper": ("Hopper-v5", 300_000)}
+#: Environment of the logs ``NAME-replay``, and options of make_replay.py.
+REPLAYS = {"hopper": ("Hopper-v5", ("--steps", "100000", "--width", "256", "--seed", "1"))}
 LOGS: dict[str, Log] = {
     "pendulum": Log(pendulum, updates=5_000, episodes=20),
     "sepsis": Log(sepsis, updates=1_000, episodes=0, methods=DISCRETE, options={"ours": SEPSIS}),

@@ -30,7 +30,7 @@ from torchrl.modules import NormalParamExtractor, ProbabilisticActor, TanhNormal
 from torchrl.objectives import SACLoss, SoftUpdate
 from tqdm import tqdm
 
-GAMMA, POLYAK, RATE = 0.99, 0.005, 3e-4  # Haarnoja et al. 2018, table 1
+BATCH, GAMMA, POLYAK, RATE = 256, 0.99, 0.005, 3e-4  # Haarnoja et al. 2018, table 1
 STD_MIN = 1e-4
 EVERY = 10_000
 
@@ -38,7 +38,7 @@ EVERY = 10_000
 class Learner:
     """The networks of SAC, and one update of all of them with an own target entropy, -|A|."""
 
-    def __init__(self, env: gymnasium.Env[Any, Any], width: int, compile_loss: bool) -> None:
+    def __init__(self, env: gymnasium.Env[Any, Any], width: int) -> None:
         box = env.action_space
         assert isinstance(box, gymnasium.spaces.Box), box
         spec = Bounded(torch.as_tensor(box.low), torch.as_tensor(box.high), box.shape)
@@ -66,7 +66,6 @@ class Learner:
         self.loss.make_value_estimator(gamma=GAMMA)
         self.targets = SoftUpdate(self.loss, tau=POLYAK)
         self.optimizer = torch.optim.Adam(self.loss.parameters(), lr=RATE, fused=True)
-        self.total_loss = torch.compile(self._total) if compile_loss else self._total
 
     @torch.no_grad()
     def act(self, observation: NDArray[Any]) -> NDArray[np.float32]:
@@ -76,15 +75,11 @@ class Learner:
             action = self.actor(TensorDict({"observation": row}, [1]))["action"][0]
         return np.asarray(action.numpy(), dtype=np.float32)
 
-    def _total(self, batch: TensorDict) -> torch.Tensor:
-        losses = self.loss(batch)
-        total: torch.Tensor = losses["loss_actor"] + losses["loss_qvalue"] + losses["loss_alpha"]
-        return total
-
     def update(self, batch: TensorDict) -> None:
-        total = self.total_loss(batch)
+        losses = self.loss(batch)
+        total = losses["loss_actor"] + losses["loss_qvalue"] + losses["loss_alpha"]
         self.optimizer.zero_grad()
-        total.backward()  # type: ignore[no-untyped-call]
+        total.backward()
         self.optimizer.step()
         self.targets.step()
 
@@ -113,9 +108,9 @@ def collect(o: argparse.Namespace) -> dict[str, NDArray[Any]]:
     torch.manual_seed(o.seed)
     env = gymnasium.make(o.environment)
     env.action_space.seed(o.seed)
-    learner = Learner(env, o.width, o.compile)
+    learner = Learner(env, o.width)
     storage = LazyTensorStorage(o.steps)
-    replay = TensorDictReplayBuffer(storage=storage, batch_size=o.batch_size)
+    replay = TensorDictReplayBuffer(storage=storage, batch_size=BATCH)
     columns: dict[str, list[Any]] = {
         name: [] for name in ("obs", "next_obs", "action", "reward", "terminated", "truncated")
     }
@@ -172,8 +167,6 @@ def main(arguments: list[str] | None = None) -> None:
     add("--steps", type=int, default=100_000, help="environment steps, one row each")
     add("--random-steps", type=int, default=5_000, help="uniform actions at the start")
     add("--width", type=int, default=128, help="of the two hidden layers of each network")
-    add("--batch-size", type=int, default=256)
-    add("--compile", action="store_true", help="torch.compile the loss")
     add("--seed", type=int, default=0)
     o = parser.parse_args(arguments)
     if o.path.suffix != ".npz":
