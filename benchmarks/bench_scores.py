@@ -732,6 +732,23 @@ def _on(line: Mapping[str, Any]) -> list[str]:
     return [each.replace("(R)", "").replace(" Processor", "") for each in line["processors"]]
 
 
+def cost_table(content: Mapping[str, Any]) -> str:
+    """Markdown: what the runs of each method cost, without their evaluations."""
+    text = [
+        "| method | runs | seconds of 1,000 updates | hours of all runs |",
+        "|---|---:|---:|---:|",
+    ]
+    for method in CONTINUOUS:
+        cells = [cell for cell in content["cells"] if cell["method"] == method]
+        if cells:
+            each = [1000 * cell["cpu_seconds"] / cell["updates"] for cell in cells]
+            hours = sum(cell["cpu_seconds"] for cell in cells) / 3600
+            text.append(
+                f"| {method} | {len(cells)} | {statistics.median(each):.1f} | {hours:.2f} |"
+            )
+    return "\n".join(text)
+
+
 def curves(content: Mapping[str, Any]) -> dict[tuple[str, str], list[dict[int, float]]]:
     """For each log and method the scores of its runs by updates, unfinished ones too."""
     runs: dict[tuple[str, str], list[dict[int, float]]] = {}
@@ -844,6 +861,8 @@ def write_page(page: Path, result: str) -> None:
     """The tables between their markers in ``page``; those whose result file is missing stay."""
     makers = [
         ("scores table", result, table),
+        ("long table", f"{result}_50k", table),
+        ("cost table", f"{result}_50k", cost_table),
         ("learning table", result, learning_table),
         ("settings table", result, settings_table),
         ("times table", f"{result}_time", times_table),

@@ -331,6 +331,15 @@ def test_maze2d_rewards_the_surroundings_of_its_goal_and_never_terminates():
     env.close()
 
 
+def test_the_cost_is_the_median_of_the_runs_and_their_sum():
+    cells = [
+        {"method": "ours", "updates": 2_000, "cpu_seconds": seconds} for seconds in (4, 6, 1790)
+    ]
+    cells.append({"method": "CORL", "updates": 1_000, "cpu_seconds": 36})
+    lines = bench_scores.cost_table({"cells": cells}).splitlines()[2:]
+    assert lines == ["| ours | 3 | 3.0 | 0.50 |", "| CORL | 1 | 36.0 | 0.01 |"]
+
+
 def test_the_page_has_the_tables_of_the_result_files(tmp_path):
     page, copy = ROOT / "docs" / "scores.md", tmp_path / "scores.md"
     copy.write_text(page.read_text())
