@@ -6,32 +6,27 @@ Runs ``examples/iql_finetune.py`` on two Pendulum logs: all 300 episodes, with t
 updates to learn the task, and the first two episodes, from which it cannot be learned. Methods:
 fine-tuning; the same with half of each batch from the dataset; the same number of updates on the
 dataset alone; and the online phase from new networks. Each run has one thread and its own process.
-Writes benchmarks/results/finetune.json and finetune.png.
+Writes benchmarks/results/finetune.json, which ``docs/pictures/finetune.py`` draws.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import sys
 from contextlib import redirect_stdout
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
-from bench_learning import curve
 from iql_torchrl import PRESETS, IQLConfig, OfflineDataset, load_dataset
 from iql_torchrl.data.builtin import ensure_dataset
 from iql_torchrl.report import text_table
-from iql_torchrl.report.figures import save as save_figure
-from record import RESULTS, in_processes, place, save
+from record import in_processes, place, save
+from study import learn, play
 
 import numpy as np
+from iql_finetune import Options, run
 from torchrl import logger
 from torchrl.data import OfflineToOnlineReplayBuffer, ReplayBuffer, TensorStorage
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from iql_finetune import Options, run
 
 Row = dict[str, float]
 
@@ -86,8 +81,11 @@ def make_buffer(
 
 def stay_offline(dataset: OfflineDataset, config: IQLConfig, options: Options) -> list[Row]:
     """The same number of updates and the same evaluations, on the dataset alone."""
-    points = curve(config, dataset, every=options.eval_every, episodes=options.episodes)
-    return [{"update": update, **played.summary()} for update, played in points]
+    ends = range(options.eval_every, config.updates + 1, options.eval_every)
+    return [
+        {"update": row["updates"], **play(agent.policy, dataset, options.episodes).summary()}
+        for row, agent in learn(dataset, [config], ends)
+    ]
 
 
 def around_switch(rows: list[Row], switch: int) -> dict[str, float]:
@@ -130,30 +128,6 @@ def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return results
 
 
-def draw(path: Path, runs: list[dict[str, Any]], logs: dict[str, float]) -> None:
-    """Mean over seeds of the mean return, lowest to highest seed shaded."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    for axes, (log, level) in zip(figure.subplots(1, 2, sharey=True), logs.items(), strict=True):
-        axes.axhline(level, color="0.4", linestyle="--", label="the dataset")
-        axes.axvline(LOGS[log][1], color="0.4", linestyle=":", label="switch")
-        for method in METHODS:
-            curves = [r["curve"] for r in runs if (r["log"], r["method"]) == (log, method)]
-            values = np.array([points["return_mean"] for points in curves])
-            # without pretraining, runs begin at the switch
-            start = 0 if METHODS[method][1] else LOGS[log][1]
-            updates = [start + update for update in curves[0]["updates"]]
-            (line,) = axes.plot(updates, values.mean(0), label=method)
-            low, high = values.min(0), values.max(0)
-            axes.fill_between(updates, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-        axes.set(xlabel="gradient updates", title=f"log of {log}")
-    figure.axes[0].set_ylabel("mean return per episode")
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False)
-    save_figure(figure, path)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
@@ -173,11 +147,11 @@ def main() -> None:
     content = {
         "configs": configs,
         "log_returns": logs,
+        "online_steps": options.online_steps,
         "summary": summarise(runs),
         "runs": runs,
     }
     save(place("finetune"), content)
-    draw(RESULTS / "finetune.png", runs, logs)
 
 
 if __name__ == "__main__":

@@ -18,35 +18,24 @@ from __future__ import annotations
 import argparse
 import math
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from iql_torchrl import (
-    PRESETS,
-    Agent,
-    IQLConfig,
-    IQLPopulation,
-    OfflineDataset,
-    evaluate,
-    load_dataset,
-)
+from iql_torchrl import PRESETS, Agent, IQLConfig, OfflineDataset, evaluate, load_dataset
 from iql_torchrl.data.builtin import ensure_source
 from iql_torchrl.data.builtin.icu_sepsis import NAME, SepsisTables
 from iql_torchrl.evaluation.statistics import rank_correlations, standard_error
 from iql_torchrl.selection import Ranking, fitted_q_evaluation, rank_policies
 from record import place, save
+from study import EVALUATION_SEED, learn
 
 import gymnasium
 import numpy as np
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from iql_sepsis import CONFIG, POINTS, probabilities
 
-EVALUATION_SEED = 10_000  # every member has the same initial states
 LEFT = 0.01  # weight of the discounted rewards after the last step
 Levels = dict[str, float]
 
@@ -83,31 +72,25 @@ def configs_of(options: argparse.Namespace) -> dict[str, IQLConfig]:
 
 def train(configs: dict[str, IQLConfig], log: OfflineDataset) -> dict[str, Agent]:
     runs = [replace(config, compile=True) for config in configs.values()]
-    population = IQLPopulation(runs, log)
-    for event in population.train(every=max(1, runs[0].updates // 10)):
-        print(f"\rupdate {event.updates:,}", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
-    return {name: population.member(number) for number, name in enumerate(configs)}
+    agents = (agent for _, agent in learn(log, runs, [runs[0].updates]))
+    return dict(zip(configs, agents, strict=True))
 
 
-class Counted(gymnasium.Wrapper):  # type: ignore[type-arg]
-    """Appends each episode's discounted return to ``results``."""
+class Discounted(gymnasium.Wrapper):  # type: ignore[type-arg]
+    """Rewards times ``discount ** t`` in step t of an episode."""
 
-    def __init__(self, env: Any, discount: float, results: list[float]) -> None:
+    def __init__(self, env: Any, discount: float) -> None:
         super().__init__(env)
-        self.discount, self.results = discount, results
+        self.discount = discount
 
     def reset(self, **options: Any) -> Any:
-        self.weight, self.value = 1.0, 0.0
+        self.weight = 1.0
         return super().reset(**options)
 
     def step(self, action: Any) -> Any:
-        result = super().step(action)
-        self.value += self.weight * float(result[1])
-        self.weight *= self.discount
-        if result[2] or result[3]:
-            self.results.append(self.value)
-        return result
+        observation, reward, *rest = super().step(action)
+        weight, self.weight = self.weight, self.weight * self.discount
+        return observation, weight * float(reward), *rest
 
 
 def played(
@@ -117,17 +100,15 @@ def played(
 
     Episodes continue after their time limit, until the weight of later rewards is below ``LEFT``.
     """
-    results: list[float] = []
 
     def make() -> Any:
         env = make_env()
         horizon = math.ceil(math.log(LEFT) / math.log(discount))
         horizon = max(env.spec.max_episode_steps, horizon)
-        longer = gymnasium.wrappers.TimeLimit(env.unwrapped, horizon)
-        return Counted(longer, discount, results)
+        return Discounted(gymnasium.wrappers.TimeLimit(env.unwrapped, horizon), discount)
 
-    evaluate(agent.policy, make, episodes=episodes, seed=EVALUATION_SEED)
-    return float(np.mean(results)), standard_error(np.array(results))
+    returns = evaluate(agent.policy, make, episodes=episodes, seed=EVALUATION_SEED).returns
+    return float(returns.mean()), standard_error(returns)
 
 
 def truths(
