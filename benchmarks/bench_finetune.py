@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from contextlib import redirect_stdout
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from iql_torchrl import PRESETS, IQLConfig, OfflineDataset, load_dataset
@@ -24,9 +26,11 @@ from record import in_processes, place, save
 from study import learn, play
 
 import numpy as np
-from iql_finetune import Options, run
 from torchrl import logger
 from torchrl.data import OfflineToOnlineReplayBuffer, ReplayBuffer, TensorStorage
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from iql_finetune import Options, run
 
 Row = dict[str, float]
 

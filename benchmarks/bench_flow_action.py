@@ -29,9 +29,10 @@ from tensordict import TensorDict
 from torch import Tensor
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "docs" / "pictures"))
-import iql_multimodal
-import two_modes
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "docs" / "pictures")]
+import iql_multimodal  # noqa: E402
+import two_modes  # noqa: E402
 
 Choice = Callable[[Any, TensorDict, Tensor], Tensor]
 FLOWS: Mapping[str, Settings] = {

@@ -10,13 +10,16 @@ updates, because it is learned sooner). Settings are those of ``examples/iql_poi
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 from iql_torchrl import Agent, load_dataset
 from iql_torchrl.data.builtin import ensure_dataset
 from study import Row, Task, make_parser, mean_return, play, run
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from iql_pointmaze import FIXED, MAZES, fixed_goal
 
 VARIANTS = {"cloning": {"temperature": 0.0}, "IQL": {}}

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -34,6 +35,8 @@ from study import EVALUATION_SEED, learn
 import gymnasium
 import numpy as np
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from iql_sepsis import CONFIG, POINTS, probabilities
 
 LEFT = 0.01  # weight of the discounted rewards after the last step

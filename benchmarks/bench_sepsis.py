@@ -9,7 +9,9 @@ temperature was chosen: with the counts of the half of the stays that was not us
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 from iql_torchrl import IQLConfig, OfflineDataset
@@ -18,8 +20,10 @@ from iql_torchrl.report import text_table
 from study import Task, make_parser, run, sepsis
 
 import numpy as np
-from iql_sepsis import CONFIG, POINTS
 from tensordict import TensorDictBase
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from iql_sepsis import CONFIG, POINTS
 
 TEMPERATURES = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0)
 

@@ -186,7 +186,8 @@ def table(rows: Sequence[Row], keys: Sequence[str] = ("task", "variant")) -> str
     for row in rows:
         label = ", ".join(str(row[key]) for key in keys if row.get(key, "") != "")
         last.setdefault(label, {})[row.get("seed")] = row
-    measures = dict.fromkeys(k for row in rows for k in row if k not in (*keys, "seed", "updates"))
+    others = {*keys, "task", "variant", "seed", "updates", "seconds"}
+    measures = dict.fromkeys(name for row in rows for name in row if name not in others)
     lines = [["", *measures]]
     for label, seeds in last.items():
         values = ([row.get(name) for row in seeds.values()] for name in measures)
