@@ -21,11 +21,9 @@ from typing import Any
 
 from iql_torchrl import PRESETS, IQLConfig, OfflineDataset, load_dataset
 from iql_torchrl.data.builtin import ensure_dataset
-from iql_torchrl.report import text_table
 from record import in_processes, place, save
-from study import learn, play
+from study import learn, play, table
 
-import numpy as np
 from torchrl import logger
 from torchrl.data import OfflineToOnlineReplayBuffer, ReplayBuffer, TensorStorage
 
@@ -119,19 +117,6 @@ def one_run(options: argparse.Namespace, log: str, method: str, seed: int) -> di
     return {"log": log, "method": method, "seed": seed, **levels, "curve": points}
 
 
-def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Per log and method: means over seeds at the switch, of the lowest after it, and at the end."""
-    names = ("before", "lowest early", "end")
-    results = []
-    for log, method in dict.fromkeys((each["log"], each["method"]) for each in runs):
-        of_method = [r for r in runs if (r["log"], r["method"]) == (log, method)]
-        means = {name: float(np.mean([r[name] for r in of_method])) for name in names}
-        results.append({"log": log, "method": method, **means})
-    cells = [[f"{r['log']}, {r['method']}", *(f"{r[n]:.1f}" for n in names)] for r in results]
-    print("\n" + text_table([["mean return", *names], *cells]))
-    return results
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
@@ -148,14 +133,10 @@ def main() -> None:
     seeds = range(options.seeds)
     jobs = [(options, log, method, seed) for log in LOGS for method in METHODS for seed in seeds]
     runs = in_processes(one_run, jobs, options.workers)
-    content = {
-        "configs": configs,
-        "log_returns": logs,
-        "online_steps": options.online_steps,
-        "summary": summarise(runs),
-        "runs": runs,
-    }
-    save(place("finetune"), content)
+    content = {"configs": configs, "log_returns": logs, "online_steps": options.online_steps}
+    save(place("finetune"), {**content, "runs": runs})
+    rows = [{name: value for name, value in run.items() if name != "curve"} for run in runs]
+    print(f"\n{table(rows, ('log', 'method'))}")
 
 
 if __name__ == "__main__":

@@ -117,12 +117,8 @@ def scores(score: Any, states: int, agent: Agent) -> Iterator[Row]:
 
 
 def task_of(make_data: Any, config: Any, score: Any, o: argparse.Namespace) -> Task:
-    return Task(
-        data=make_data(),
-        config=replace(config, policy="flow"),
-        variants=FLOWS,
-        scores=partial(scores, score, o.states),
-    )
+    config, measure = replace(config, policy="flow"), partial(scores, score, o.states)
+    return Task(data=make_data(), config=config, variants=FLOWS, scores=measure)
 
 
 TASKS = {

@@ -16,9 +16,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from iql_torchrl import IQLConfig
+from iql_torchrl import Agent, IQLConfig
 from iql_torchrl.data import GoalOrigins
-from study import Task, make_parser, play, run
+from study import Row, Task, make_parser, play, run
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from goal_maze import LARGE, Maze, walks
@@ -57,15 +57,12 @@ def task_of(variant: str, seed: int, o: argparse.Namespace) -> Task:
     pairs = [{"start": s, "goal": g} for s in cells for g in cells if s != g]
     how = {"num_envs": 64, "max_steps": 2 * int(steps.max()), "goals": pairs}
 
-    def reached(agent: Any) -> float:
-        return float(play(agent.policy, data, len(pairs), **how).goal_success_rates.mean())
+    def scores(agent: Agent) -> list[Row]:
+        played = play(agent.policy, data, len(pairs), **how)
+        return [{"reached": float(played.goal_success_rates.mean())}]
 
-    return Task(
-        data=data,
-        config=CONFIG,
-        variants={variant: {**settings, "seed": seed}},
-        scores=lambda agent: [{"reached": reached(agent)}],
-    )
+    variants = {variant: {**settings, "seed": seed}}
+    return Task(data=data, config=CONFIG, variants=variants, scores=scores)
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ import argparse
 
 from iql_torchrl import PRESETS, load_dataset
 from iql_torchrl.data.builtin import ensure_source
-from study import Task, make_parser, mean_return, run
+from study import Task, make_parser, returns_task, run
 
 VARIANTS = {"behaviour cloning": {"temperature": 0.0}, "IQL": {}}
 
@@ -21,13 +21,7 @@ VARIANTS = {"behaviour cloning": {"temperature": 0.0}, "IQL": {}}
 def task_of(o: argparse.Namespace) -> Task:
     config = PRESETS[o.preset]
     data = load_dataset(ensure_source(o.dataset), env=o.env, reward=config.reward, progress=False)
-    return Task(
-        data=data,
-        config=config,
-        variants=VARIANTS,
-        scores=lambda agent: [{"return": mean_return(agent.policy, data, o.episodes, num_envs=8)}],
-        references={"the dataset": {"return": float(data.episode_returns.mean())}},
-    )
+    return returns_task(data, config, VARIANTS, o.episodes, num_envs=8)
 
 
 def main() -> None:

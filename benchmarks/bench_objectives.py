@@ -16,7 +16,19 @@ import argparse
 from collections.abc import Mapping
 from dataclasses import replace
 
-from study import Settings, Task, make_parser, mean_return, pendulum, play, pointmaze, run, sepsis
+from iql_torchrl import Agent
+from study import (
+    Row,
+    Settings,
+    Task,
+    make_parser,
+    pendulum,
+    play,
+    pointmaze,
+    returns_task,
+    run,
+    sepsis,
+)
 
 ALPHAS = (1.0, 5.0)
 
@@ -58,38 +70,22 @@ def pendulum_task(o: argparse.Namespace) -> Task:
     data, config = pendulum()
     # values settle in fewer updates
     config = replace(config, discount=0.95, polyak=0.02, updates=2500)
-    return Task(
-        data=data,
-        config=config,
-        variants=VARIANTS,
-        scores=lambda agent: [{"return": mean_return(agent.policy, data, o.episodes)}],
-        references={"the dataset": {"return": float(data.episode_returns.mean())}},
-    )
+    return returns_task(data, config, VARIANTS, o.episodes)
 
 
 def pointmaze_task(o: argparse.Namespace) -> Task:
     data, config = pointmaze()
 
-    def reached(agent: object) -> float:
-        return float((play(agent.policy, data, o.episodes).returns > 0).mean())
+    def scores(agent: Agent) -> list[Row]:
+        return [{"reached": float((play(agent.policy, data, o.episodes).returns > 0).mean())}]
 
-    return Task(
-        data=data,
-        config=replace(config, updates=2500, hidden=(64, 64)),
-        variants=VARIANTS,
-        scores=lambda agent: [{"reached": reached(agent)}],
-    )
+    config = replace(config, updates=2500, hidden=(64, 64))
+    return Task(data=data, config=config, variants=VARIANTS, scores=scores)
 
 
 def sepsis_task(o: argparse.Namespace) -> Task:
-    data, config, survival = sepsis()
-    return Task(
-        data=data,
-        config=replace(config, updates=1000, batch_size=512),
-        variants=VARIANTS,
-        scores=lambda agent: [{"survival": survival(agent)}],
-        references={"the dataset": {"survival": float(data.episode_returns.mean())}},
-    )
+    task = sepsis(VARIANTS)
+    return replace(task, config=replace(task.config, updates=1000, batch_size=512))
 
 
 TASKS = {"pendulum": pendulum_task, "pointmaze": pointmaze_task, "sepsis": sepsis_task}

@@ -3,8 +3,8 @@
     python benchmarks/bench_pointmaze.py
 
 One distant goal, to be reached by joining parts of drives (share of episodes that reach it, and their
-steps), and the dataset's task of random observed targets (targets reached per episode; with fewer
-updates, because it is learned sooner). Settings are those of ``examples/iql_pointmaze.py``.
+steps), and the dataset's task of random observed targets (the return is the number of targets reached;
+with fewer updates, because it is learned sooner). Settings are those of ``examples/iql_pointmaze.py``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from iql_torchrl import Agent, load_dataset
 from iql_torchrl.data.builtin import ensure_dataset
-from study import Row, Task, make_parser, mean_return, play, run
+from study import Row, Task, make_parser, play, returns_task, run
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from iql_pointmaze import FIXED, MAZES, fixed_goal
@@ -45,13 +45,7 @@ def fixed(maze: str, o: argparse.Namespace) -> Task:
 def random(maze: str, o: argparse.Namespace) -> Task:
     source = ensure_dataset(f"pointmaze/{maze}-v0")
     data = load_dataset(source, concatenate=["observation", "desired_goal"])
-    return Task(
-        data=data,
-        config=RANDOM,
-        variants=VARIANTS,
-        scores=lambda agent: [{"targets": mean_return(agent.policy, data, o.episodes)}],
-        references={"the dataset": {"targets": float(data.episode_returns.mean())}},
-    )
+    return returns_task(data, RANDOM, VARIANTS, o.episodes)
 
 
 TASKS = {

@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import copy
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -34,6 +35,7 @@ from study import (
     milliseconds,
     pendulum,
     pointmaze,
+    returns_task,
     run,
 )
 
@@ -130,15 +132,11 @@ def scores(agent: Agent, data: OfflineDataset, o: argparse.Namespace) -> Iterato
 
 def task_of(make: Any, o: argparse.Namespace) -> Task:
     data, config = make()
-    level = {"the dataset": {"return": float(data.episode_returns.mean())}}
     variants = FLOWS if o.only_flows else extractions(o)
-    return Task(
-        data=data,
-        config=config,
-        variants=variants,
-        scores=lambda agent: scores(agent, data, o),
-        references=level if make is pendulum else {},
-    )
+    task = returns_task(data, config, variants, o.episodes)
+    # the dataset of PointMaze has another task
+    references = task.references if make is pendulum else {}
+    return replace(task, scores=lambda agent: scores(agent, data, o), references=references)
 
 
 TASKS = {"pendulum": partial(task_of, pendulum), "pointmaze": partial(task_of, pointmaze)}

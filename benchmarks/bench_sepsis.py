@@ -8,7 +8,6 @@ temperature was chosen: with the counts of the half of the stays that was not us
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import NamedTuple
 from iql_torchrl import IQLConfig, OfflineDataset
 from iql_torchrl.data.builtin.icu_sepsis import SepsisTables
 from iql_torchrl.report import text_table
-from study import Task, make_parser, run, sepsis
+from study import make_parser, run, sepsis
 
 import numpy as np
 from tensordict import TensorDictBase
@@ -114,19 +113,10 @@ def choose(log: OfflineDataset, tables: SepsisTables) -> list[dict[str, float]]:
     return rows
 
 
-def task_of(o: argparse.Namespace) -> Task:
-    data, config, survival = sepsis()
-    return Task(
-        data=data,
-        config=config,
-        variants={"IQL": {}},
-        scores=lambda agent: [{"survival": survival(agent)}],
-    )
-
-
 def main() -> None:
     o = make_parser(__doc__, "sepsis", seeds=5, updates=CONFIG.updates, points=20).parse_args()
-    log, _, _ = sepsis()
+    task = sepsis({"IQL": {}})
+    log = task.data
     tables = SepsisTables(log.make_env())
     counts = tabular_iql(log.transitions, tables.admissible, CONFIG)
     taken = tuple(log.transitions[key].numpy() for key in ("observation", "action"))
@@ -142,7 +132,7 @@ def main() -> None:
         "advantage_deviation": float(advantages.std()),  # over the dataset, in points of survival
         "temperatures": choose(log, tables),
     }
-    run(o, {"ICU-Sepsis": task_of}, batches="own", packages=["icu-sepsis"], **more)
+    run(o, {"ICU-Sepsis": lambda o: task}, batches="own", packages=["icu-sepsis"], **more)
     rows = [[f"{value:.4g}" for value in row.values()] for row in more["temperatures"]]
     print(text_table([list(more["temperatures"][0]), *rows]))
     print(text_table([["", "survival"], *([name, f"{exact[name]:.4f}"] for name in exact)]))

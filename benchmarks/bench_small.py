@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 
 import glucose
 from iql_torchrl import PRESETS
-from study import Settings, Task, make_parser, mean_return, pendulum, run
+from study import Settings, Task, make_parser, pendulum, returns_task, run
 
 import numpy as np
 
@@ -68,16 +69,10 @@ def glucose_task(seed: int, o: argparse.Namespace) -> Task:
 
 
 def pendulum_task(seed: int, o: argparse.Namespace) -> Task:
-    """Ten episodes of 200 steps; the behaviour policy's return is that of the whole dataset."""
+    """Ten episodes of 200 steps; the reference is the return of the whole dataset."""
     whole, _ = pendulum()
     part, _ = whole.split(10 / len(whole.episode_returns), seed)
-    return Task(
-        data=part,
-        config=PRESETS["small"],
-        variants=VARIANTS,
-        scores=lambda agent: [{"return": mean_return(agent.policy, whole, 20, num_envs=20)}],
-        references={"behaviour policy": {"return": float(whole.episode_returns.mean())}},
-    )
+    return replace(returns_task(whole, PRESETS["small"], VARIANTS, 20, num_envs=20), data=part)
 
 
 TASKS = {"glucose": glucose_task, "pendulum": pendulum_task}

@@ -210,6 +210,23 @@ def mean_return(policy: Any, data: OfflineDataset, episodes: int, **how: Any) ->
     return float(play(policy, data, episodes, **how).returns.mean())
 
 
+def returns_task(
+    data: OfflineDataset,
+    config: IQLConfig,
+    variants: Mapping[str, Settings],
+    episodes: int,
+    **how: Any,
+) -> Task:
+    """A task whose score is the mean return of so many episodes; the dataset has that of its own."""
+    return Task(
+        data=data,
+        config=config,
+        variants=variants,
+        scores=lambda agent: [{"return": mean_return(agent.policy, data, episodes, **how)}],
+        references={"the dataset": {"return": float(data.episode_returns.mean())}},
+    )
+
+
 def pendulum() -> tuple[OfflineDataset, IQLConfig]:
     config = replace(PRESETS["quick"], hidden=(64, 64))
     return load_dataset(ensure_dataset("pendulum/mixed-v0"), reward=config.reward), config
@@ -222,19 +239,22 @@ def pointmaze() -> tuple[OfflineDataset, IQLConfig]:
     return fixed_goal(load_dataset(ensure_dataset("pointmaze/umaze-v0")), "umaze")[0], FIXED
 
 
-def sepsis() -> tuple[OfflineDataset, IQLConfig, Callable[[Agent], float]]:
-    """ICU-Sepsis, and the exact probability of survival of an agent."""
+def sepsis(variants: Mapping[str, Settings]) -> Task:
+    """ICU-Sepsis; the score is the exact probability of survival."""
     from iql_torchrl.data.builtin.icu_sepsis import NAME, SepsisTables
 
     import iql_sepsis
 
     data = load_dataset(ensure_dataset(NAME), reward=(iql_sepsis.POINTS, 0.0))
     tables = SepsisTables(data.make_env())
-    return (
-        data,
-        iql_sepsis.CONFIG,
-        lambda agent: tables.value(iql_sepsis.probabilities(agent, tables.admissible)),
-    )
+
+    def scores(agent: Agent) -> list[Row]:
+        policy = iql_sepsis.probabilities(agent, tables.admissible)
+        return [{"survival": tables.value(policy)}]
+
+    level = {"the dataset": {"survival": float(data.episode_returns.mean())}}
+    config = iql_sepsis.CONFIG
+    return Task(data=data, config=config, variants=variants, scores=scores, references=level)
 
 
 def milliseconds(call: Callable[[], object], repeats: int = 20) -> float:
