@@ -98,39 +98,45 @@ def run(
     """
     torch.set_num_threads(1)
     path = place(o.result, folder=o.output)
-    names = vars(o).keys() - {"tasks", "only", "keep", "result", "output"}
-    options = {name: value for name, value in vars(o).items() if name in names}
-    content = _plain({"options": options, **more, "configs": {}, "rows": []})
-    if o.keep and path.exists() and (before := json.loads(path.read_text()))["options"] == options:
-        content |= {key: before[key] for key in ("configs", "rows")}
+    content = _begin(o, path, more)
     rows: list[Row] = content["rows"]
     for name in getattr(o, "tasks", tasks):
         task = tasks[name](o)
         size = {"updates": o.updates} if getattr(o, "updates", None) else {}
         config = replace(task.config, compile=o.compile, **size)
-        if content["configs"].get(name) != (plain := _plain(config.to_dict())):
+        if content["configs"].get(name) != (described := _plain(config.to_dict())):
             rows[:] = [row for row in rows if row["task"] != name]
-        content["configs"][name] = plain
+        content["configs"][name] = described
         known = {row["variant"] for row in rows if row["task"] == name}
-        references = task.references.items() if not known else ()
-        rows += [{"task": name, "variant": each, **scores} for each, scores in references]
-        wanted = {
-            variant: settings
-            for variant, settings in task.variants.items()
-            if variant not in known and any(word in variant for word in o.only or [""])
-        }
-        for configs, objective in populations(config, wanted):
-            runs = [replace(c, seed=c.seed + i) for c in configs.values() for i in range(o.seeds)]
-            variants = [variant for variant in configs for _ in range(o.seeds)]
-            ends = [end for end in points if end <= runs[0].updates] or spaced(runs[0], o)
-            for row, agent in learn(task.data, runs, ends, batches, objective):
-                begin = {"task": name, "variant": variants[row.pop("run")], **row}
-                rows += [{**begin, **scores} for scores in task.scores(agent)]
+        references = {} if known else task.references
+        rows += [{"task": name, "variant": each} | scores for each, scores in references.items()]
+        words = o.only or [""]
+        left = {variant: each for variant, each in task.variants.items() if variant not in known}
+        left = {v: settings for v, settings in left.items() if any(word in v for word in words)}
+        for configs, objective in populations(config, left):
+            runs = [
+                (v, replace(c, seed=c.seed + i)) for v, c in configs.items() for i in range(o.seeds)
+            ]
+            ends = [end for end in points if end <= runs[0][1].updates] or spaced(runs[0][1], o)
+            for row, agent in learn(task.data, [c for _, c in runs], ends, batches, objective):
+                begin = {"task": name, "variant": runs[row.pop("run")][0], **row}
+                rows += [begin | scores for scores in task.scores(agent)]
             save(path, content, packages)
-            print(table([r for r in rows if r["task"] == name and r["variant"] in configs], keys))
-            print(flush=True)
+            new = [row for row in rows if row["task"] == name and row["variant"] in configs]
+            print(f"{table(new, keys)}\n", flush=True)
     print(table(rows, keys))
     return rows
+
+
+def _begin(o: argparse.Namespace, path: Path, more: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of the file before training; with ``--keep`` the rows that it has."""
+    others = {"tasks", "only", "keep", "result", "output"}
+    options = _plain({name: value for name, value in vars(o).items() if name not in others})
+    before = json.loads(path.read_text()) if o.keep and path.exists() else {}
+    if before.get("options") != options:
+        before = {"configs": {}, "rows": []}
+    kept = {key: before[key] for key in ("configs", "rows")}
+    return {"options": options, **_plain(more), **kept}
 
 
 def _plain(value: Any) -> Any:
