@@ -26,6 +26,7 @@ from typing import Any
 
 from bandit_families import FAMILIES, Bandit, Logged, arm_means, softmax
 from iql_torchrl import load_dataset
+from iql_torchrl.report import text_table
 from iql_torchrl.selection import bounds
 from iql_torchrl.selection.bounds import mean_bounds
 from iql_torchrl.selection.episodes import Episodes
@@ -99,6 +100,13 @@ def model_of(means: np.ndarray, logged: Logged, policy: np.ndarray) -> ModelValu
     return ModelValues(policy @ means, q, logged.reward - q, np.full(len(q), np.nan))
 
 
+def log_probs(chosen: np.ndarray, logged: Logged) -> LoggedLogProb:
+    """Of the logged actions, by the policy ``chosen`` ``(N, K)`` and by the behaviour policy."""
+    with np.errstate(divide="ignore"):
+        logs = (np.log(p[range(len(p)), logged.action]) for p in (chosen, logged.propensities))
+        return LoggedLogProb(*logs)
+
+
 def obp_values(ratio: np.ndarray, logged: Logged, model: ModelValues) -> dict[str, float]:
     """obp's DirectMethod, SelfNormalizedInverseProbabilityWeighting and DoublyRobust."""
     reward = logged.reward
@@ -113,14 +121,11 @@ def repetition(
     bandit: Bandit, rounds: int, seed: int, truth: dict[str, float]
 ) -> list[dict[str, Any]]:
     fit, fresh = bandit.log(rounds, 1000 + seed).split(rounds // 2)
-    episodes, means, place = episodes_of(fresh), arm_means(fit), np.arange(rounds - rounds // 2)
+    episodes, means = episodes_of(fresh), arm_means(fit)
     results = []
     for name, policy in bandit.policies().items():
         chosen = policy(fresh.context)
-        with np.errstate(divide="ignore"):
-            logged = LoggedLogProb(*(
-                np.log(p[place, fresh.action]) for p in (chosen, fresh.propensities)
-            ))  # fmt: skip
+        logged = log_probs(chosen, fresh)
         model = model_of(means, fresh, chosen)
         scored = candidate_scores(episodes, logged, (model, model), LIMITS, np.nan)
         values = {
@@ -148,35 +153,26 @@ def repetition(
     return list(rows)
 
 
-def summary(rows: list[dict[str, Any]], truth: float) -> dict[str, Any]:
-    keys = [key for key in rows[0] if key != "policy"]
-    result = {key: float(np.nanmean([row[key] for row in rows])) for key in keys}
-    return {"truth": truth, **result}
-
-
 def estimates(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
     for arms, rate, behaviour, matters, rounds in FAMILIES:
         family = f"{arms} arms, {rate:.1%}, {behaviour}, {rounds}" + ", contexts" * matters
         if options.family not in family:
             continue
-        bandit, began = Bandit(arms, rate, behaviour, matters), time.perf_counter()
+        bandit = Bandit(arms, rate, behaviour, matters)
         truth = {name: bandit.value(policy) for name, policy in bandit.policies().items()}
         rows = defaultdict(list)
         for seed in range(options.repetitions):
             for row in repetition(bandit, rounds, seed, truth):
-                rows[row["policy"]].append(row)
-        result = {name: summary(each, truth[name]) for name, each in rows.items()}
-        print(f"{family} ({time.perf_counter() - began:.0f} s)")
-        for name, row in result.items():
-            kinds = ("simplex", *OTHERS)
-            text = "  ".join(
-                f"{k} {row[f'covered {k}']:.3f} {row[f'width {k}']:.4f}" for k in kinds
-            )
-            bias = row["error doubly robust"]
-            print(
-                f"  {name:8} {row['truth']:.4f} bias {bias:+.5f} equal {row['equal']:.0%}  {text}",
-                flush=True,
-            )
+                rows[row.pop("policy")].append(row)
+        result = {
+            name: {"truth": truth[name]}
+            | {key: float(np.nanmean([row[key] for row in each])) for key in each[0]}
+            for name, each in rows.items()
+        }
+        columns = ["truth", "error doubly robust", "equal"]
+        columns += [f"{what} {k}" for k in ("simplex", *OTHERS) for what in ("covered", "width")]
+        table = [[n, *(f"{row[key]:.4f}" for key in columns)] for n, row in result.items()]
+        print(f"{family}\n{text_table([['', *columns], *table])}", flush=True)
         yield family, result
 
 
@@ -198,14 +194,12 @@ def decision(bandit: Bandit, rounds: int, seed: int, trained: int | None) -> dic
     """``trained`` rounds train (None: a third), half of the rest fits, and the other half decides."""
     train, rest = bandit.log(rounds, 5000 + seed).split(trained or rounds // 3)
     fit, fresh = rest.split((rounds - len(train.action)) // 2)
-    episodes, means, place = episodes_of(fresh), arm_means(fit), np.arange(len(fresh.action))
+    episodes, means = episodes_of(fresh), arm_means(fit)
     candidates = candidates_of(train, bandit, gain=2.0)
     logged, models, count = [], [], len(candidates)
     for policy in candidates.values():
         chosen = policy(fresh.context)
-        logged.append(
-            LoggedLogProb(*(np.log(p[place, fresh.action]) for p in (chosen, fresh.propensities)))
-        )
+        logged.append(log_probs(chosen, fresh))
         models.append((model_of(means, fresh, chosen),) * 2)
     scores = episode_scores(
         episodes, logged, models, LIMITS, np.full(count, np.nan), behaviour_scores=fresh.reward,

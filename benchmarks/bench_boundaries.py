@@ -17,15 +17,14 @@ import os
 import re
 import subprocess
 import sys
-import time
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from boundary_families import MOVING, NATURAL, OTHERS, Array, Episode, Family, bandit, contexts
-from record import machine, place, write
+from iql_torchrl.report import text_table
+from record import machine, place, save
 
 import numpy as np
 
@@ -83,9 +82,8 @@ def without(table: Table, *names: str) -> Table:
 
 
 def at(table: Table, place: Callable[[Array], Array]) -> Table:
-    """With the flags of ``place(ends)``, terminated where the row of that episode terminated."""
-    ends = table["terminated"] | table["truncated"]
-    moved = place(ends)
+    """With the flags of ``place(ends)``, terminated where most episodes terminate."""
+    moved = place(table["terminated"] | table["truncated"])
     terminates = table["terminated"].sum() > table["truncated"].sum()
     return table | {"terminated": moved & terminates, "truncated": moved & (not terminates)}
 
@@ -126,10 +124,8 @@ def misplaced(family: Family, rng: np.random.Generator) -> Table:
 def cut(family: Family, rng: np.random.Generator) -> Table:
     """One recording that is flagged as terminated where it was cut, every 25 rows."""
     table = table_of(list(family(rng, 1, 1000)))
-    return at(table, lambda ends: np.arange(1, len(ends) + 1) % CUT == 0) | {
-        "terminated": np.arange(1, len(table["reward"]) + 1) % CUT == 0,
-        "truncated": table["reward"] != table["reward"],
-    }
+    flags = np.arange(1, len(table["reward"]) + 1) % CUT == 0
+    return table | {"terminated": flags, "truncated": np.zeros_like(flags)}
 
 
 def unflagged(family: Family, rng: np.random.Generator) -> Table:
@@ -231,13 +227,13 @@ def reports(table: Table) -> list[str]:
     return [text for text in texts if not UNRELATED.search(text)]
 
 
-def measure(names: Sequence[str], seeds: int, verbose: bool) -> dict[str, Any]:
+def measure(names: Sequence[str], seeds: int) -> dict[str, Any]:
     """By family, fault and form: how many of the seeds are reported, named, and the first text."""
     result: dict[str, Any] = {}
     for family in (*MOVING, *OTHERS):
         if names and family.__name__ not in names:
             continue
-        start, entries = time.perf_counter(), result.setdefault(family.__name__, {})
+        entries = result.setdefault(family.__name__, {})
         for fault, form, make in cells(family):
             said = []
             for seed in range(seeds):
@@ -250,9 +246,6 @@ def measure(names: Sequence[str], seeds: int, verbose: bool) -> dict[str, Any]:
                 "named": sum(any(word in text for text in texts) for texts in said),
                 "text": next((texts[0] for texts in said if texts), ""),
             }
-            if verbose:
-                print(family.__name__, fault, form, entries[fault][form], file=sys.stderr)
-        print(f"{family.__name__}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
     return result
 
 
@@ -266,25 +259,19 @@ def of_checkout(code: Path, arguments: Sequence[str]) -> dict[str, Any]:
 
 def tables(results: Mapping[str, Mapping[str, Any]], seeds: int) -> str:
     """How many tables are reported: by kind of rows, form and kind of family, for each checkout."""
-    codes = list(results)
-    counts: dict[tuple[str, str, str], dict[str, list[int]]] = defaultdict(
-        lambda: defaultdict(list)
-    )
+    counts: dict[tuple[str, str, str], dict[str, list[int]]] = {}
     moving = [family.__name__ for family in MOVING]
     for code, families in results.items():
         for family, faults in families.items():
             kind = "moving" if family in moving else "others"
             for fault, forms in faults.items():
                 for form, entry in forms.items():
-                    counts[fault, form, kind][code].append(entry["reported"])
-    lines = [
-        f"| rows | form | families | {' | '.join(codes)} |",
-        "|---|---|---|" + "---:|" * len(codes),
-    ]
-    for (fault, form, kind), numbers in counts.items():
-        shares = " | ".join(f"{sum(numbers[c])} of {seeds * len(numbers[c])}" for c in codes)
-        lines.append(f"| {fault} | {form} | {kind} | {shares} |")
-    return "\n".join(lines)
+                    of_kind = counts.setdefault((fault, form, kind), {name: [] for name in results})
+                    of_kind[code].append(entry["reported"])
+    lines = [["rows", "form", "families", *results]]
+    for names, numbers in counts.items():
+        lines.append([*names, *(f"{sum(n)} of {seeds * len(n)}" for n in numbers.values())])
+    return text_table(lines)
 
 
 def main() -> None:
@@ -293,26 +280,20 @@ def main() -> None:
     parser.add_argument("--code", type=Path, default=Path(__file__).parents[1])
     parser.add_argument("--only", default="", help="families, separated by commas")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument(
-        "--verbose", action="store_true", help="print each cell with its first text"
-    )
     parser.add_argument("--print", action="store_true", help="measure this process's package only")
     parser.add_argument("--output", type=Path, default=place("boundaries"))
     options = parser.parse_args()
     if options.print:
         names = [name for name in options.only.split(",") if name]
-        print(json.dumps(measure(names, options.seeds, options.verbose)))
+        print(json.dumps(measure(names, options.seeds)))
         return
     arguments = ["--only", options.only, "--seeds", str(options.seeds)]
-    arguments += ["--verbose"] * options.verbose
     codes = {"old": options.old} if options.old else {}
     codes["new"] = options.code
     results = {name: of_checkout(code, arguments) for name, code in codes.items()}
     print(tables(results, options.seeds))
     commits = {name: machine(checkout=code)["commit"] for name, code in codes.items()}
-    command = " ".join(["python", *sys.argv])
-    content = {"command": command, "machine": machine(), "commits": commits, "seeds": options.seeds}
-    write(options.output, {**content, "results": results})
+    save(options.output, {"commits": commits, "seeds": options.seeds, "results": results})
 
 
 if __name__ == "__main__":

@@ -149,27 +149,14 @@ def table(rows: int) -> Any:
     return table
 
 
-def interleaved(
+def microseconds(
     calls: dict[str, Callable[[], object]], rounds: int, device: str = "cpu"
 ) -> dict[str, float]:
-    """Median microseconds of each call; the calls alternate."""
-    import torch
+    """The median of each call; the calls alternate."""
+    from measuring import alternated
 
-    def waited(call: Callable[[], object]) -> float:
-        began = time.perf_counter()
-        call()
-        if device != "cpu":
-            torch.cuda.synchronize()
-        return 1e6 * (time.perf_counter() - began)
-
-    for call in calls.values():
-        for _ in range(50):
-            waited(call)
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            times[name].append(waited(call))
-    return {name: median(values) for name, values in times.items()}
+    times = alternated(calls, rounds=rounds, device=device)
+    return {name: 1e6 * median(seconds) for name, seconds in times.items()}
 
 
 def sample_buffers(rows: int, rounds: int) -> dict[str, float]:
@@ -183,7 +170,7 @@ def sample_buffers(rows: int, rounds: int) -> dict[str, float]:
     theirs = TensorDictReplayBuffer(storage=LazyTensorStorage(rows), batch_size=BATCH)
     theirs.extend(data)
     ours = replay_buffer(data, BATCH)
-    return interleaved({"ours": ours.sample, "torchrl": theirs.sample}, rounds)
+    return microseconds({"ours": ours.sample, "torchrl": theirs.sample}, rounds)
 
 
 def sample_device(rounds: int, device: str) -> dict[str, float]:
@@ -196,7 +183,7 @@ def sample_device(rounds: int, device: str) -> dict[str, float]:
         f"{rows:.0e}": DeviceSampler(table(rows), BATCH, device=device, seed=0).sample
         for rows in (10**5, 10**6, 10**7)
     }
-    return interleaved(samplers, rounds, device)
+    return microseconds(samplers, rounds, device)
 
 
 def sample_windows(rows: int, rounds: int) -> dict[str, float]:
@@ -210,7 +197,7 @@ def sample_windows(rows: int, rounds: int) -> dict[str, float]:
     logs = {"rows": data, "stack of 4": data.frame_stack(4)}
     logs |= {f"windows of {length}": data.windows(length) for length in (1, 4, 16)}
     calls = {name: log.device_sampler(BATCH, seed=0).sample for name, log in logs.items()}
-    return interleaved(calls, rounds)
+    return microseconds(calls, rounds)
 
 
 def make_files(options: argparse.Namespace, folder: Path) -> None:

@@ -6,7 +6,7 @@ Runs ``examples/iql_finetune.py`` on two Pendulum logs: all 300 episodes, with t
 updates to learn the task, and the first two episodes, from which it cannot be learned. Methods:
 fine-tuning; the same with half of each batch from the dataset; the same number of updates on the
 dataset alone; and the online phase from new networks. Each run has one thread and its own process.
-Writes benchmarks/results/finetune.json and finetune.png.
+Writes benchmarks/results/finetune.json, which ``docs/pictures/finetune.py`` draws.
 """
 
 from __future__ import annotations
@@ -19,14 +19,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from bench_learning import curve
 from iql_torchrl import PRESETS, IQLConfig, OfflineDataset, load_dataset
 from iql_torchrl.data.builtin import ensure_dataset
-from iql_torchrl.report import text_table
-from iql_torchrl.report.figures import save as save_figure
-from record import RESULTS, in_processes, place, save
+from record import in_processes, place, save
+from study import learn, play, table
 
-import numpy as np
 from torchrl import logger
 from torchrl.data import OfflineToOnlineReplayBuffer, ReplayBuffer, TensorStorage
 
@@ -86,8 +83,11 @@ def make_buffer(
 
 def stay_offline(dataset: OfflineDataset, config: IQLConfig, options: Options) -> list[Row]:
     """The same number of updates and the same evaluations, on the dataset alone."""
-    points = curve(config, dataset, every=options.eval_every, episodes=options.episodes)
-    return [{"update": update, **played.summary()} for update, played in points]
+    ends = range(options.eval_every, config.updates + 1, options.eval_every)
+    return [
+        {"update": row["updates"], **play(agent.policy, dataset, options.episodes).summary()}
+        for row, agent in learn(dataset, [config], ends)
+    ]
 
 
 def around_switch(rows: list[Row], switch: int) -> dict[str, float]:
@@ -117,43 +117,6 @@ def one_run(options: argparse.Namespace, log: str, method: str, seed: int) -> di
     return {"log": log, "method": method, "seed": seed, **levels, "curve": points}
 
 
-def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Per log and method: means over seeds at the switch, of the lowest after it, and at the end."""
-    names = ("before", "lowest early", "end")
-    results = []
-    for log, method in dict.fromkeys((each["log"], each["method"]) for each in runs):
-        of_method = [r for r in runs if (r["log"], r["method"]) == (log, method)]
-        means = {name: float(np.mean([r[name] for r in of_method])) for name in names}
-        results.append({"log": log, "method": method, **means})
-    cells = [[f"{r['log']}, {r['method']}", *(f"{r[n]:.1f}" for n in names)] for r in results]
-    print("\n" + text_table([["mean return", *names], *cells]))
-    return results
-
-
-def draw(path: Path, runs: list[dict[str, Any]], logs: dict[str, float]) -> None:
-    """Mean over seeds of the mean return, lowest to highest seed shaded."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    for axes, (log, level) in zip(figure.subplots(1, 2, sharey=True), logs.items(), strict=True):
-        axes.axhline(level, color="0.4", linestyle="--", label="the dataset")
-        axes.axvline(LOGS[log][1], color="0.4", linestyle=":", label="switch")
-        for method in METHODS:
-            curves = [r["curve"] for r in runs if (r["log"], r["method"]) == (log, method)]
-            values = np.array([points["return_mean"] for points in curves])
-            # without pretraining, runs begin at the switch
-            start = 0 if METHODS[method][1] else LOGS[log][1]
-            updates = [start + update for update in curves[0]["updates"]]
-            (line,) = axes.plot(updates, values.mean(0), label=method)
-            low, high = values.min(0), values.max(0)
-            axes.fill_between(updates, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-        axes.set(xlabel="gradient updates", title=f"log of {log}")
-    figure.axes[0].set_ylabel("mean return per episode")
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False)
-    save_figure(figure, path)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
@@ -170,14 +133,10 @@ def main() -> None:
     seeds = range(options.seeds)
     jobs = [(options, log, method, seed) for log in LOGS for method in METHODS for seed in seeds]
     runs = in_processes(one_run, jobs, options.workers)
-    content = {
-        "configs": configs,
-        "log_returns": logs,
-        "summary": summarise(runs),
-        "runs": runs,
-    }
-    save(place("finetune"), content)
-    draw(RESULTS / "finetune.png", runs, logs)
+    content = {"configs": configs, "log_returns": logs, "online_steps": options.online_steps}
+    save(place("finetune"), {**content, "runs": runs})
+    rows = [{name: value for name, value in run.items() if name != "curve"} for run in runs]
+    print(f"\n{table(rows, ('log', 'method'))}")
 
 
 if __name__ == "__main__":

@@ -6,24 +6,22 @@ Weighted and conditioned flows learn from the log of ``examples/iql_multimodal.p
 plane, an obstacle between the modes) and from that of ``docs/pictures/two_modes.py`` (one dimension).
 Each way to act without randomness is scored in the same states: the share of states in which the
 action lies between the modes (in the obstacle), the mean reward, and the time of an action for 1 and
-256 states. Writes benchmarks/results/flow_action.json.
+256 states.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from iql_torchrl import IQLConfig, IQLPopulation, OfflineDataset, policies
+from iql_torchrl import Agent, policies
 from iql_torchrl.losses import LossCritics
-from iql_torchrl.report import text_table
-from record import place, save
+from study import Row, Settings, Task, make_parser, milliseconds, run
 
 import numpy as np
 import torch
@@ -37,7 +35,7 @@ import iql_multimodal  # noqa: E402
 import two_modes  # noqa: E402
 
 Choice = Callable[[Any, TensorDict, Tensor], Tensor]
-FLOWS = {
+FLOWS: Mapping[str, Settings] = {
     "weighted": {},
     "cloning": {"temperature": 0.0},
     "conditioned, w = 1": {"actor_objective": "conditioned_flow"},
@@ -46,19 +44,13 @@ FLOWS = {
 
 
 def plane(state: np.ndarray, action: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Whether each action is between the modes, and its reward."""
     return iql_multimodal.hits(action), iql_multimodal.returns(state[:, 0], action)
 
 
 def line(state: np.ndarray, action: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     a = action[:, 0]
     return np.abs(a) < two_modes.HALF_WIDTH, two_modes.reward(state[:, 0], a)
-
-
-#: log -> the dataset, its config, and (between the modes, reward) of an action
-LOGS: dict[str, tuple[Callable[[], OfflineDataset], IQLConfig, Any]] = {
-    "plane": (lambda: iql_multimodal.make_log(0), iql_multimodal.CONFIG, plane),
-    "line": (two_modes.make_log, two_modes.CONFIG, line),
-}
 
 
 def of_noise(noise: Tensor) -> Choice:
@@ -106,76 +98,39 @@ WAYS: dict[str, Choice] = {
 }
 
 
-def milliseconds(call: Callable[[], object], repeats: int = 20) -> float:
-    call()
-    taken = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        taken.append(time.perf_counter() - start)
-    return 1e3 * float(np.median(taken))
+def scores(score: Any, states: int, agent: Agent) -> Iterator[Row]:
+    state = np.random.default_rng(1).uniform(-1, 1, (states, 1)).astype(np.float32)
+    data = TensorDict({"observation": torch.from_numpy(state)}, [states])
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(32, agent.actor.action_features, generator=generator)
+    best = policies.best_of(agent.actor, LossCritics(agent.loss), 32)
+    ways = WAYS | {"best of 32 by the critics": lambda _, data, __: best(data)["action"]}
+    for way, choose in ways.items():
+        with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
+            between, reward = score(state, choose(agent.actor, data, noise).numpy())
+            times = {
+                f"ms {size}": milliseconds(partial(choose, agent.actor, data[:size], noise))
+                for size in (1, 256)
+            }
+        row = {"between": float(between.mean()), "reward": float(reward.mean())}
+        yield {"way": way, **row, **times}
 
 
-def run(o: argparse.Namespace, log: str, flow: str) -> list[dict[str, Any]]:
-    make, config, score = LOGS[log]
-    config = replace(config, policy="flow", updates=o.updates, **FLOWS[flow])
-    torch.manual_seed(0)
-    population = IQLPopulation([replace(config, seed=s) for s in range(o.seeds)], make())
-    for _ in population.train(o.updates, every=o.updates):
-        pass
-    state = np.random.default_rng(1).uniform(-1, 1, (o.states, 1)).astype(np.float32)
-    data = TensorDict({"observation": torch.from_numpy(state)}, [o.states])
-    rows = []
-    for seed in range(o.seeds):
-        agent = population.member(seed)
-        generator = torch.Generator().manual_seed(0)
-        noise = torch.randn(32, agent.actor.action_features, generator=generator)
-        best = policies.best_of(agent.actor, LossCritics(agent.loss), 32)
-        ways = WAYS | {"best of 32 by the critics": lambda _, data, __, b=best: b(data)["action"]}
-        for way, choose in ways.items():
-            with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
-                between, reward = score(state, choose(agent.actor, data, noise).numpy())
-                cost = {
-                    size: milliseconds(partial(choose, agent.actor, data[:size], noise))
-                    for size in (1, 256)
-                }
-            rows.append(
-                {
-                    "log": log, "flow": flow, "seed": seed, "way": way, "milliseconds": cost,
-                    "between": float(between.mean()), "reward": float(reward.mean()),
-                }
-            )  # fmt: skip
-        print(f"{log}, {flow}, seed {seed}", flush=True)
-    return rows
+def task_of(make_data: Any, config: Any, score: Any, o: argparse.Namespace) -> Task:
+    config, measure = replace(config, policy="flow"), partial(scores, score, o.states)
+    return Task(data=make_data(), config=config, variants=FLOWS, scores=measure)
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Means over seeds: share between the modes, and mean reward."""
-    cases = list(dict.fromkeys((row["log"], row["flow"]) for row in rows))
-    lines = [["", *(f"{log}: {flow}" for log, flow in cases), "ms, 1 and 256 states"]]
-    for way in dict.fromkeys(row["way"] for row in rows):
-        own = [row for row in rows if row["way"] == way]
-        cells = []
-        for case in cases:
-            each = [row for row in own if (row["log"], row["flow"]) == case]
-            between, reward = (np.mean([r[k] for r in each]) for k in ("between", "reward"))
-            cells.append(f"{between:.1%}, {reward:.2f}")
-        cost = [np.median([row["milliseconds"][size] for row in own]) for size in (1, 256)]
-        lines.append([way, *cells, "{:.2f}, {:.1f}".format(*cost)])
-    return text_table(lines)
+TASKS = {
+    "plane": partial(task_of, partial(iql_multimodal.make_log, 0), iql_multimodal.CONFIG, plane),
+    "line": partial(task_of, two_modes.make_log, two_modes.CONFIG, line),
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--updates", type=int, default=4_000)
-    parser.add_argument("--seeds", type=int, default=4)
+    parser = make_parser(__doc__, "flow_action", tasks=TASKS, updates=4_000, seeds=4)
     parser.add_argument("--states", type=int, default=4_000)
-    parser.add_argument("--result", default="flow_action")
-    o = parser.parse_args()
-    torch.set_num_threads(1)
-    rows = [row for log in LOGS for flow in FLOWS for row in run(o, log, flow)]
-    save(place(o.result), {"options": vars(o), "rows": rows})
-    print(f"\n{table(rows)}")
+    run(parser.parse_args(), TASKS, keys=("task", "variant", "way"))
 
 
 if __name__ == "__main__":

@@ -4,22 +4,21 @@
 
 The maze, its log of 300 walks of 60 steps and the exact distances are those of ``tests/goal_maze.py``
 (33 cells, 1,056 pairs, the largest distance is 13). ``all`` has every change of ``CHANGES``; the other
-lines leave out one of them, or all. Seed s is that of the dataset and of the run. Writes
-benchmarks/results/goal_maze.json.
+variants leave out one of them, or all. A seed is that of the dataset and of the run. The score is the
+share of pairs that the policy connects within twice the largest distance.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from iql_torchrl import IQLConfig, OfflineTrainer, evaluate, make_agent
+from iql_torchrl import Agent, IQLConfig
 from iql_torchrl.data import GoalOrigins
-from iql_torchrl.report import text_table
-from record import in_processes, place, save
+from study import Row, Task, make_parser, play, run
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from goal_maze import LARGE, Maze, walks
@@ -37,52 +36,46 @@ CHANGES: dict[str, dict[str, Any]] = {
     "two layers of 128": {"hidden": (128, 128)},
     "cosine for all rates": {"schedule": "cosine"},
 }
-LINES = {
+VARIANTS = {
     "none": (),
     "all": tuple(CHANGES),
     **{f"all but {name}": tuple(n for n in CHANGES if n != name) for name in CHANGES},
 }
 
 
-def run(line: str, seed: int, updates: int) -> dict[str, Any]:
-    """The share of pairs that the policy connects within twice the largest distance."""
-    made = LINES[line]
-    settings = {key: value for name in made for key, value in CHANGES[name].items()}
-    config = replace(CONFIG, seed=seed, updates=updates, **settings)
-    goals: dict[str, Any] = {"discount": config.discount}
-    if VALUE_GOALS in made:
+def task_of(variant: str, seed: int, o: argparse.Namespace) -> Task:
+    changes = VARIANTS[variant]
+    settings = {key: value for name in changes for key, value in CHANGES[name].items()}
+    goals: dict[str, Any] = {"discount": settings.get("discount", CONFIG.discount)}
+    if VALUE_GOALS in changes:
         goals |= {"current": 0.1, "future": 0.3, "random": 0.6}
-    if POLICY_GOALS in made:
+    if POLICY_GOALS in changes:
         goals["actor"] = GoalOrigins(0.0, 0.5, 0.5, discount=None)
     data = walks(LARGE, episodes=300, steps=60, seed=seed).relabelled(**goals)
-    agent = make_agent(config, data)
-    OfflineTrainer(agent=agent, dataset=data, progress_bar=False).train()
     steps = Maze(LARGE).distances()
-    pairs = [
-        {"start": s, "goal": g} for s in range(len(steps)) for g in range(len(steps)) if s != g
-    ]
-    limit = 2 * int(steps.max())
-    how = {"episodes": len(pairs), "num_envs": 64, "seed": 0, "max_steps": limit}
-    played = evaluate(agent.policy, data.make_env, goals=pairs, **how)
-    reached = float(played.goal_success_rates.mean())
-    print(f"{line}, seed {seed}: {reached:.1%}", flush=True)
-    return {"line": line, "seed": seed, "reached": reached}
+    cells = range(len(steps))
+    pairs = [{"start": s, "goal": g} for s in cells for g in cells if s != g]
+    how = {"num_envs": 64, "max_steps": 2 * int(steps.max()), "goals": pairs}
+
+    def scores(agent: Agent) -> list[Row]:
+        played = play(agent.policy, data, len(pairs), **how)
+        return [{"reached": float(played.goal_success_rates.mean())}]
+
+    variants = {variant: {**settings, "seed": seed}}
+    return Task(data=data, config=CONFIG, variants=variants, scores=scores)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[21, 22, 23])
-    parser.add_argument("--lines", nargs="+", choices=LINES, default=list(LINES))
-    parser.add_argument("--updates", type=int, default=CONFIG.updates)
-    parser.add_argument("--workers", type=int, default=2, help="runs at a time")
+    parser = make_parser(__doc__, "goal_maze", updates=CONFIG.updates)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[21, 22, 23], dest="each_seed")
+    parser.set_defaults(seeds=1)  # of each task
     o = parser.parse_args()
-    jobs = [(line, seed, o.updates) for line in o.lines for seed in o.seeds]
-    runs = in_processes(run, jobs, o.workers)
-    save(place("goal_maze"), {"updates": o.updates, "runs": runs})
-    rows = [["", *(f"seed {seed}" for seed in o.seeds)]]
-    for line in o.lines:
-        rows.append([line, *(f"{r['reached']:.1%}" for r in runs if r["line"] == line)])
-    print(f"\n{text_table(rows)}")
+    tasks = {
+        f"{variant}, seed {seed}": partial(task_of, variant, seed)
+        for variant in VARIANTS
+        for seed in o.each_seed
+    }
+    run(o, tasks, keys=("variant",))
 
 
 if __name__ == "__main__":

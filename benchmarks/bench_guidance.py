@@ -4,28 +4,26 @@
     python benchmarks/bench_guidance.py --only baseline all --seeds 5 --result guidance_seeds
 
 A bandit with three arms, each a Gaussian around its action; the upper two have a positive advantage. So
-both distributions of actions are known. Each line changes one setting of the baseline, the settings of
-``bench_policies.py`` on Pendulum with 4,000 updates; "all" changes those that help. Each flow acts with
-10 and with 50 Euler steps. Over training seeds: how often the two-sample test of Kolmogorov and Smirnov
-at 1 % accepts 400 drawn actions as equal to 400 of the known distribution (100 seeds of draws), and the
+both distributions of actions are known. Each variant changes one setting of the baseline, the settings
+of ``bench_policies.py`` on Pendulum with 4,000 updates; "all" changes those that help. Each flow acts
+with 10 and with 50 Euler steps. Scores: how often the two-sample test of Kolmogorov and Smirnov at 1 %
+accepts 400 drawn actions as equal to 400 of the known distribution (100 seeds of draws), and the
 distance of 20,000 drawn actions from its distribution function. The first line compares two samples of
-the known distribution. Writes benchmarks/results/guidance.json.
+the known distribution.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from iql_torchrl import PRESETS, IQLConfig, IQLPopulation, OfflineDataset, load_dataset, policies
-from iql_torchrl.report import text_table
-from record import place, save
+from iql_torchrl import PRESETS, Agent, OfflineDataset, load_dataset, policies
+from study import Row, Settings, Task, make_parser, run
 
 import numpy as np
-import torch
 from gymnasium.spaces import Box
 from scipy import stats
 
@@ -45,11 +43,8 @@ BASELINE = replace(
     standardise=False,  # the observation is constant
     updates=4_000,
 )
-HELPFUL = {"hidden": (64, 64, 64), "updates": 16_000}
 STEPS = (10, 50)  # Euler steps of an action: of the same trained flow
-CASES = {f"{w:g}, {steps}": (w, steps) for w in KNOWN for steps in STEPS}
-#: name -> settings that differ from the baseline, and the dataset's rows
-LINES: dict[str, dict[str, Any]] = {
+VARIANTS: Mapping[str, Settings] = {
     "baseline": {},
     "schedule constant": {"schedule": "constant"},
     "constant, actor_ema 0.999": {"schedule": "constant", "actor_ema": 0.999},
@@ -63,8 +58,7 @@ LINES: dict[str, dict[str, Any]] = {
     "actor_lr 3e-3": {"actor_lr": 3e-3},
     "batch_size 1024": {"batch_size": 1024},
     "updates 16000": {"updates": 16_000},
-    "log of 2,000 rows": {"rows": 2_000},
-    "all": HELPFUL,
+    "all": {"hidden": (64, 64, 64), "updates": 16_000},
 }
 
 
@@ -75,7 +69,7 @@ def drawn(share: np.ndarray, count: int, seed: int) -> tuple[np.ndarray, np.ndar
     return (ACTION[arm] + WIDTH * draw.normal(size=count)).clip(-1, 1), arm
 
 
-def make_log(rows: int) -> OfflineDataset:
+def dataset(rows: int) -> OfflineDataset:
     action, arm = drawn(SHARE, rows, seed=1)
     columns = {
         "observation": np.zeros((rows, 1), np.float32),
@@ -87,84 +81,51 @@ def make_log(rows: int) -> OfflineDataset:
     return load_dataset(columns, action_space=Box(-1.0, 1.0, (1,), np.float32))
 
 
-def other_samples(share: np.ndarray, count: int, seed: int) -> np.ndarray:
-    return drawn(share, count, 5_000 + seed)[0]
-
-
-def distribution_function(share: np.ndarray) -> Any:
-    return lambda x: (share * stats.norm.cdf((x[:, None] - ACTION) / WIDTH)).sum(1)
-
-
-def compared(act: Any, share: np.ndarray) -> dict[str, float]:
+def compared(act: Any, w: float) -> Row:
     """``act(count, seed)`` against the known distribution: acceptance, and distance."""
+    share = KNOWN[w]
     accepted = [
         stats.ks_2samp(act(DRAWS, seed), drawn(share, DRAWS, 1_000 + seed)[0]).pvalue > 0.01
         for seed in range(TESTS)
     ]
-    distance = stats.kstest(act(MANY, 0), distribution_function(share)).statistic
-    return {"accepted": float(np.mean(accepted)), "distance": float(distance)}
+    distance = stats.kstest(
+        act(MANY, 0), lambda x: (share * stats.norm.cdf((x[:, None] - ACTION) / WIDTH)).sum(1)
+    ).statistic
+    return {"w": w, "accepted": float(np.mean(accepted)), "distance": float(distance)}
 
 
-def run(seeds: int, rows: int = 20_000, **settings: Any) -> tuple[list[dict[str, Any]], float]:
-    """For each training seed case -> the comparison; and the seconds of training of one run."""
-    config: IQLConfig = replace(BASELINE, **settings)
-    torch.manual_seed(0)
-    population = IQLPopulation([replace(config, seed=s) for s in range(seeds)], make_log(rows))
-    start = time.perf_counter()
-    for _ in population.train(config.updates, every=config.updates):
-        pass
-    seconds = (time.perf_counter() - start) / seeds
-    return [of_flow(population.member(number)) for number in range(seeds)], seconds
-
-
-def of_flow(agent: Any) -> dict[str, Any]:
-    """(w, Euler steps) -> the comparison of one trained agent."""
+def scores(agent: Agent) -> Iterator[Row]:
+    """For each w and number of Euler steps."""
 
     def act(count: int, seed: int) -> np.ndarray:
         states = np.zeros((count, 1), np.float32)
         actions: np.ndarray = agent.act(states, deterministic=False, seed=seed)
         return actions[:, 0]
 
-    comparisons = {}
     flow = next(m for m in agent.policy.modules() if isinstance(m, policies.FlowPolicy))
-    for case, (w, steps) in CASES.items():
-        flow.guidance, flow.num_steps = w, steps
-        comparisons[case] = compared(act, KNOWN[w])
-    return comparisons
+    for w in KNOWN:
+        for steps in STEPS:
+            flow.guidance, flow.num_steps = w, steps
+            yield {"steps": steps, **compared(act, w)}
 
 
-def table(lines: dict[str, Any]) -> str:
-    """Acceptance, mean and least over training seeds; distance, mean and greatest."""
-    rows = [["w, Euler steps", *CASES, "s a run"]]
-    for name, line in lines.items():
-        cells = []
-        for case in CASES:
-            accepted, distance = (
-                np.array([of_seed[case][key] for of_seed in line["seeds"]])
-                for key in ("accepted", "distance")
-            )
-            share = f"{accepted.mean():.0%} ({accepted.min():.0%})"
-            cells.append(f"{share}, {distance.mean():.3f} ({distance.max():.3f})")
-        rows.append([name, *cells, f"{line['seconds']:.0f}"])
-    return text_table(rows)
+def task_of(rows: int, variants: Mapping[str, Settings], o: argparse.Namespace) -> Task:
+    return Task(data=dataset(rows), config=BASELINE, variants=variants, scores=scores)
+
+
+TASKS = {
+    "20,000 rows": partial(task_of, 20_000, VARIANTS),
+    "2,000 rows": partial(task_of, 2_000, {"baseline": {}}),
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--only", nargs="+", choices=LINES, default=list(LINES))
-    parser.add_argument("--seeds", type=int, default=3, help="training seeds")
-    parser.add_argument("--result", default="guidance")
-    o = parser.parse_args()
-    torch.set_num_threads(1)
-    of_share = {w: compared(partial(other_samples, share), share) for w, share in KNOWN.items()}
-    exact = {case: of_share[w] for case, (w, _) in CASES.items()}
-    lines: dict[str, Any] = {"the distribution itself": {"seeds": [exact], "seconds": 0}}
-    for name in o.only:
-        of_seeds, seconds = run(o.seeds, **LINES[name])
-        lines[name] = {"settings": LINES[name], "seeds": of_seeds, "seconds": seconds}
-        print(f"{name}: {of_seeds}", flush=True)
-        save(place(o.result), {"baseline": BASELINE.to_dict(), "lines": lines})
-    print(f"\n{table(lines)}")
+    o = make_parser(__doc__, "guidance", tasks=TASKS, seeds=3, updates=None).parse_args()
+    exact = [
+        compared(lambda count, seed, w=w: drawn(KNOWN[w], count, 5_000 + seed)[0], w) for w in KNOWN
+    ]
+    run(o, TASKS, keys=("task", "variant", "w", "steps"), exact=exact)
+    print(f"The distribution itself: {exact}")
 
 
 if __name__ == "__main__":

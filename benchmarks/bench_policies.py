@@ -1,92 +1,75 @@
 """Ways to extract a policy from IQL's critics, on Pendulum and PointMaze.
 
     python benchmarks/bench_policies.py
-    python benchmarks/bench_policies.py --tasks pendulum --only-weights --bc-weights 0.003 0.01
+    python benchmarks/bench_policies.py --tasks pendulum --only DDPG --bc-weights 0.003 0.01
     python benchmarks/bench_policies.py --only-flows --updates 5000 --seeds 5 --result policies_flows
 
 Cloning and IQL with a Gaussian; DDPG+BC with the minimum or the mean of the online or of the target
-critics, and two weights of cloning; a flow that clones, alone and with the best of 32 of its
-actions by the online or the target critics, from fixed or fresh noise, and drawn by a softmax. The
-policies of a line have the same critics' settings, updates and seeds, and the runs of a flow are
-evaluated in all ways. Writes benchmarks/results/policies.json after each task.
+critics, and several weights of cloning; a flow that clones, alone and with the best of 32 of its
+actions by the online or the target critics, from fixed or fresh noise, and drawn by a softmax. Each
+variant has the same critics' settings, updates and seeds, and the agents of a flow act in all ways.
 
 With --only-flows: IQL with a Gaussian, weighted flow, the best of 32 of behaviour cloning, and a
-conditioned flow at several values of guidance, each with its return, the value gap, and the time
-of an action.
+conditioned flow at several values of guidance, each with its return, the value gap, and the time of an
+action for 1 and 256 states.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-from iql_torchrl import (
-    PRESETS,
-    IQLConfig,
-    IQLPopulation,
-    OfflineDataset,
-    evaluate,
-    load_dataset,
-    policies,
-)
-from iql_torchrl.data.builtin import ensure_dataset
+from iql_torchrl import Agent, OfflineDataset, policies
 from iql_torchrl.evaluation import value_gap
-from iql_torchrl.evaluation.statistics import mean_interval
 from iql_torchrl.losses import LossCritics
-from iql_torchrl.report import text_table
-from record import place, save
+from study import (
+    Row,
+    Settings,
+    Task,
+    make_parser,
+    mean_return,
+    milliseconds,
+    pendulum,
+    pointmaze,
+    returns_task,
+    run,
+)
 
-import numpy as np
 import torch
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from iql_pointmaze import FIXED, fixed_goal
-
-EVALUATION_SEED, CANDIDATES = 10_000, 32
-#: name on the command line: (q_reduction, q_source) of DDPG+BC
-VALUES = {
-    f"{reduction}-{source}": (reduction, source)
+CANDIDATES = 32
+#: name on the command line: attributes of DDPG+BC
+CRITICS = {
+    f"{reduction}-{source}": {"q_reduction": reduction, "q_source": source}
     for source in ("online", "target")
     for reduction in ("min", "mean")
 }
 GUIDANCE = (0.0, 1.0, 2.0, 4.0)
-Task = tuple[OfflineDataset, IQLConfig]
+FLOW: Settings = {"policy": "flow"}
+CLONE: Settings = {"policy": "flow", "temperature": 0.0}
+FLOWS: Mapping[str, Settings] = {
+    "IQL, Gaussian": {},
+    "weighted flow": FLOW,
+    "flow that clones": CLONE,
+    "conditioned flow": {**FLOW, "actor_objective": "conditioned_flow"},
+}
+Way = tuple[str, Any, bool]  # name, policy, and whether it acts deterministically
 
 
-def pendulum() -> Task:
-    config = replace(PRESETS["quick"], hidden=(64, 64))
-    return load_dataset(ensure_dataset("pendulum/mixed-v0"), reward=config.reward), config
-
-
-def pointmaze() -> Task:
-    data, _ = fixed_goal(load_dataset(ensure_dataset("pointmaze/umaze-v0")), "umaze")
-    return data, FIXED
-
-
-TASKS = {"pendulum": pendulum, "pointmaze": pointmaze}
-
-
-def train(
-    o: argparse.Namespace, data: OfflineDataset, configs: list[IQLConfig], **settings: str
-) -> Iterator[Any]:
-    """The agents of all configs with all seeds, of one config after the other.
-
-    ``settings`` are attributes of the policy's objective.
-    """
-    runs = [replace(each, seed=seed) for each in configs for seed in range(o.seeds)]
-    population = IQLPopulation(runs, data)
-    for name, value in settings.items():
-        setattr(population.loss.actor_objective, name, value)
-    for _ in population.train(o.updates, every=o.updates):
-        pass
-    return (population.member(number) for number in range(len(runs)))
+def extractions(o: argparse.Namespace) -> dict[str, Settings]:
+    """The variants without ``--only-flows``."""
+    ddpg = {"policy": "deterministic", "actor_objective": "ddpg_bc"}
+    variants: dict[str, Settings] = {"cloning": {"temperature": 0.0}, "IQL": {}}
+    for critics in o.critics:
+        for weight in o.bc_weights:
+            name = f"DDPG+BC, {critics.replace('-', ' of ')}, weight {weight}"
+            variants[name] = {**ddpg, "bc_weight": weight, **CRITICS[critics]}
+    return variants | {"flow": CLONE}
 
 
 def by_targets(loss: Any) -> LossCritics:
@@ -96,159 +79,81 @@ def by_targets(loss: Any) -> LossCritics:
     return LossCritics(frozen)
 
 
-def flow_policies(agent: Any) -> dict[str, tuple[Any, bool]]:
-    """Ways of acting with one trained flow: the policy, and whether it acts deterministically."""
+def ways_to_act(agent: Agent) -> Iterator[Way]:
+    """Those of an agent without ``--only-flows``."""
+    if agent.config.policy != "flow":
+        yield "", agent.policy, True
+        return
     online, targets = LossCritics(agent.loss), by_targets(agent.loss)
-    best = f"flow, best of {CANDIDATES}"
-    softmax = policies.best_of(
-        agent.actor,
-        online,
-        CANDIDATES,
-        select="softmax",
-        temperature=agent.config.temperature or 1.0,
-    )
-    return {
-        "flow": (agent.policy, False),
-        best: (policies.best_of(agent.actor, online, CANDIDATES), True),
-        f"{best}, fresh noise": (policies.best_of(agent.actor, online, CANDIDATES), False),
-        f"{best}, target critics": (policies.best_of(agent.actor, targets, CANDIDATES), True),
-        f"{best}, softmax": (softmax, False),
-    }
+    best = partial(policies.best_of, agent.actor, num_samples=CANDIDATES)
+    yield "", agent.policy, False
+    yield f"best of {CANDIDATES}", best(online), True
+    yield f"best of {CANDIDATES}, fresh noise", best(online), False
+    yield f"best of {CANDIDATES}, target critics", best(targets), True
+    softmax = best(online, select="softmax", temperature=agent.config.temperature or 1.0)
+    yield f"best of {CANDIDATES}, softmax", softmax, False
 
 
-def generative(
-    o: argparse.Namespace, data: OfflineDataset, config: IQLConfig
-) -> Iterator[tuple[str, Any, Any, bool]]:
-    """Method, agent, policy, and whether it acts deterministically, of each seed."""
-    flow = replace(config, policy="flow")
-    clone = replace(flow, temperature=0.0)
-    configs = {"IQL, Gaussian": config, "weighted flow": flow, "flow that clones": clone}
-    for method, each in configs.items():
-        for agent in train(o, data, [each]):
-            yield method, agent, agent.policy, method == "IQL, Gaussian"
-            if method != "IQL, Gaussian":
-                yield f"{method}, deterministic", agent, agent.policy, True
-            if each is clone:
-                best = policies.best_of(agent.actor, LossCritics(agent.loss), CANDIDATES)
-                yield f"best of {CANDIDATES} of it", agent, best, True
-    for agent in train(o, data, [replace(flow, actor_objective="conditioned_flow")]):
-        for w in GUIDANCE:
-            policy = policies.guided(agent.policy, w)
-            yield f"conditioned flow, w = {w:g}", agent, policy, False
-            yield f"conditioned flow, w = {w:g}, deterministic", agent, policy, True
+def ways_of_flows(agent: Agent) -> Iterator[Way]:
+    """Those of an agent with ``--only-flows``."""
+    policy, config = agent.policy, agent.config
+    if config.policy != "flow":
+        yield "", policy, True
+        return
+    acting = {"": policy}
+    if config.actor_objective == "conditioned_flow":
+        acting = {f"w = {w:g}": policies.guided(policy, w) for w in GUIDANCE}
+    for name, each in acting.items():
+        yield name, each, False
+        yield ", ".join([name] * bool(name) + ["deterministic"]), each, True
+    if config.temperature == 0:
+        best = policies.best_of(agent.actor, LossCritics(agent.loss), CANDIDATES)
+        yield f"best of {CANDIDATES}", best, True
 
 
-def milliseconds(policy: Any, data: OfflineDataset, rows: int, deterministic: bool) -> float:
-    """Median time of a call on ``rows`` observations."""
-    batch = data.transitions[:rows].select("observation")
+def act_time(policy: Any, data: OfflineDataset, states: int, deterministic: bool) -> float:
+    batch = data.transitions[:states].select("observation")
     kind = ExplorationType.DETERMINISTIC if deterministic else ExplorationType.RANDOM
-    taken = []
     with torch.no_grad(), set_exploration_type(kind):
-        for _ in range(20):
-            start = time.perf_counter()
-            policy(batch.copy())
-            taken.append(time.perf_counter() - start)
-    return 1e3 * float(np.median(taken))
+        return milliseconds(lambda: policy(batch.copy()))
 
 
-def run_flows(o: argparse.Namespace, name: str) -> dict[str, Any]:
-    """One task: method -> mean return, value gap and times of each seed."""
-    data, config = TASKS[name]()
-    config = replace(config, updates=o.updates, compile=o.compile)
-    scores: dict[str, list[float]] = {}
-    gaps: dict[str, list[float]] = {}
-    times: dict[str, list[tuple[float, float]]] = {}
-    for method, agent, policy, deterministic in generative(o, data, config):
+def scores(agent: Agent, data: OfflineDataset, o: argparse.Namespace) -> Iterator[Row]:
+    for way, policy, deterministic in (ways_of_flows if o.only_flows else ways_to_act)(agent):
         how = {"deterministic": deterministic}
-        episodes = {"episodes": o.episodes, "seed": EVALUATION_SEED}
-        mean = float(evaluate(policy, data.make_env, **episodes, **how).returns.mean())
-        critics = LossCritics(agent.loss)
-        gap = value_gap(policy, data.transitions, critics=critics, rows=1024, **how).mean
-        scores.setdefault(method, []).append(mean)
-        gaps.setdefault(method, []).append(gap)
-        spent = tuple(milliseconds(policy, data, rows, deterministic) for rows in (1, 256))
-        times.setdefault(method, []).append(spent)
-        print(f"{name}: {method}: {mean:.2f}, gap {gap:.2f}", flush=True)
-    log = data.episode_returns.mean() if name != "pointmaze" else np.nan
-    measured = {"scores": scores, "value_gaps": gaps, "milliseconds": times}
-    return {"task": name, "log": float(log), "config": config.to_dict(), **measured}
+        row: Row = {"way": way, "return": mean_return(policy, data, o.episodes, **how)}
+        if o.only_flows:
+            critics = LossCritics(agent.loss)
+            gap = value_gap(policy, data.transitions, critics=critics, rows=1024, **how)
+            times = {f"ms {n}": act_time(policy, data, n, deterministic) for n in (1, 256)}
+            row |= {"value gap": gap.mean, **times}
+        yield row
 
 
-def run(o: argparse.Namespace, name: str) -> dict[str, Any]:
-    """All policies of one task: method -> mean return of each seed."""
-    data, config = TASKS[name]()
-    config = replace(config, updates=o.updates, compile=o.compile)
-    scores: dict[str, list[float]] = {}
-
-    def add(method: str, policy: Any, deterministic: bool = True) -> None:
-        how = {"episodes": o.episodes, "seed": EVALUATION_SEED, "deterministic": deterministic}
-        mean = float(evaluate(policy, data.make_env, **how).returns.mean())
-        scores.setdefault(method, []).append(mean)
-        print(f"{name}: {method}: {mean:.1f}", flush=True)
-
-    if not o.only_weights:
-        pair = [replace(config, temperature=0.0), config]
-        for number, agent in enumerate(train(o, data, pair)):
-            add(("cloning", "IQL")[number // o.seeds], agent.policy)
-    ddpg = replace(config, policy="deterministic", actor_objective="ddpg_bc")
-    for reduction, source in (VALUES[critics] for critics in o.critics):
-        each = [replace(ddpg, bc_weight=weight) for weight in o.bc_weights]
-        agents = train(o, data, each, q_reduction=reduction, q_source=source)
-        for number, agent in enumerate(agents):
-            weight = o.bc_weights[number // o.seeds]
-            add(f"DDPG+BC, {reduction} of {source}, weight {weight}", agent.policy)
-    flow = replace(config, policy="flow", temperature=0.0)
-    for agent in () if o.only_weights else train(o, data, [flow]):
-        for method, (policy, deterministic) in flow_policies(agent).items():
-            add(method, policy, deterministic)
-    log = data.episode_returns.mean() if name != "pointmaze" else np.nan
-    return {"task": name, "log": float(log), "config": config.to_dict(), "scores": scores}
+def task_of(make: Any, o: argparse.Namespace) -> Task:
+    data, config = make()
+    variants = FLOWS if o.only_flows else extractions(o)
+    task = returns_task(data, config, variants, o.episodes)
+    # the dataset of PointMaze has another task
+    references = task.references if make is pendulum else {}
+    return replace(task, scores=lambda agent: scores(agent, data, o), references=references)
 
 
-def table(tasks: list[dict[str, Any]]) -> str:
-    """Mean return over seeds with Student's 95 % interval: a method a line, a task a column."""
-    rows = [["", *(task["task"] for task in tasks)]]
-    rows.append(["the dataset", *(f"{task['log']:.2f}" for task in tasks)])
-    for method in tasks[0]["scores"]:
-        means = [mean_interval(np.array(task["scores"][method])) for task in tasks]
-        rows.append([method, *("{:.2f} ({:.2f} to {:.2f})".format(*each) for each in means)])
-    if "value_gaps" in tasks[0]:
-        rows[0] += [f"value gap, {task['task']}" for task in tasks] + ["ms, 1 and 256 states"]
-        for row in rows[2:]:
-            row += [f"{np.mean(task['value_gaps'][row[0]]):.2f}" for task in tasks]
-            spent = np.median([task["milliseconds"][row[0]] for task in tasks], axis=(0, 1))
-            row.append("{:.2f}, {:.1f}".format(*spent))
-        rows[1] += [""] * (len(rows[0]) - len(rows[1]))
-    return text_table(rows)
+TASKS = {"pendulum": partial(task_of, pendulum), "pointmaze": partial(task_of, pointmaze)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    sizes = {"updates": 10_000, "seeds": 4, "episodes": 20}
+    parser = make_parser(__doc__, "policies", tasks=TASKS, **sizes)
     add = parser.add_argument
-    add("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    add("--updates", type=int, default=10_000)
-    add("--seeds", type=int, default=4)
-    add("--episodes", type=int, default=20)
     add("--bc-weights", type=float, nargs="+", default=[0.5, 2.0], help="weights of DDPG+BC")
+    add("--critics", nargs="+", choices=CRITICS, default=list(CRITICS), help="of DDPG+BC")
     add(
-        "--critics",
-        nargs="+",
-        choices=VALUES,
-        help="of DDPG+BC; all, with --only-weights min-online",
+        "--only-flows",
+        action="store_true",
+        help="weighted, conditioned and best of N, with value gaps",
     )
-    add("--only-weights", action="store_true", help="DDPG+BC alone")
-    add("--only-flows", action="store_true", help="weighted, conditioned and best of N, with gaps")
-    add("--compile", action="store_true")
-    add("--threads", type=int, default=1)
-    add("--result", default="policies")
-    o = parser.parse_args()
-    o.critics = o.critics or list(VALUES)[: 1 if o.only_weights else None]
-    torch.set_num_threads(o.threads)
-    tasks = []
-    for name in o.tasks:
-        tasks.append((run_flows if o.only_flows else run)(o, name))
-        save(place(o.result), {"episodes": o.episodes, "tasks": tasks})
-    print(f"\n{table(tasks)}")
+    run(parser.parse_args(), TASKS, keys=("task", "variant", "way"))
 
 
 if __name__ == "__main__":

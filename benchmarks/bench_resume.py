@@ -20,28 +20,17 @@ from multiprocessing import get_context, resource_tracker
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from iql_torchrl import IQLConfig, OfflineTrainer, load_dataset, make_agent
+from iql_torchrl import IQLConfig, OfflineDataset, OfflineTrainer, load_dataset, make_agent
 from iql_torchrl.files import newest
-from record import RESULTS, save
+from record import RESULTS, random_columns, save
 
 import gymnasium as gym
-import numpy as np
 import torch
 
 
-def dataset():
+def dataset() -> OfflineDataset:
     """400 transitions in episodes of 20, drawn at random."""
-    generator = np.random.default_rng(0)
-    states = generator.normal(size=(20, 21, 3)).astype(np.float32)
-    ends = np.arange(400) % 20 == 19
-    columns = {
-        "observations": states[:, :-1].reshape(400, 3),
-        "next_observations": states[:, 1:].reshape(400, 3),
-        "actions": generator.uniform(-1, 1, size=(400, 1)).astype(np.float32),
-        "rewards": generator.normal(size=400).astype(np.float32),
-        "terminals": np.zeros(400, bool),
-        "timeouts": ends,
-    }
+    columns = random_columns(400, observation=3, action=1, episode=20)
     return load_dataset(columns, env=lambda: gym.make("Pendulum-v1"), progress=False)
 
 

@@ -24,20 +24,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from iql_torchrl import (
-    PRESETS,
-    Agent,
-    IQLConfig,
-    IQLPopulation,
-    OfflineDataset,
-    evaluate,
-    load_dataset,
-)
+from iql_torchrl import PRESETS, Agent, IQLConfig, OfflineDataset, evaluate, load_dataset
 from iql_torchrl.data.builtin import ensure_source
 from iql_torchrl.data.builtin.icu_sepsis import NAME, SepsisTables
 from iql_torchrl.evaluation.statistics import rank_correlations, standard_error
 from iql_torchrl.selection import Ranking, fitted_q_evaluation, rank_policies
 from record import place, save
+from study import EVALUATION_SEED, learn
 
 import gymnasium
 import numpy as np
@@ -46,68 +39,43 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from iql_sepsis import CONFIG, POINTS, probabilities
 
-EVALUATION_SEED = 10_000  # every member has the same initial states
 LEFT = 0.01  # weight of the discounted rewards after the last step
 Levels = dict[str, float]
 
 
-def defaults(options: argparse.Namespace) -> None:
-    """Fill in what the command line does not give: ``config``, ``discount``, ``reward``, ``fit``.
-
-    On ICU-Sepsis every stay ends, so the undiscounted value is the probability of survival, and
-    states are few, so the equations of a table are solved exactly.
-    """
-    sepsis = options.dataset == NAME
-    config = replace(CONFIG, batch_size=1024) if sepsis else PRESETS[options.preset]
-    options.config = replace(config, updates=options.updates or (2_000 if sepsis else 3_000))
-    options.discount = 1.0 if sepsis else config.discount
-    options.reward = (POINTS, 0.0) if sepsis else config.reward
-    usual = (0.0, 0.5, 1.0, 2.0, 4.0) if sepsis else (0.0, 1.0, 3.0, 10.0)
-    options.temperatures = options.temperatures or usual
-    networks = {"batch_size": 512, "hidden": (128, 128), "lr": 1e-3}
-    options.fit = {} if sepsis else networks | {"updates": options.fit_updates}
-
-
-def configs_of(options: argparse.Namespace) -> dict[str, IQLConfig]:
+def configs_of(options: argparse.Namespace, config: IQLConfig) -> dict[str, IQLConfig]:
     """The members by name; expectiles make no difference to behaviour cloning."""
     policies = {}
     for temperature in options.temperatures:
         for expectile in options.expectiles if temperature else [0.7]:
+            name = f"IQL {temperature:g} {expectile:g}" if temperature else "cloning"
             for seed in range(options.seeds):
-                name = f"IQL {temperature:g} {expectile:g}" if temperature else "cloning"
-                policies[f"{name} #{seed}"] = replace(
-                    options.config, seed=seed, temperature=temperature, expectile=expectile
-                )
+                settings = {"seed": seed, "temperature": temperature, "expectile": expectile}
+                policies[f"{name} #{seed}"] = replace(config, **settings)
     return policies
 
 
 def train(configs: dict[str, IQLConfig], log: OfflineDataset) -> dict[str, Agent]:
     runs = [replace(config, compile=True) for config in configs.values()]
-    population = IQLPopulation(runs, log)
-    for event in population.train(every=max(1, runs[0].updates // 10)):
-        print(f"\rupdate {event.updates:,}", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
-    return {name: population.member(number) for number, name in enumerate(configs)}
+    agents = (agent for _, agent in learn(log, runs, [runs[0].updates]))
+    return dict(zip(configs, agents, strict=True))
 
 
-class Counted(gymnasium.Wrapper):  # type: ignore[type-arg]
-    """Appends each episode's discounted return to ``results``."""
+class Discounted(gymnasium.Wrapper):  # type: ignore[type-arg]
+    """Rewards times ``discount ** t`` in step t of an episode."""
 
-    def __init__(self, env: Any, discount: float, results: list[float]) -> None:
+    def __init__(self, env: Any, discount: float) -> None:
         super().__init__(env)
-        self.discount, self.results = discount, results
+        self.discount = discount
 
     def reset(self, **options: Any) -> Any:
-        self.weight, self.value = 1.0, 0.0
+        self.weight = 1.0
         return super().reset(**options)
 
     def step(self, action: Any) -> Any:
-        result = super().step(action)
-        self.value += self.weight * float(result[1])
-        self.weight *= self.discount
-        if result[2] or result[3]:
-            self.results.append(self.value)
-        return result
+        observation, reward, *rest = super().step(action)
+        weight, self.weight = self.weight, self.weight * self.discount
+        return observation, weight * float(reward), *rest
 
 
 def played(
@@ -117,17 +85,15 @@ def played(
 
     Episodes continue after their time limit, until the weight of later rewards is below ``LEFT``.
     """
-    results: list[float] = []
 
     def make() -> Any:
         env = make_env()
         horizon = math.ceil(math.log(LEFT) / math.log(discount))
         horizon = max(env.spec.max_episode_steps, horizon)
-        longer = gymnasium.wrappers.TimeLimit(env.unwrapped, horizon)
-        return Counted(longer, discount, results)
+        return Discounted(gymnasium.wrappers.TimeLimit(env.unwrapped, horizon), discount)
 
-    evaluate(agent.policy, make, episodes=episodes, seed=EVALUATION_SEED)
-    return float(np.mean(results)), standard_error(np.array(results))
+    returns = evaluate(agent.policy, make, episodes=episodes, seed=EVALUATION_SEED).returns
+    return float(returns.mean()), standard_error(returns)
 
 
 def truths(
@@ -187,45 +153,54 @@ def parse() -> argparse.Namespace:
     add("--episodes", type=int, default=50, help="played by each member")
     add("--limit", type=int, help="use so many of the episodes")
     add("--output", type=Path, help="benchmarks/results/selection_NAME.json")
-    options = parser.parse_args()
-    name = Path(options.dataset).stem if options.env else options.dataset
-    name = "sepsis" if options.dataset == NAME else re.split("[^a-z0-9]", name)[0]
-    options.output = options.output or place("selection", name)
-    return options
+    return parser.parse_args()
 
 
 def main() -> None:
     options = parse()
     torch.set_num_threads(1)
-    defaults(options)
-    configs, how = configs_of(options), {"discount": options.discount}
-    source = ensure_source(options.dataset)
-    log = load_dataset(source, env=options.env, reward=options.reward, progress=False)
+    if options.dataset == NAME:
+        # Every stay ends, so the undiscounted value is the probability of survival, and states are
+        # few, so the equations of a table are solved exactly.
+        config, discount, reward, fit = replace(CONFIG, batch_size=1024), 1.0, (POINTS, 0.0), {}
+        name, updates, temperatures = "sepsis", 2_000, (0.0, 0.5, 1.0, 2.0, 4.0)
+    else:
+        config = PRESETS[options.preset]
+        discount, reward, temperatures = config.discount, config.reward, (0.0, 1.0, 3.0, 10.0)
+        fit = {"batch_size": 512, "hidden": (128, 128), "lr": 1e-3, "updates": options.fit_updates}
+        name = Path(options.dataset).stem if options.env else options.dataset
+        name, updates = re.split("[^a-z0-9]", name)[0], 3_000
+    options.temperatures = options.temperatures or temperatures
+    configs = configs_of(options, replace(config, updates=options.updates or updates))
+    source, how = ensure_source(options.dataset), {"discount": discount}
+    log = load_dataset(source, env=options.env, reward=reward, progress=False)
     if options.limit:
         log = log.split(options.limit / len(log.episode_lengths), seed=1)[0]
     own, fresh = log.split(0.5, seed=0)
-    fit, held_out = fresh.split(0.5, seed=0)
+    fit_on, held_out = fresh.split(0.5, seed=0)
     members = train(configs, own)
-    truth, level, more = truths(members, log, options.discount, options.episodes)
+    truth, level, more = truths(members, log, discount, options.episodes)
     results: dict[str, Any] = {}
-    rankings: dict[str, Ranking] = {}
-    for name, episodes in (("fresh", fit), ("own", own)):
+    rankings: dict[str, Any] = {}
+    for label, episodes in (("fresh", fit_on), ("own", own)):
         logs = (members, episodes, held_out)
-        fitted = fitted_q_evaluation(*logs, **how, **options.fit)
-        ranking = rankings[name] = rank_policies(*logs, **how, fitted_q=fitted)
-        results[name] = quality(ranking, truth, ranking.behaviour_value if level is None else level)
-        print(f"\nFitted on {name} episodes\n\n{ranking}\n\n{results[name]}\n", flush=True)
+        fitted = fitted_q_evaluation(*logs, **how, **fit)
+        ranking = rank_policies(*logs, **how, fitted_q=fitted)
+        rankings[label] = ranking.to_dict()
+        behaviour = ranking.behaviour_value if level is None else level
+        results[label] = quality(ranking, truth, behaviour)
+        print(f"\nFitted on {label} episodes\n\n{ranking}\n\n{results[label]}\n", flush=True)
     print(f"true values: {truth}")
-    parts = {"own": own, "fresh": fit, "held_out": held_out}
+    parts = {"own": own, "fresh": fit_on, "held_out": held_out}
     record = {
         "config": asdict(next(iter(configs.values()))),
-        "fitted_q": options.fit | how,
+        "fitted_q": fit | how,
         "episodes": {name: len(part.episode_lengths) for name, part in parts.items()},
         "truth": more | {"values": truth},
         "results": results,
-        "rankings": {name: ranking.to_dict() for name, ranking in rankings.items()},
+        "rankings": rankings,
     }
-    save(options.output, record, ("numpy", "icu-sepsis"))
+    save(options.output or place("selection", name), record, ("numpy", "icu-sepsis"))
 
 
 if __name__ == "__main__":

@@ -2,34 +2,27 @@
 
     python benchmarks/bench_sepsis.py
 
-Trains ``examples/iql_sepsis.py`` from several seeds, and prints how its temperature was chosen:
-with the counts of the half of the stays that was not used for training.
-Writes benchmarks/results/sepsis.json.
+Trains with the settings of ``examples/iql_sepsis.py`` from several seeds, and prints how its
+temperature was chosen: with the counts of the half of the stays that was not used for training.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
-from iql_torchrl import IQLConfig, OfflineDataset, load_dataset
-from iql_torchrl.data.builtin import ensure_dataset
-from iql_torchrl.data.builtin.icu_sepsis import ENVIRONMENT, NAME, SepsisTables
-from iql_torchrl.report import read_csv, text_table
-from record import place, save
+from iql_torchrl import IQLConfig, OfflineDataset
+from iql_torchrl.data.builtin.icu_sepsis import SepsisTables
+from iql_torchrl.report import text_table
+from study import make_parser, run, sepsis
 
-import gymnasium
-import icu_sepsis  # noqa: F401  (registers the environment)
 import numpy as np
-import torch
 from tensordict import TensorDictBase
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from iql_sepsis import CONFIG, POINTS, train
+from iql_sepsis import CONFIG, POINTS
 
 TEMPERATURES = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0)
 
@@ -121,13 +114,10 @@ def choose(log: OfflineDataset, tables: SepsisTables) -> list[dict[str, float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--updates", type=int, default=CONFIG.updates)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    log = load_dataset(ensure_dataset(NAME), reward=(POINTS, 0.0))
-    tables = SepsisTables(gymnasium.make(ENVIRONMENT, disable_env_checker=True))
+    o = make_parser(__doc__, "sepsis", seeds=5, updates=CONFIG.updates, points=20).parse_args()
+    task = sepsis({"IQL": {}})
+    log = task.data
+    tables = SepsisTables(log.make_env())
     counts = tabular_iql(log.transitions, tables.admissible, CONFIG)
     taken = tuple(log.transitions[key].numpy() for key in ("observation", "action"))
     advantages = (counts.qvalue - counts.value[:, None])[taken]
@@ -137,29 +127,15 @@ def main() -> None:
         "tabular": tables.value(counts.policy),
         "optimum": tables.optimal_value(),
     }
-    temperatures = choose(log, tables)
-    rows = [[f"{value:.4g}" for value in row.values()] for row in temperatures]
-    print(text_table([list(temperatures[0]), *rows]))
-    print(text_table([["", "survival"], *([name, f"{exact[name]:.4f}"] for name in exact)]))
-    runs = []
-    for seed in range(options.seeds):
-        with TemporaryDirectory() as folder:
-            train(replace(CONFIG, seed=seed, updates=options.updates), log, tables, Path(folder))
-            rows = read_csv(Path(folder) / "metrics.csv")
-        curve = [[int(row["update"]), row["survival"]] for row in rows if "survival" in row]
-        runs.append({"seed": seed, "survival": curve[-1][1], "curve": curve})
-        print(f"seed {seed}: {curve[-1][1]:.4f}", flush=True)
-    final = np.array([run["survival"] for run in runs])
-    print(f"network: {final.mean():.4f}, lowest {final.min():.4f}")
-    result = {
-        "config": asdict(replace(CONFIG, updates=options.updates)),
-        "reward_map": [POINTS, 0.0],
+    more = {
         "exact": exact,
         "advantage_deviation": float(advantages.std()),  # over the dataset, in points of survival
-        "temperatures": temperatures,
-        "runs": runs,
+        "temperatures": choose(log, tables),
     }
-    save(place("sepsis"), result, packages=("icu-sepsis",))
+    run(o, {"ICU-Sepsis": lambda o: task}, batches="own", packages=["icu-sepsis"], **more)
+    rows = [[f"{value:.4g}" for value in row.values()] for row in more["temperatures"]]
+    print(text_table([list(more["temperatures"][0]), *rows]))
+    print(text_table([["", "survival"], *([name, f"{exact[name]:.4f}"] for name in exact)]))
 
 
 if __name__ == "__main__":

@@ -107,27 +107,12 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     return {"updates": trainer.updates, "seconds": seconds, "replaced": replaced, **largest}
 
 
-def interleaved(
-    calls: dict[str, Callable[[], object]], block: int, rounds: int
-) -> dict[str, list[float]]:
-    """Seconds of blocks of ``block`` calls of each; the blocks alternate, in changing order."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for number in range(rounds + 1):  # the first round warms up
-        order = list(calls)
-        for name in order[number % len(order) :] + order[: number % len(order)]:
-            began = time.perf_counter()
-            for _ in range(block):
-                calls[name]()
-            if number:
-                times[name].append(time.perf_counter() - began)
-    return times
-
-
 def compared(options: argparse.Namespace, updates: bool) -> dict[str, Any]:
     """Batches a second, alone or with an update each, from the shards and from buffers in memory of as
     many rows as the shards have loaded. A block contains one replacement and the reading for the next.
     """
     from iql_torchrl.data import DeviceSampler, replay_buffer
+    from measuring import alternated
 
     import torch
 
@@ -146,7 +131,7 @@ def compared(options: argparse.Namespace, updates: bool) -> dict[str, Any]:
     if updates:
         step = agent_for(log, options).step
         calls = {n: (lambda each=each: step(each.sample())) for n, each in buffers.items()}
-    seconds = interleaved(calls, block, options.rounds)
+    seconds = alternated(calls, block=block, rounds=options.rounds)
     return {
         "seconds": seconds,
         "per_second": {n: median(block / t for t in taken) for n, taken in seconds.items()},

@@ -1,14 +1,14 @@
 """Strength of the tests: how many small faults, made one at a time in the package, they find.
 
     python benchmarks/find_faults.py --output found.json
-    python benchmarks/find_faults.py --only update --processes 2
+    python benchmarks/find_faults.py --only update
     python benchmarks/find_faults.py --package ../old --faults old_faults.txt
 
 ``faults.txt`` says at its beginning how a fault is written. A fault is found when a test fails because
 of it, or takes longer than the limit; tests that fail without any fault are left out. A fault is tried
 with its own tests first. Those that these do not find are tried with the whole default suite: because
 this takes many minutes, it runs once with all of them, and each test that fails then runs with each of
-them alone. The checkout is not modified: each process works in a copy of it, in a temporary folder.
+them alone. The checkout is not modified: faults are made in a copy of it, in a temporary folder.
 
 With ``--output`` the file is written after every fault. Started again with the same file, checkout and
 tests, only what is missing is tried.
@@ -21,7 +21,6 @@ import hashlib
 import importlib.util
 import json
 import os
-import queue
 import re
 import shutil
 import signal
@@ -30,7 +29,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -207,7 +205,7 @@ class Copy:
 
 
 class Search:
-    """Tries faults in several copies at a time, and writes the results to a file."""
+    """Tries faults in a copy of the checkout, and writes the results to a file."""
 
     def __init__(self, faults: Sequence[Fault], options: argparse.Namespace) -> None:
         self.faults, self.options = faults, options
@@ -239,30 +237,24 @@ class Search:
     def run(self) -> dict[str, dict[str, object]]:
         options = self.options
         with tempfile.TemporaryDirectory(prefix="faults") as folder:
-            copies = []
-            for number in range(options.processes):
-                place = Path(folder) / str(number)
-                place.mkdir()
-                copies.append(Copy(options.package, place, options.package_name))
-            self._copies: queue.Queue[Copy] = queue.Queue()
-            for copy in copies:
-                self._copies.put(copy)
+            self.copy = Copy(options.package, Path(folder), options.package_name)
             try:
                 self._try_first([f for f in self.faults if f.name not in self.results])
                 if not options.first_tests_alone:
-                    left = [n for n, each in self.results.items() if each["tests_run"] == "first"]
-                    left = [name for name in left if not self.results[name]["found"]]
-                    self._try_all([f for f in self.faults if f.name in left])
-            except BaseException:
-                for copy in copies:
-                    copy.stop()
-                raise
+                    self._try_all([f for f in self.faults if self._left(f.name)])
+            finally:
+                self.copy.stop()
         return self.results
+
+    def _left(self, name: str) -> bool:
+        """Whether the first tests alone were tried, and did not find the fault."""
+        return self.results[name]["tests_run"] == "first" and not self.results[name]["found"]
 
     def _try_first(self, faults: Sequence[Fault]) -> None:
         if faults:
             left_out = self._failing_anyway(list(dict.fromkeys(t for f in faults for t in f.tests)))
-            self._try(faults, None, left_out)
+            for fault in faults:
+                self._try(fault, None, left_out)
 
     def _try_all(self, faults: Sequence[Fault]) -> None:
         """The whole suite with all faults at once, then what failed with each of them alone."""
@@ -270,51 +262,33 @@ class Search:
             return
         left_out = self._failing_anyway(())
         while faults:
-            with self._copy() as copy, copy.with_faults(*faults) as made:
-                failed = copy.failures((), left_out, self.options.suite_limit, first=False)
+            with self.copy.with_faults(*faults) as made:
+                failed = self.copy.failures((), left_out, self.options.suite_limit, first=False)
             tests = [test for test, _ in failed if test.startswith("tests/")]
-            self._say(
-                f"{len(made)} faults at once: {len(failed)} tests fail {[t for t, _ in failed]}"
-            )
-            if failed:  # without names of tests the suite could not run or end
-                self._try(made, tests, left_out)
-            else:
-                for fault in made:
+            names = [test for test, _ in failed]
+            self._say(f"{len(made)} faults at once: {len(failed)} tests fail {names}")
+            for fault in made:
+                if failed:  # without names of tests the suite could not run or end
+                    self._try(fault, tests, left_out)
+                else:
                     self._keep(fault, [], whole=True, seconds=0.0)
             faults = [fault for fault in faults if fault not in made]
 
     def _failing_anyway(self, tests: Sequence[str]) -> list[str]:
         """Tests that fail without any fault."""
-        with self._copy() as copy:
-            failed = copy.failures(tests, (), self.options.suite_limit, first=False)
+        failed = self.copy.failures(tests, (), self.options.suite_limit, first=False)
         left_out = [test for test, _ in failed]
         self._say(f"without a fault: {len(left_out)} tests fail {left_out}")
         self.record["fail_without_fault"] = sorted({*self.record["fail_without_fault"], *left_out})
         return left_out
 
-    def _try(
-        self, faults: Sequence[Fault], tests: Sequence[str] | None, left_out: Sequence[str]
-    ) -> None:
-        """Each fault alone with ``tests``, an empty list being the whole suite; None: with its own."""
-        whole = tests is not None
+    def _try(self, fault: Fault, tests: Sequence[str] | None, left_out: Sequence[str]) -> None:
+        """The fault alone with ``tests``, an empty list being the whole suite; None: with its own."""
+        whole, began = tests is not None, time.monotonic()
         limit = self.options.suite_limit if whole else self.options.limit
-
-        def one(fault: Fault) -> None:
-            began = time.monotonic()
-            with self._copy() as copy, copy.with_faults(fault):
-                failed = copy.failures(fault.tests if tests is None else tests, left_out, limit)
-            self._keep(fault, failed, whole=whole, seconds=time.monotonic() - began)
-
-        with ThreadPoolExecutor(self.options.processes) as pool:
-            list(pool.map(one, faults))
-
-    @contextmanager
-    def _copy(self) -> Iterator[Copy]:
-        copy = self._copies.get()
-        try:
-            yield copy
-        finally:
-            self._copies.put(copy)
+        with self.copy.with_faults(fault):
+            failed = self.copy.failures(fault.tests if tests is None else tests, left_out, limit)
+        self._keep(fault, failed, whole=whole, seconds=time.monotonic() - began)
 
     def _keep(
         self, fault: Fault, failed: list[tuple[str, str]], *, whole: bool, seconds: float
@@ -379,7 +353,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--package-name", default="iql_torchrl", help="name of the package in it")
     add("--faults", type=Path, default=ROOT / "benchmarks" / "faults.txt", metavar="FILE")
     add("--only", default="", metavar="ROOM,...", help="rooms or names of faults")
-    add("--processes", type=int, default=1, help="faults that are tried at a time")
     add("--output", type=Path, default=None, metavar="FILE.json")
     add("--limit", type=float, default=600, help="seconds that the first tests of a fault may take")
     add("--suite-limit", type=float, default=5400, help="seconds that the whole suite may take")

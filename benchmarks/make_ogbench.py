@@ -27,7 +27,6 @@ from importlib import import_module
 from importlib.metadata import version
 from itertools import count
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
 from iql_torchrl.data.builtin.recipes import Act, play
@@ -258,34 +257,31 @@ def _seeded(entropy: list[int]) -> Iterator[int]:
         np.random.set_state(before)
 
 
-def _recipe(environment: str, objects: str | None = None) -> OGBenchRecipe:
-    """Of an arm that moves ``objects``, or of a maze."""
-    if objects is None:
-        episode, options = maze_episode, {}
-        what = (
-            "a point follows shortest paths to random goals, one after the other, with Gaussian noise "
-            "of deviation 0.5 (kind 'navigate')"
-        )
-    else:
-        episode, options = plan_episode, {"mode": "data_collection"}
-        what = (
-            f"a robot arm moves {objects} to random targets, one after the other, by OGBench's "
-            "plan-following controllers with smooth noise (kind 'play')"
-        )
-    return OGBenchRecipe(environment, f"{environment}, {what}", episode, MappingProxyType(options))
+def _of_arm(environment: str, objects: str) -> OGBenchRecipe:
+    what = (
+        f"{environment}, a robot arm moves {objects} to random targets, one after the other, by "
+        "OGBench's plan-following controllers with smooth noise (kind 'play')"
+    )
+    return OGBenchRecipe(environment, what, plan_episode, {"mode": "data_collection"})
+
+
+def _of_maze(environment: str) -> OGBenchRecipe:
+    what = (
+        f"{environment}, a point follows shortest paths to random goals, one after the other, with "
+        "Gaussian noise of deviation 0.5 (kind 'navigate')"
+    )
+    return OGBenchRecipe(environment, what, maze_episode, {})
 
 
 #: Name of the rows to recipe.
-RECIPES: Mapping[str, OGBenchRecipe] = MappingProxyType(
-    {
-        "cube-single-play-local": _recipe("cube-single-v0", "a cube"),
-        "scene-play-local": _recipe("scene-v0", "a cube, two buttons, a drawer and a window"),
-        "puzzle-3x3-play-local": _recipe("puzzle-3x3-v0", "the 9 buttons of a puzzle"),
-        "puzzle-4x4-play-local": _recipe("puzzle-4x4-v0", "the 16 buttons of a puzzle"),
-        "pointmaze-medium-navigate-local": _recipe("pointmaze-medium-v0"),
-        "pointmaze-large-navigate-local": _recipe("pointmaze-large-v0"),
-    }
-)
+RECIPES: Mapping[str, OGBenchRecipe] = {
+    "cube-single-play-local": _of_arm("cube-single-v0", "a cube"),
+    "scene-play-local": _of_arm("scene-v0", "a cube, two buttons, a drawer and a window"),
+    "puzzle-3x3-play-local": _of_arm("puzzle-3x3-v0", "the 9 buttons of a puzzle"),
+    "puzzle-4x4-play-local": _of_arm("puzzle-4x4-v0", "the 16 buttons of a puzzle"),
+    "pointmaze-medium-navigate-local": _of_maze("pointmaze-medium-v0"),
+    "pointmaze-large-navigate-local": _of_maze("pointmaze-large-v0"),
+}
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import statistics
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,23 @@ def timed(update: Update, calls: int, sizes: Sizes, device: str) -> float:
     getattr(result, "block_until_ready", lambda: None)()  # JAX
     wait()
     return time.perf_counter() - began
+
+
+def turns(names: Sequence[str], rounds: int) -> Iterator[tuple[int, str]]:
+    """The number of a round and a name, in an order that changes from round to round."""
+    for number in range(rounds):
+        turn = number % len(names)
+        yield from ((number, name) for name in [*names[turn:], *names[:turn]])
+
+
+def alternated(
+    calls: Mapping[str, Update], *, rounds: int, block: int = 1, device: str = "cpu"
+) -> dict[str, list[float]]:
+    """Seconds of each call's blocks of ``block`` calls, which alternate; a first round warms up."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _, name in turns(list(calls), rounds + 1):
+        times[name].append(timed(calls[name], block, Sizes(), device))
+    return {name: seconds[1:] for name, seconds in times.items()}
 
 
 def median_seconds(update: Update, calls: int, sizes: Sizes, device: str) -> float:
@@ -119,18 +136,16 @@ def measure(
         if "update" in entry:
             seek = partial(calls_for, block, entry["update"], sizes, device)
             entry |= {"calls_per_block": attempt(entry, seek), "ms": []}
-    names = list(results)
-    for number in range(rounds):
-        if number and time.perf_counter() - began > limit:
+    last_round = 0
+    for number, name in turns(list(results), rounds):
+        if number > last_round and time.perf_counter() - began > limit:
             break
-        turn = number % len(names)
-        for name in names[turn:] + names[:turn]:
-            entry = results[name]
-            if "update" in entry:
-                calls = entry["calls_per_block"]
-                taken = attempt(entry, partial(timed, entry["update"], calls, sizes, device))
-                if taken is not None:
-                    entry["ms"].append(1e3 * taken / calls / entry["updates_per_call"])
+        last_round, entry = number, results[name]
+        if "update" in entry:
+            calls = entry["calls_per_block"]
+            taken = attempt(entry, partial(timed, entry["update"], calls, sizes, device))
+            if taken is not None:
+                entry["ms"].append(1e3 * taken / calls / entry["updates_per_call"])
     return {n: {k: v for k, v in f.items() if k != "update"} for n, f in results.items()}, block
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from iql_torchrl.data.builtin.recipes import play
 from record import RESULTS, save
 
 import gymnasium
@@ -87,20 +88,15 @@ largest = {
 def make_log(folder: Path) -> None:
     """A dataset with the tutorial's id and layout: 25 episodes of uniform actions times 0.3."""
     env, generator, buffers = gymnasium.make(ENVIRONMENT), np.random.default_rng(0), []
+
+    def act(*_: Any) -> Any:
+        return np.float32(0.3 * generator.uniform(-1, 1, env.action_space.shape))  # type: ignore[arg-type]
+
     for number in range(EPISODES):
-        observations, columns = [env.reset(seed=number)[0]], [[], [], [], []]  # type: ignore[var-annotated]
-        over = False
-        while not over:
-            action = 0.3 * generator.uniform(-1, 1, env.action_space.shape)  # type: ignore[arg-type]
-            observation, reward, terminated, truncated, _ = env.step(np.float32(action))
-            observations.append(observation)
-            step = (np.float32(action), float(reward), terminated, truncated)
-            for column, value in zip(columns, step, strict=True):
-                column.append(value)
-            over = terminated or truncated
-        names = ("actions", "rewards", "terminations", "truncations")
-        arrays = {name: np.array(column) for name, column in zip(names, columns, strict=True)}
-        buffers.append(EpisodeBuffer(observations=np.stack(observations), **arrays))
+        columns = play(env, act, *env.reset(seed=number))
+        del columns["infos"]
+        arrays = {name: np.stack(values) for name, values in columns.items()}
+        buffers.append(EpisodeBuffer(**arrays))
     with (
         mock.patch.dict(os.environ, {"MINARI_DATASETS_PATH": str(folder)}),
         warnings.catch_warnings(),
@@ -151,6 +147,17 @@ def as_written(text: str, folder: Path) -> list[dict[str, str]]:
     return errors
 
 
+def measured(names: dict[str, Any], o: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "updates": [i * o.every for i in range(len(names["eval_reward_logs"]))],
+        "returns": [float(value) for value in names["eval_reward_logs"]],
+        "final_return": float(names["final_score"]),
+        "loss": names["loss_logs"][:: max(1, o.updates // 20)],
+        "largest_value_of_a_batch": names["largest"],
+        "seconds": names["seconds"],
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
@@ -176,24 +183,12 @@ def main() -> None:
         }
         for label, changes in VARIANTS.items():
             names = execute(changed(text, [*CHANGES, *length, *changes]) + SEEN, folder)
-            line: dict[str, Any] = {"variant": label}
-            if "error" in names:
-                line["error"] = names["error"]
-            else:
-                line |= {
-                    "updates": [i * o.every for i in range(len(names["eval_reward_logs"]))],
-                    "returns": [float(value) for value in names["eval_reward_logs"]],
-                    "final_return": float(names["final_score"]),
-                    "loss": names["loss_logs"][:: max(1, o.updates // 20)],
-                    "largest_value_of_a_batch": names["largest"],
-                    "seconds": names["seconds"],
-                }
+            line = {"variant": label, **(names if "error" in names else measured(names, o))}
             content["variants"].append(line)
             shown = {key: value for key, value in line.items() if key not in ("loss", "updates")}
             print(shown, flush=True)
-            save(
-                RESULTS / "minari_tutorial.json", content, packages=("minari", "gymnasium-robotics")
-            )
+            packages = ("minari", "gymnasium-robotics")
+            save(RESULTS / "minari_tutorial.json", content, packages=packages)
 
 
 if __name__ == "__main__":

@@ -99,6 +99,24 @@ def place(*words: str, folder: Path = RESULTS) -> Path:
     return folder / ("_".join(word.split(":")[0] for word in words if word) + ".json")
 
 
+def random_columns(rows: int, observation: int, action: int, episode: int) -> dict[str, Any]:
+    """Columns of random steps in D4RL's layout: episodes of ``episode`` steps end by a time limit."""
+    import numpy as np
+
+    draw, last = np.random.default_rng(0), np.arange(1, rows + 1) % episode == 0
+    last[-1] = True
+    here = np.arange(rows) + np.arange(rows) // episode  # one more state per episode
+    state = draw.standard_normal((here[-1] + 2, observation), np.float32)
+    return {
+        "observations": state[here],
+        "next_observations": state[here + 1],
+        "actions": draw.uniform(-1, 1, (rows, action)).astype(np.float32),
+        "rewards": draw.standard_normal(rows, np.float32),
+        "terminals": np.zeros(rows, np.bool_),
+        "timeouts": last,
+    }
+
+
 def in_processes(
     function: Callable[..., Any],
     jobs: Sequence[tuple[Any, ...]],

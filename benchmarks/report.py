@@ -19,6 +19,7 @@ from typing import Any
 
 from bench_step import FLOOR, REFERENCE
 from iql_torchrl.files import atomic_write
+from iql_torchrl.report.figures import save
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent / "README.md"
@@ -169,7 +170,7 @@ def draw_bars(path: Path, settings: list[Setting]) -> None:
     panels = figure.subplots(len(settings), 1, squeeze=False, height_ratios=heights)[:, 0]
     for panel, setting in zip(panels, settings, strict=True):
         bars(setting, panel)
-    save(path, figure)
+    save(figure, path)
 
 
 def draw_sweep(setting: Setting, axis: str, axes: Any) -> None:
@@ -212,12 +213,7 @@ def draw_sweeps(path: Path, setting: Setting) -> None:
         panel.set_visible(False)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper left", ncols=3, fontsize=9, frameon=False)
-    save(path, figure)
-
-
-def save(path: Path, figure: Any) -> None:
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, dpi=100, format="png")
+    save(figure, path)
 
 
 def main() -> None:

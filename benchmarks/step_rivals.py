@@ -23,6 +23,7 @@ from iql_torchrl import (
     policies,
 )
 from iql_torchrl.data import DeviceSampler, replay_buffer
+from record import random_columns
 
 import numpy as np
 import torch
@@ -98,21 +99,9 @@ def transitions(sizes: Sizes, device: str = "cpu") -> TensorDict:
 
 def dataset_of(sizes: Sizes) -> OfflineDataset:
     """A log of random steps; every episode is cut off after 1000, each observation follows the last."""
-    draw, last = np.random.default_rng(0), np.arange(1, sizes.rows + 1) % 1000 == 0
-    last[-1] = True
-    here = np.arange(sizes.rows) + np.arange(sizes.rows) // 1000  # one more state per episode
-    state = draw.standard_normal((here[-1] + 2, sizes.observation), np.float32)
-    arrays = {
-        "observations": state[here],
-        "next_observations": state[here + 1],
-        "actions": draw.uniform(-1, 1, (sizes.rows, sizes.action)).astype(np.float32),
-        "rewards": draw.standard_normal(sizes.rows, np.float32),
-        "terminals": np.zeros(sizes.rows, np.bool_),
-        "timeouts": last,
-    }
     box = partial(spaces.Box, dtype=np.float32)
     return load_dataset(
-        arrays,
+        random_columns(sizes.rows, sizes.observation, sizes.action, episode=1000),
         observation_space=box(-np.inf, np.inf, (sizes.observation,)),
         action_space=box(-1, 1, (sizes.action,)),
         progress=False,

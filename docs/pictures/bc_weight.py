@@ -18,8 +18,13 @@ PREFIX = "DDPG+BC, min of online, weight "
 
 
 def scores(name: str) -> dict[str, list[float]]:
-    text = (RESULTS / name).read_text().replace(" of live,", " of online,")  # as it was once called
-    return json.loads(text)["tasks"][0]["scores"]
+    """Pendulum's returns by variant and way to act, one of each seed."""
+    found: dict[str, list[float]] = {}
+    for row in json.loads((RESULTS / name).read_text())["rows"]:
+        if row["task"] == "pendulum" and "seed" in row:
+            label = f"{row['variant']}, {row['way']}".removesuffix(", ")
+            found.setdefault(label, []).append(row["return"])
+    return found
 
 
 def main() -> None:

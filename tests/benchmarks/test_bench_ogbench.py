@@ -1,4 +1,4 @@
-"""``benchmarks/bench_ogbench.py``: its table by hand, and a small run of every path."""
+"""``benchmarks/bench_ogbench.py``: its comparison by hand, and a small run of every path."""
 
 from __future__ import annotations
 
@@ -12,77 +12,71 @@ import pytest
 import torch
 from extras import needs
 from gymnasium.wrappers import TimeLimit
-from scipy import stats
 
 from iql_torchrl import PRESETS, OfflineDataset
 
 
-def finished(task, method, *seeds):
-    return {"task": task, "method": method, "log": 7.0, "rows": 1_000_000,
-            "curve": [{"updates": 5, "success": [100.0] * len(seeds)},
-                      {"updates": 10, "success": list(seeds)}]}  # fmt: skip
-
-
-def test_the_published_figures_stand_next_to_those_measured():
-    runs = [
-        finished("cube-single", "cloning", 10.0, 20.0, 60.0),
-        finished("cube-single", "IQL", 80.0, 90.0, 100.0),
-        finished("scene", "IQL", 40.0, 60.0),
+def rows(task, method, *seeds):
+    """Two evaluations of each seed, of which the last counts."""
+    return [
+        {"task": task, "variant": method, "seed": seed, "updates": updates, "success": success}
+        for seed, rate in enumerate(seeds)
+        for updates, success in ((5, 100.0), (10, rate))
     ]
-    lines = bench_ogbench.summarise(runs)
-    low, high = stats.t.interval(0.95, 2, loc=30, scale=stats.sem([10, 20, 60]))
-    assert low < 0
-    assert lines[0]["interval"] == pytest.approx([0, high])
-    assert (lines[0]["success"], lines[0]["published"]) == (30, None)
-    assert (lines[1]["success"], lines[1]["published"]) == (90, 85)
-    assert (lines[2]["interval"], lines[2]["published"]) == ([0, 100], 32)
-    text = bench_ogbench.table(lines)
-    assert re.search("cube-single task 2, the dataset +7", text)
-    assert "scene task 3, IQL" in text
-    # the tasks that both methods have: cube-single alone
-    compared = bench_ogbench.compare(lines[:2])
+
+
+def test_tasks_that_all_methods_have_are_compared():
+    cube = [*rows("cube-single", "cloning", 10.0, 20.0, 60.0)]
+    cube += rows("cube-single", "IQL", 80.0, 90.0, 100.0)
+    published = {"task": "cube-single", "variant": "IQL, published", "success": 85}
+    compared = bench_ogbench.compare([published, *cube, *rows("scene", "IQL", 40.0, 60.0)])
     assert "on 1 task," in compared
     assert "probability that a run of IQL is better:" in compared
     assert re.search(r"^cloning +3 .* 1\.000 \[1\.000, 1\.000\]$", compared, re.MULTILINE)
-    assert bench_ogbench.compare(lines) == compared
+    assert bench_ogbench.compare(cube) == compared
+    assert bench_ogbench.compare([published]) == ""
 
 
-def test_every_task_can_be_made_and_every_method_is_a_config():
+def test_every_task_can_be_made_and_sizes_are_the_published_ones():
     needs("mujoco")
     options = bench_ogbench._options([])
-    for task in bench_ogbench.TASKS.values():
-        assert task.made() in make_ogbench.RECIPES
-        for method in bench_ogbench.METHODS:
-            config = bench_ogbench.configure(options, task, method)
-            assert (config.updates, config.hidden) == (1_000_000, (512, 512, 512, 512))
-    config = bench_ogbench.configure(options, bench_ogbench.TASKS["scene"], "cloning")
-    assert config.temperature == 0
-    assert bench_ogbench.differences(options, [finished("scene", "IQL", 1.0)])[1:] == list(
-        bench_ogbench.ALWAYS_DIFFERENT
-    )
+    for task in bench_ogbench.SINGLE_TASKS.values():
+        assert f"{task.rows}-local" in make_ogbench.RECIPES
+    config = bench_ogbench.configure(options, {})
+    assert (config.updates, config.hidden) == (1_000_000, (512, 512, 512, 512))
+    assert bench_ogbench.differences(options)[1:] == list(bench_ogbench.ALWAYS_DIFFERENT)
 
 
 def test_methods_differ_from_the_published_agents_in_nothing_that_a_config_can_say():
-    options, task = bench_ogbench._options([]), bench_ogbench.TASKS["cube-single"]
-    of = {
-        method: bench_ogbench.configure(options, task, method) for method in bench_ogbench.METHODS
-    }
+    base = bench_ogbench.configure(bench_ogbench._options([]), {"temperature": 1.0})
+    of = {m: replace(base, **settings) for m, settings in bench_ogbench.METHODS.items()}
+    assert of["cloning"].temperature == 0
     assert of["IQL"] == replace(PRESETS["ogbench"], temperature=1.0)
     assert of["IFQL"] == PRESETS["ifql"]
     assert replace(of["IFQL, chunks of 5"], action_chunk=1) == of["IFQL"]
-    assert bench_ogbench.RANDOM == ("IFQL", "IFQL, chunks of 5")
     assert set(bench_ogbench.IFQL) == {"temperature", "policy", "num_samples"}
     for config in of.values():
         assert (config.activation, config.norm_after_activation) == ("gelu", True)
 
 
+def test_settings_of_goals_are_those_of_the_published_agent():
+    options = bench_ogbench._options(["--tasks", "goals", "--layers", "3"])
+    config = bench_ogbench.configure(options, bench_ogbench.GOAL_SETTINGS)
+    assert (config.updates, config.hidden, config.batch_size) == (1_000_000, (512,) * 3, 1024)
+    assert (config.expectile, config.discount) == (0.9, 0.99)
+    assert (config.actor_objective, config.bc_weight) == ("ddpg_bc", 0.0015)  # alpha / 2
+    assert (config.critic_lr, config.value_lr, config.actor_lr) == (3e-4, 3e-4, 3e-4)
+    assert (config.layer_norm, config.activation, config.polyak) == (True, "gelu", 0.005)
+
+
 def test_a_comparison_with_chunks_has_the_same_batches_for_all_methods():
     assert bench_ogbench._options([]).methods == ["cloning", "IQL", "IQL+DDPG+BC", "IFQL"]
-    assert bench_ogbench.batches_of(["IQL", "IFQL"]) == "own"
-    compared = ["IFQL", "IFQL, chunks of 5"]
+    options = bench_ogbench._options
+    assert bench_ogbench.batches_of(options(["--methods", "IQL", "IFQL"])) == "own"
+    assert bench_ogbench.batches_of(options(["--tasks", "goals"])) == "shared"
+    compared = options(["--methods", "IFQL", "IFQL, chunks of 5", "--draw", "v0"])
     assert bench_ogbench.batches_of(compared) == "shared"
-    options = bench_ogbench._options(["--methods", *compared, "--draw", "v0"])
-    differences = bench_ogbench.differences(options, [finished("scene", "IFQL", 1.0)])
+    differences = bench_ogbench.differences(compared)
     assert differences[0].startswith("all seeds of a method have the same batches")
 
 
@@ -115,15 +109,30 @@ def test_a_small_run(tmp_path, monkeypatch, capsys, short_episodes):
     options += [f"--{name}={number}" for name, number in numbers.items()]
     bench_ogbench.main(options)
     record = json.loads((tmp_path / "trial.json").read_text())
-    methods = ["cloning", "IQL", "IQL+DDPG+BC", "IFQL", "IFQL, chunks of 5"]
-    assert [r["method"] for r in record["runs"]] == list(bench_ogbench.METHODS) == methods
-    assert record["settings"]["batches"] == "shared"
-    for each in record["runs"]:
-        assert each["rows"] == 40
-        assert [(p["updates"], len(p["success"])) for p in each["curve"]] == [(2, 2), (4, 2)]
-    assert [r["config"]["temperature"] for r in record["runs"]] == [0, 1, 1, 0, 0]
-    assert [line["published"] for line in record["summary"]] == [None, 85, None, 73, None]
+    references = ["the dataset", "IQL, published", "IFQL, published"]
+    variants = [*references, *bench_ogbench.METHODS]
+    assert list(dict.fromkeys(row["variant"] for row in record["rows"])) == variants
+    for method in bench_ogbench.METHODS:
+        of_method = [r for r in record["rows"] if r["variant"] == method]
+        points = [(r["seed"], r["updates"]) for r in of_method]
+        assert sorted(points) == [(0, 2), (0, 4), (1, 2), (1, 4)]
     assert "updates: 4, not 1,000,000" in record["differences"]
     out = capsys.readouterr().out
-    assert "cube-single, cloning, 4 updates" in out
+    assert "cube-single, IQL, published" in out
     assert "Interquartile" in out or "interquartile mean" in out
+
+
+@pytest.mark.slow
+def test_a_small_run_of_goals(tmp_path, monkeypatch, capsys):
+    needs("ogbench")
+    monkeypatch.setenv("OGBENCH_DATASETS_PATH", str(tmp_path))
+    monkeypatch.setattr(make_ogbench, "ROWS", 21)
+    numbers = {"seeds": 2, "updates": 4, "points": 2, "width": 8, "layers": 1, "batch-size": 8,
+               "episodes": 1, "made-episodes": 2}  # fmt: skip
+    options = ["--tasks", "goals", "--result", "trial", f"--output={tmp_path}"]
+    options += [f"--{name}={number}" for name, number in numbers.items()]
+    bench_ogbench.main(options)
+    found = json.loads((tmp_path / "trial.json").read_text())["rows"]
+    assert [row["goal"] for row in found] == [1, 2, 3, 4, 5, "all"] * 4
+    assert [row["updates"] for row in found] == [2] * 12 + [4] * 12
+    assert "goal-conditioned IQL, 5" in capsys.readouterr().out
