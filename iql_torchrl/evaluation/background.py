@@ -152,7 +152,7 @@ class BackgroundEvaluation:
         if not self._calls:
             self._first_since = time.monotonic()
         worker, process = self._worker, self._worker.process
-        future = worker.submit(run_task, task)
+        future = worker.executor.submit(run_task, task)
         future.add_done_callback(lambda done: _kill(process) if is_lost(done) else None)
         self._calls[number] = _Call(snapshot, task, timeout, worker, future)
 
@@ -191,7 +191,7 @@ class BackgroundEvaluation:
         return list(finished.items())
 
     def _is_late(self, call: _Call) -> bool:
-        """Whether the first of the calls that have not ended has run for longer than its timeout."""
+        """Return True if ``call``, the first that has not ended, has run longer than its timeout."""
         if call.timeout is None or self._closed or call.future.done():
             return False
         return time.monotonic() - self._first_since > call.timeout
@@ -201,7 +201,7 @@ class BackgroundEvaluation:
         error = None if late else call.future.exception()
         if error is not None and not is_lost(call.future):
             return error
-        call.worker.shutdown()  # until it has joined the process; then all its calls have ended
+        call.worker.executor.shutdown()  # until it has joined the process; then its calls have ended
         for waiting, other in self._calls.items():
             if is_lost(other.future):
                 self._start(waiting, other.snapshot, other.task, other.timeout)
@@ -234,16 +234,16 @@ class BackgroundEvaluation:
         self.close()
 
 
-class _Worker(ProcessPoolExecutor):
+class _Worker:
     """An executor of one process; ``end``, or the end of this process, ends it."""
 
     def __init__(self) -> None:
-        super().__init__(1, mp_context=multiprocessing.get_context("spawn"))
+        self.executor = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
         # without a name or file of ``__main__`` the user's script is not imported again
         with mock.patch.dict(sys.modules, {"__main__": types.ModuleType("__main__")}):
-            self.submit(_prepare, os.getpid())
-        (self.process,) = self._processes.values()
-        self.end = weakref.finalize(self, _end, self.process, os.getpid())
+            self.executor.submit(_prepare, os.getpid())
+        (self.process,) = self.executor._processes.values()
+        self.end = weakref.finalize(self, _end, self.executor, self.process, os.getpid())
         # before the function of the executors, which waits for their calls
         threading._register_atexit(self.end)  # type: ignore[attr-defined]
 
@@ -257,13 +257,16 @@ class _Call(NamedTuple):
 
 
 def is_lost(future: Future[Any]) -> bool:
-    """Whether the process ended before the call."""
+    """Return True if the process ended before the call."""
     return future.done() and isinstance(future.exception(), BrokenProcessPool)
 
 
-def _end(process: Any, owner: int) -> None:
-    if os.getpid() == owner and process.is_alive():  # not in a forked copy
-        _kill(process)
+def _end(executor: ProcessPoolExecutor, process: Any, owner: int) -> None:
+    if os.getpid() == owner:  # not in a forked copy
+        if process.is_alive():
+            _kill(process)
+        # without it the executor, which modules may hold until the end, prints an error there
+        executor.shutdown(wait=False)
         process.join()
 
 

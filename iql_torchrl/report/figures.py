@@ -170,7 +170,7 @@ def comparison_figure(panels: Mapping[str, Sequence[Series]], *, note: str = "")
 
 
 def _coincide(line: Series, other: Series) -> bool:
-    """Whether the lines differ by less than their width."""
+    """Return True if the lines differ by less than their width."""
     if line.values.shape != other.values.shape or not np.array_equal(line.updates, other.updates):
         return False
     spread = float(np.ptp(other.values)) if len(other.values) else 0.0

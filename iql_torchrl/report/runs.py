@@ -167,7 +167,7 @@ def labelled(groups: Sequence[Sequence[Run]], *, apart_from: Sequence[str]) -> l
 
 
 def _order(value: object) -> tuple[bool, Any]:
-    """What sorts numbers by their value, and before texts."""
+    """A key that sorts numbers by value, and before texts."""
     number = isinstance(value, int | float)
     return not number, value if number else str(value)
 
