@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -199,11 +199,14 @@ class ResumableTrainer(Trainer):
         if self.agent is not None:
             compared["agent"] = self.agent.description
         for name, describe in compared.items():
-            parts[name] = _part(describe, lambda saved, n=name: self._check_same({n: saved}))
+            parts[name] = _part(describe, partial(self._check_part, name))
         modules = private_apis.registered_modules(self)
         parts |= {f"{MODULE}{name}": module for name, module in modules.items()}
         parts["random"] = GlobalRNGState()  # last, because loading others may draw from it
         return {n: part for n, part in parts.items() if callable(getattr(part, "state_dict", None))}
+
+    def _check_part(self, name: str, saved: Any) -> None:
+        self._check_same({name: saved})
 
     def _check_same(self, saved: Mapping[str, Any]) -> None:
         """Raise ``CheckpointError`` where the ``saved`` parts are of another run than this one."""
