@@ -98,9 +98,6 @@ def draw(
 
 def save(figure: Figure, path: str | os.PathLike[str]) -> None:
     """Replace ``path`` by the figure as PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    FigureCanvasAgg(figure)
     with atomic_write(Path(path)) as temporary, warnings.catch_warnings():
         # a letter that the font lacks is drawn as a box
         warnings.filterwarnings("ignore", "Glyph .* missing from")
