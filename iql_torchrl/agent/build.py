@@ -1,4 +1,4 @@
-"""From a config and a dataset to the parts of a run; nothing here that twenty lines could not do."""
+"""``make_agent``: networks, loss, optimizer and step from a config and a dataset."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ LEARNING_RATES = {
 
 @dataclass(frozen=True)
 class Agent:
-    """What a run consists of: each part is an ordinary torch or TorchRL object.
+    """The parts of a run, each an ordinary torch or TorchRL object.
 
     ``policy`` acts, for ``evaluate`` and for TorchRL environments: the actor itself; with
     ``actor_ema`` in the config a copy with the average of its weights (``loss.averaged_actor``);
@@ -445,7 +445,7 @@ def make_step(
 
 
 def rate_factors(config: IQLConfig, groups: int = 3) -> list[Callable[[int], float]]:
-    """What multiplies the learning rates of policy, critics, V and the encoder, if any."""
+    """Factors of the learning rates of policy, critics, V and the encoder, if any."""
     falling = {"constant": 0, "cosine_actor": 1, "cosine": groups}[config.schedule]
     intervals = config.schedule_steps or config.updates
     factor = partial(F.cosine_factor, updates=config.updates)
@@ -464,7 +464,7 @@ def ends_before(config: IQLConfig, updates: int) -> str | None:
 
 
 def _form(state: Mapping[str, Any], name: str) -> str:
-    """Of an entry, what must be equal for one agent to take the weights of another."""
+    """Presence and shape of an entry, which must agree before another agent's weights are loaded."""
     value = state.get(name)
     shape = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else "no tensor"
     return shape if name in state else "missing"

@@ -26,8 +26,8 @@ from iql_torchrl.data.codec import field_of_space, leaf_spaces
 from iql_torchrl.data.schema import MASK, Key
 from iql_torchrl.descriptions import bounds_in_words, describe_space, one_line
 from iql_torchrl.evaluation.acting import as_in_evaluation, check_policy
-from iql_torchrl.evaluation.policy_input import needs_mask, reads_names_at_top_level, whole_limits
-from iql_torchrl.files import atomic_write, make_folder
+from iql_torchrl.evaluation.policy_input import integer_limits, needs_mask, reads_names_at_top_level
+from iql_torchrl.files import atomic_write, first_line, make_folder
 from iql_torchrl.networks import HISTORY_MASK, chunk_of, history_of, repeat_first, stack_frames
 from iql_torchrl.private_apis import assert_dtype, assert_later
 
@@ -61,8 +61,8 @@ class ProgramInput:
         return ".".join(self.leaf) if name == OUTPUT else name
 
     def rule(self) -> tuple[str, Callable[[Tensor], Tensor]]:
-        """What its values must be, in words and as a function of them."""
-        limits = whole_limits(self.space)
+        """The condition on its values, in words and as a function of them."""
+        limits = integer_limits(self.space)
         if self.leaf == MASK:
             return "at least one True in every row", lambda mask: mask.any(-1)
         if self.leaf == HISTORY:
@@ -88,7 +88,7 @@ class ProgramInput:
     def examples(self, size: int, task: Task) -> Tensor:
         """``size`` plausible values: near the dataset's statistics, or near zero, inside bounds."""
         generator, shape = np.random.default_rng(size), (size, *self.shape)
-        limits = whole_limits(self.space)
+        limits = integer_limits(self.space)
         if limits is None:
             values = generator.normal(size=shape)
             logged = task.statistics.get(self.leaf[0] if len(self.leaf) == 1 else self.leaf)
@@ -329,11 +329,10 @@ def _traced(module: nn.Module, examples: Sequence[Tensor], kind: str) -> Exporte
             warnings.simplefilter("ignore", FutureWarning)  # torch warns of its own classes
             program = program.run_decompositions({})  # the same operations, fewer nested graphs
     except Exception as error:  # an error of any kind comes from the policy's code
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise RuntimeError(
-            f"this {kind} cannot be traced by torch.export ({reason}); its forward must be tensor "
-            "operations that depend neither on values nor on the batch's size. Without that, keep "
-            "the checkpoint and act with this package installed."
+            f"this {kind} cannot be traced by torch.export ({first_line(error)}); its forward must be "
+            "tensor operations that depend neither on values nor on the batch's size. Without that, "
+            "keep the checkpoint and act with this package installed."
         ) from error
     for part in program.graph_module.modules():
         for node in part.graph.nodes if isinstance(part, torch.fx.GraphModule) else ():

@@ -158,7 +158,7 @@ Loading it executes none of its contents. `policy.pt2` is the same policy for pl
 
 
 def data_of(task: Task, dataset: DatasetSummary | None) -> dict[str, Any]:
-    """What a card says of the data that ``task`` is of; ``dataset`` adds sizes and returns."""
+    """The card's section about the data of ``task``; ``dataset`` adds sizes and returns."""
     data: dict[str, Any] = {"name": task.name, "returns of score 0 and 100": task.reference_scores}
     if task.episodes is not None:
         data["digest of its episodes"] = digest([task.episodes.astype("<i8").tobytes()])

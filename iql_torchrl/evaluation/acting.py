@@ -25,6 +25,7 @@ from iql_torchrl.evaluation.policy_input import (
     reads_names_at_top_level,
     stacked,
 )
+from iql_torchrl.files import first_line
 from iql_torchrl.networks import History, chunk_of, history_of
 from iql_torchrl.tolerance import outside_bounds
 
@@ -145,7 +146,7 @@ class Acting:
 
 
 def memory(history: History | None) -> deque[Any]:
-    """For the last observations of one running episode: as many as the policy reads."""
+    """An empty store for the last observations of one episode: as many as the policy reads."""
     return deque(maxlen=1 if history is None else history.length)
 
 
@@ -192,7 +193,7 @@ def policy_device(policy: nn.Module, device: torch.device | str | None = None) -
 
 
 def policy_dtype(policy: nn.Module) -> torch.dtype:
-    """Of the floats that the policy reads: float64 where it has any float64, else float32."""
+    """Dtype of the floats that the policy reads: float64 if it has any float64, else float32."""
     tensors = (*policy.parameters(), *policy.buffers())
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
@@ -251,7 +252,7 @@ def chosen_actions(
     dtype: torch.dtype,
     device: torch.device,
 ) -> list[list[Any]]:
-    """For each of B episodes the next action, or the actions of a chunk, for ``env.step``.
+    """The next action of each of B episodes, or the actions of a chunk, for ``env.step``.
 
     ``frames``, ``steps``, ``masks``: see :func:`policy_input`; ``moments``:
     :func:`environment_actions`.
@@ -264,10 +265,9 @@ def chosen_actions(
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        reason = next(iter(str(error).splitlines()), "")
         raise RuntimeError(
-            f"the policy failed on observations of {describe_space(space)}: {reason}. Check that it "
-            "was made for observations of this form."
+            f"the policy failed on observations of {describe_space(space)}: {first_line(error)}. "
+            "Check that it was made for observations of this form."
         ) from error
     if not isinstance(action, Tensor):
         raise ValueError(

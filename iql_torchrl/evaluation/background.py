@@ -112,7 +112,7 @@ class BackgroundEvaluation:
         )  # fmt: skip
         self._calls: dict[int, _Call] = {}
         self._worker: _Worker | None = None
-        self._closed, self._seen = False, 0.0
+        self._closed, self._first_since = False, 0.0
 
     @property
     def pending(self) -> dict[int, Snapshot]:
@@ -149,8 +149,12 @@ class BackgroundEvaluation:
     def _start(self, number: int, snapshot: Snapshot, task: bytes, timeout: float | None) -> None:
         if self._worker is None or not self._worker.process.is_alive():
             self._worker = _Worker()
-        worker, began = self._worker, time.monotonic()
-        self._calls[number] = _Call(snapshot, task, timeout, worker, worker.submit(task), began)
+        if not self._calls:
+            self._first_since = time.monotonic()
+        worker, process = self._worker, self._worker.process
+        future = worker.executor.submit(run_task, task)
+        future.add_done_callback(lambda done: _kill(process) if is_lost(done) else None)
+        self._calls[number] = _Call(snapshot, task, timeout, worker, future)
 
     def results(
         self, *, wait: bool = False, stop: Callable[[], bool] | None = None
@@ -171,14 +175,14 @@ class BackgroundEvaluation:
         """
         finished = {}
         for number, call in self._calls.items():
-            while wait and not (self._closed or call.future.done() or self._is_late(call)):
+            while not (late := self._is_late(call)) and wait and not call.future.done():
                 wait = stop is None or not stop()
                 wait_for([call.future], POLL)
-            if late := not self._closed and self._is_late(call):
+            if late:
                 call.worker.end()
             elif not call.future.done() or (self._closed and is_lost(call.future)):
                 break
-            self._seen = time.monotonic()
+            self._first_since = time.monotonic()
             if late or call.future.exception() is not None:
                 del self._calls[number]
                 raise self._error(number, call, late)
@@ -187,18 +191,18 @@ class BackgroundEvaluation:
         return list(finished.items())
 
     def _is_late(self, call: _Call) -> bool:
-        took = time.monotonic() - max(call.submitted, self._seen)
-        return call.timeout is not None and took > call.timeout and not call.future.done()
+        """Return True if ``call``, the first that has not ended, has run longer than its timeout."""
+        if call.timeout is None or self._closed or call.future.done():
+            return False
+        return time.monotonic() - self._first_since > call.timeout
 
     def _error(self, number: int, call: _Call, late: bool) -> BaseException:
         """Why a call has no result; where its process ended, those that waited for it start again."""
         error = None if late else call.future.exception()
         if error is not None and not is_lost(call.future):
             return error
-        call.worker.executor.shutdown()  # until it has joined the process
-        same = {n: other for n, other in self._calls.items() if other.worker is call.worker}
-        wait_for([other.future for other in same.values()])
-        for waiting, other in same.items():
+        call.worker.executor.shutdown()  # until it has joined the process; then its calls have ended
+        for waiting, other in self._calls.items():
             if is_lost(other.future):
                 self._start(waiting, other.snapshot, other.task, other.timeout)
         if late:
@@ -231,7 +235,7 @@ class BackgroundEvaluation:
 
 
 class _Worker:
-    """A process that performs calls in their order; ``end``, or the end of this process, ends it."""
+    """An executor of one process; ``end``, or the end of this process, ends it."""
 
     def __init__(self) -> None:
         self.executor = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
@@ -243,11 +247,6 @@ class _Worker:
         # before the function of the executors, which waits for their calls
         threading._register_atexit(self.end)  # type: ignore[attr-defined]
 
-    def submit(self, task: bytes) -> Future[Evaluation]:
-        process, future = self.process, self.executor.submit(run_task, task)
-        future.add_done_callback(lambda done: _kill(process) if is_lost(done) else None)
-        return future
-
 
 class _Call(NamedTuple):
     snapshot: Snapshot
@@ -255,18 +254,18 @@ class _Call(NamedTuple):
     timeout: float | None
     worker: _Worker
     future: Future[Evaluation]
-    submitted: float
 
 
 def is_lost(future: Future[Any]) -> bool:
-    """Whether the process ended before the call."""
-    return isinstance(future.exception(), BrokenProcessPool)
+    """Return True if the process ended before the call."""
+    return future.done() and isinstance(future.exception(), BrokenProcessPool)
 
 
 def _end(executor: ProcessPoolExecutor, process: Any, owner: int) -> None:
     if os.getpid() == owner:  # not in a forked copy
         if process.is_alive():
             _kill(process)
+        # without it the executor, which modules may hold until the end, prints an error there
         executor.shutdown(wait=False)
         process.join()
 
@@ -315,26 +314,25 @@ def serialize_call(call: Callable[[], Any]) -> bytes:
         if not str(spec.entry_point).startswith("gymnasium."):
             with contextlib.suppress(Exception):  # an error follows only if a call uses it
                 specs.append(cloudpickle.dumps(spec))
-    return pickle.dumps((specs, Arithmetic.current(), serialize("the call", call)))
+    return serialize("the call", (specs, Arithmetic.current(), call))
 
 
 def run_task(task: bytes) -> Any:
     """Perform a serialized call. What pickle cannot rebuild is raised as ``RuntimeError``."""
-    specs, settings, call = pickle.loads(task)
+    try:
+        specs, settings, call = torch.load(io.BytesIO(task), weights_only=False)
+    except (ImportError, AttributeError) as error:
+        raise RuntimeError(
+            f"policy or make_env cannot be rebuilt in the evaluation process ({error}); define "
+            "their parts in the script itself, or in modules that it can import too"
+        ) from error
     for each in specs:
         with contextlib.suppress(ImportError, AttributeError):
             spec = pickle.loads(each)
             gymnasium.registry.setdefault(spec.id, spec)
     settings.adopt()
     try:
-        function = torch.load(io.BytesIO(call), weights_only=False)
-    except (ImportError, AttributeError) as error:
-        raise RuntimeError(
-            f"policy or make_env cannot be rebuilt in the evaluation process ({error}); define "
-            "their parts in the script itself, or in modules that it can import too"
-        ) from error
-    try:
-        return function()
+        return call()
     except (Exception, SystemExit) as error:
         sent = None
         with contextlib.suppress(Exception):  # a class whose arguments pickle does not know

@@ -1,4 +1,4 @@
-"""What a policy reads: observations and masks of an environment as tensors, shaped as in the data."""
+"""Input of a policy: observations and masks of an environment as tensors, shaped as in the data."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from iql_torchrl.networks import HISTORY_MASK, History, stack_frames
 
 
 def reads_names_at_top_level(in_keys: Sequence[Any], space: spaces.Space[Any]) -> bool:
-    """Whether a policy with ``in_keys`` reads a Dict observation's names at the top level.
+    """Return True if a policy with ``in_keys`` reads a Dict observation's names at the top level.
 
     False: the nested layout, ``("observation", name)``, or a space that is not a Dict. Raises
     ``ValueError`` for a key in neither layout, and where a complete Dict is read as one tensor.
@@ -47,7 +47,7 @@ def reads_names_at_top_level(in_keys: Sequence[Any], space: spaces.Space[Any]) -
 
 
 def needs_mask(policy: TensorDictModuleBase, observation_space: spaces.Space[Any]) -> bool:
-    """Whether ``policy`` reads an ``action_mask`` that is not part of the observation itself."""
+    """Return True if ``policy`` reads an ``action_mask`` that is not part of the observation itself."""
     names = observation_space.spaces if isinstance(observation_space, spaces.Dict) else ()
     return "action_mask" in list(policy.in_keys) and "action_mask" not in names
 
@@ -226,7 +226,7 @@ def _fitted(
             "observation alone, as the environment gives it (the first of the values that "
             "env.reset() and env.step() return)."
         ) from error
-    shape, limits = tuple(space.shape or ()), whole_limits(space)
+    shape, limits = tuple(space.shape or ()), integer_limits(space)
     dims = array.ndim - len(shape)
     if not 0 <= dims <= (1 if history is None else 2) or array.shape[dims:] != shape:
         expected = f"{shape} for one observation, or {('B', *shape)} for a batch"
@@ -250,7 +250,7 @@ def _fitted(
     return array
 
 
-def whole_limits(space: spaces.Space[Any]) -> tuple[Any, Any] | None:
+def integer_limits(space: spaces.Space[Any]) -> tuple[Any, Any] | None:
     """The smallest and the largest value of a space of integers, inclusive; None for floats.
 
     Numbers, or arrays of the space's shape.

@@ -1,4 +1,4 @@
-"""By how much critics value the actions of a policy above the logged actions of the same states."""
+"""Difference of the values of a policy's actions and of the logged actions of the same states."""
 
 from __future__ import annotations
 
@@ -75,21 +75,21 @@ def value_gap(
     """
     check_policy(policy)
     check_whole(rows=rows)
-    judges = _critics(policy, critics)
+    networks = _critics(policy, critics)
     if transitions.get("action", None) is None:
         raise ValueError(
             f"the transitions have no 'action'; they have {sorted(map(str, transitions.keys()))}."
         )
     device = policy_device(policy)
     order = torch.randperm(len(transitions), generator=torch.Generator().manual_seed(seed))[:rows]
-    keys = [*policy.in_keys, *(key for critic in judges for key in critic.in_keys), "action"]
+    keys = [*policy.in_keys, *(key for critic in networks for key in critic.in_keys), "action"]
     # strict=False: entries that the policy may do without
     drawn = transitions.select(*keys, strict=False)[order.to(transitions.device or "cpu")]
-    data, both = drawn.to(device), nn.ModuleList([policy, *judges])
+    data, both = drawn.to(device), nn.ModuleList([policy, *networks])
     with as_in_evaluation(both, device, deterministic=deterministic, seed=seed):
-        logged = _values(judges, data, value_key)
+        logged = _values(networks, data, value_key)
         action = policy(data.exclude("action")).get("action")
-        chosen = _values(judges, data.copy().set("action", action), value_key)
+        chosen = _values(networks, data.copy().set("action", action), value_key)
     return ValueGap(*(values.double().cpu().numpy() for values in (chosen, logged)))
 
 

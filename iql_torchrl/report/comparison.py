@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -182,13 +183,13 @@ def table(groups: Sequence[Group]) -> str:
 
 
 def _last(line: Series, places: int) -> str:
-    if line.low is None or line.high is None or not np.isfinite(line.low[-1] + line.high[-1]):
-        return f"{line.values[-1]:,.{places}f}"
-    return _with_interval(line.values[-1], line.low[-1], line.high[-1], places)
+    low, high = (math.nan if bound is None else bound[-1] for bound in (line.low, line.high))
+    return _with_interval(line.values[-1], low, high, places)
 
 
 def _with_interval(value: float, low: float, high: float, places: int) -> str:
-    return f"{value:,.{places}f} [{low:,.{places}f}, {high:,.{places}f}]"
+    interval = f" [{low:,.{places}f}, {high:,.{places}f}]" * math.isfinite(low + high)
+    return f"{value:,.{places}f}{interval}"
 
 
 def _best(line: Series, places: int) -> str:

@@ -20,7 +20,6 @@ from iql_torchrl.report.tables import EVALUATION
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.legend import Legend
     from matplotlib.lines import Line2D
 
 FloatArray = NDArray[np.float64]
@@ -99,9 +98,6 @@ def draw(
 
 def save(figure: Figure, path: str | os.PathLike[str]) -> None:
     """Replace ``path`` by the figure as PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    FigureCanvasAgg(figure)
     with atomic_write(Path(path)) as temporary, warnings.catch_warnings():
         # a letter that the font lacks is drawn as a box
         warnings.filterwarnings("ignore", "Glyph .* missing from")
@@ -131,13 +127,12 @@ def run_figure(
         labelled = handles if len(handles) > 1 else []
         if reference is not None and first == "return_mean":
             labelled = [axes.axhline(reference[1], color="0.35", linestyle="--", linewidth=1)]
-            labelled[0].set_label(_safe(_short(reference[0], 32)))
+            labelled[0].set_label(_literal(_short(reference[0], 32)))
         _dress(axes, JOINT[first] if len(columns) > 1 else _quantity(first), lines, end)
         if labelled:  # the legend is above the panel, right of the title, where it covers no data
-            place: dict[str, Any] = {"bbox_to_anchor": (1.0, 0.98), "borderaxespad": 0, "ncols": 2}
-            _plain(
-                axes.legend(handles=labelled, loc="lower right", fontsize=8, frameon=False, **place)
-            )
+            place: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1.0, 0.98)}
+            place |= {"borderaxespad": 0, "ncols": 2}
+            axes.legend(handles=labelled, fontsize=8, frameon=False, **place)
     return figure
 
 
@@ -161,28 +156,22 @@ def comparison_figure(panels: Mapping[str, Sequence[Series]], *, note: str = "")
                 handle.set_linestyle((0, (4, 4 * under)))  # those below show in the gaps
         _dress(axes, _quantity(name), lines, end)
     across = int(figure.get_figwidth() * 13)  # characters in one line
-    texts = [textwrap.fill(_safe(label), across - 8) for label in labels]
+    texts = [textwrap.fill(_literal(label), across - 8) for label in labels]
     ncols = min(4, max(1, across // (max(map(len, texts), default=1) + 8)))
     height = 0.19 * sum(text.count("\n") + 1 for text in texts) / ncols
     figure.set_figheight(figure.get_figheight() + height + 0.5)
     look: dict[str, Any] = {"ncols": ncols, "frameon": False, "fontsize": 9, "title_fontsize": 8}
     shown = [handles[label] for label in labels]
-    _plain(figure.legend(shown, texts, loc="outside lower center", title=note or None, **look))
+    figure.legend(shown, texts, loc="outside lower center", title=note or None, **look)
     return figure
 
 
 def _coincide(line: Series, other: Series) -> bool:
-    """Whether the lines differ by less than their width."""
+    """Return True if the lines differ by less than their width."""
     if line.values.shape != other.values.shape or not np.array_equal(line.updates, other.updates):
         return False
     spread = float(np.ptp(other.values)) if len(other.values) else 0.0
     return np.allclose(line.values, other.values, rtol=0.0, atol=0.01 * spread, equal_nan=True)
-
-
-def _plain(legend: Legend) -> None:
-    """Dollar signs in the legend's labels are text, not mathematics."""
-    for text in legend.get_texts():
-        text.set_parse_math(False)
 
 
 def column(rows: Sequence[Row], name: str, label: str = "") -> Series:
@@ -207,8 +196,9 @@ def _short(text: str, width: int) -> str:
     return text if len(text) <= width else f"{text[: width - 1]}\u2026"
 
 
-def _safe(label: str) -> str:
-    return f" {label}" if label.startswith("_") else label  # matplotlib hides a leading underscore
+def _literal(label: str) -> str:
+    """A label that matplotlib neither hides, as with a leading underscore, nor reads as mathematics."""
+    return f"{' ' * label.startswith('_')}{label}".replace("$", r"\$")
 
 
 def _grid(panels: int, title: str) -> tuple[Figure, list[Axes]]:
@@ -243,7 +233,7 @@ def _plot(axes: Axes, line: Series, colour: str, style: str) -> Line2D:
         linewidth=1.4,
         marker=mark,
         markersize=3.5,
-        label=_safe(line.label),
+        label=_literal(line.label),
     )
     if line.low is not None and line.high is not None:
         low, high = line.low[finite], line.high[finite]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -61,22 +60,19 @@ class Group:
 def find_runs(paths: Sequence[Path]) -> list[Path]:
     """Folders with a ``metrics.csv`` at or below each path, each once, sorted by name.
 
-    Folders inside a run's folder are not searched. Raises ``ValueError`` for a path without a run.
+    Folders inside a run's folder are left out. Raises ``ValueError`` for a path without a run.
     """
     runs: dict[Path, Path] = {}  # by resolved path, so that no run is listed twice
     for path in paths:
-        empty = True
-        for parent, folders, files in os.walk(path):
-            folders.sort()
-            if TABLE in files:
-                folders.clear()
-                empty = False
-                runs.setdefault(Path(parent).resolve(), Path(parent))
-        if empty:
+        folders = {table.parent for table in path.rglob(TABLE)}
+        if not folders:
             problem = "contains no run" if path.is_dir() else "is not a folder"
             raise ValueError(
                 f"{path} {problem}: give folders with a {TABLE}, or a folder that contains them."
             )
+        for folder in sorted(folders):
+            if folders.isdisjoint(folder.parents):
+                runs.setdefault(folder.resolve(), folder)
     return list(runs.values())
 
 
@@ -150,37 +146,30 @@ def labelled(groups: Sequence[Sequence[Run]], *, apart_from: Sequence[str]) -> l
     have the settings that differ, they are sorted by them, numbers as numbers.
     """
     settings = [runs[0].settings_without(*apart_from) for runs in groups]
+    keys = dict.fromkeys(key for each in settings for key in each)
     saved = [each for each in settings if each]
-    differing = [
-        key
-        for key in dict.fromkeys(key for each in saved for key in each)
-        if len({json.dumps(each.get(key)) for each in saved}) > 1
-    ]
+    differing = [key for key in keys if len({json.dumps(each.get(key)) for each in saved}) > 1]
     differing.sort(key="seed".__eq__)  # the seed is named last
+    if all(each.keys() >= set(differing) for each in settings):
+        groups = sorted(groups, key=lambda runs: [_order(runs[0].settings[k]) for k in differing])
     names = [runs[0].name for runs in groups]
-    folders = [
-        (name if names.count(name) == 1 else str(runs[0].folder))
-        + f" and {len(runs) - 1} more" * (len(runs) > 1)
-        for name, runs in zip(names, groups, strict=True)
-    ]
-    labels = []
-    for folder, each in zip(folders, settings, strict=True):
-        named = [f"{key.replace('_', ' ')} {_shown(each[key])}" for key in differing if key in each]
-        labels.append(", ".join(named) or folder)
-    made = [
+    labels, folders = [], []
+    for name, (first, *others) in zip(names, groups, strict=True):
+        folder = name if names.count(name) == 1 else str(first.folder)
+        folders.append(folder + f" and {len(others)} more" * bool(others))
+        given = [key for key in differing if key in first.settings]
+        named = [f"{key.replace('_', ' ')} {_shown(first.settings[key])}" for key in given]
+        labels.append(", ".join(named) or folders[-1])
+    return [
         Group(label if labels.count(label) == 1 else f"{label}, {folder}", tuple(runs))
         for label, folder, runs in zip(labels, folders, groups, strict=True)
     ]
-    keys = [[_order(each.get(key)) for key in differing] for each in settings]
-    if all(each.keys() >= set(differing) for each in settings):
-        return [made[number] for number in sorted(range(len(made)), key=keys.__getitem__)]
-    return made
 
 
-def _order(value: object) -> tuple[bool, float, str]:
-    """What sorts numbers by their value, and before texts."""
-    number = float(value) if isinstance(value, int | float) else math.inf
-    return number == math.inf, number, str(value)
+def _order(value: object) -> tuple[bool, Any]:
+    """A key that sorts numbers by value, and before texts."""
+    number = isinstance(value, int | float)
+    return not number, value if number else str(value)
 
 
 def _shown(value: object) -> str:

@@ -102,21 +102,20 @@ def write_csv(path: str | os.PathLike[str], rows: Sequence[Mapping[str, float | 
             raise ValueError(
                 f"column {name!r}: a name must be printable text without outer spaces."
             )
+    lines = []
     for number, row in enumerate(rows):
         if not 0 <= row.get("update", -1) < math.inf:
             raise ValueError(f"row {number} needs an 'update', a finite number >= 0: {dict(row)}.")
+        lines.append({name: _number(x, f"row {number}, {name!r}") for name, x in row.items()})
     known = [name for name in (*TRAINING, *EVALUATION) if name in names]
-    lines = [{n: _text(v, f"row {i}, {n!r}") for n, v in row.items()} for i, row in enumerate(rows)]
     _write(Path(path), ["update", *known, *sorted(names - {"update", *known})], lines)
 
 
-def _text(value: object, place: str) -> str:
-    if isinstance(value, Integral):
-        return str(int(value))
+def _number(value: Any, place: str) -> int | float:
     try:
         if isinstance(value, str | bytes):
             raise TypeError
-        return repr(float(value))  # type: ignore[arg-type]
+        return int(value) if isinstance(value, Integral) else float(value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"{place} is {value!r}; expected one number. Leave the key out if there is no value."

@@ -32,7 +32,7 @@ MOST_LISTED = 5  # differences in one message
 
 
 def data_state(replay_buffer: Any, dataset: DatasetSummary | None) -> dict[str, Any]:
-    """What identifies the data: digests (None for a buffer that can grow), reward scaling, name."""
+    """Identity of the data: digests (None for a buffer that can grow), reward scaling, name."""
     if dataset is None and isinstance(replay_buffer, ShardedReplay):
         dataset = replay_buffer.dataset
     if dataset is not None:
@@ -53,7 +53,7 @@ def data_digest(data: Mapping[str, Any]) -> str:
 
 
 def _is_fixed(buffer: Any) -> bool:
-    """Whether ``buffer`` is a TorchRL buffer to which nothing can be added."""
+    """Return True if ``buffer`` is a TorchRL buffer to which nothing can be added."""
     return isinstance(buffer, ReplayBuffer) and isinstance(buffer.writer, ImmutableDatasetWriter)
 
 
@@ -114,7 +114,7 @@ def check_same_run(
 
 
 def _compared(states: Mapping[str, Any], config: type[IQLConfig]) -> dict[str, dict[str, Any]]:
-    """What must be equal in two runs, from the state of one; without groups that are not known."""
+    """Values that must be equal in two runs, from the state of one; unknown groups are left out."""
     groups: dict[str, dict[str, Any]] = {}
     data = states.get("data", {})
     if data.get("reward_map") is not None:
@@ -164,7 +164,7 @@ class ResumableTrainer(Trainer):
 
     @cached_property
     def data_state(self) -> dict[str, Any]:
-        """What identifies the data; computed once, because every byte is read."""
+        """Identity of the data; computed once, because every byte is read."""
         return data_state(self.replay_buffer, self.dataset)
 
     @property
@@ -370,7 +370,7 @@ class ResumableTrainer(Trainer):
         return files.newest(self.folder.rotation.directory)
 
     def has_checkpoint(self) -> bool:
-        """Whether ``folder`` has a checkpoint from which :meth:`resume` would continue."""
+        """Return True if ``folder`` has a checkpoint from which :meth:`resume` would continue."""
         folder = self.folder
         return self.ranks.from_main(lambda: folder is not None and any(folder.checkpoints()))
 

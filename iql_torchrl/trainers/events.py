@@ -1,4 +1,4 @@
-"""When something happens in a run and what is recorded then: intervals, rows, display, signals."""
+"""Events of a run and what is recorded at them: intervals, rows, display, signals."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class Progress:
         self.rows.sort(key=lambda row: row["update"])
 
     def improves(self, update: int, value: float) -> bool:
-        """Whether ``value`` is higher than all before; if so it is stored as the best."""
+        """Return True if ``value`` is higher than all before; it is then stored as the best."""
         if math.isnan(value) or (self.best is not None and value <= self.best):
             return False
         self.best, self.best_update = value, update
@@ -207,7 +207,7 @@ class Interruption:
             self._agreed = self._ranks.largest(self.asked or 0) or None
 
     def stops(self) -> bool:
-        """Whether to stop now. Ranks agree at every ``CALLS_PER_AGREEMENT``-th call."""
+        """Return True if training stops now. Ranks agree at every ``CALLS_PER_AGREEMENT``-th call."""
         self._calls += 1
         if self._calls % CALLS_PER_AGREEMENT == 0:
             self.agree()

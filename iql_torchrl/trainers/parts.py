@@ -12,6 +12,7 @@ import torch
 from gymnasium import spaces
 from numpy.typing import NDArray
 from torchrl import logger as torchrl_logger
+from torchrl.checkpoint import Checkpoint
 from torchrl.data import Composite, TensorSpec
 from torchrl.trainers import LRSchedulerHook
 from torchrl.trainers.trainers import TargetNetUpdaterHook
@@ -31,6 +32,8 @@ from iql_torchrl.distributed import Ranks
 from iql_torchrl.losses import IQLLoss
 from iql_torchrl.networks import history_of
 from iql_torchrl.tolerance import outside_bounds
+from iql_torchrl.trainers.events import whole_updates
+from iql_torchrl.trainers.run_folder import RunFolder
 from iql_torchrl.update.step import IQLStep, part_of
 
 FAR, SMALL = 10, 1e-3  # means and deviations in units of the agent's deviations
@@ -73,7 +76,7 @@ def one_step(
 
 def filled_in(
     replay_buffer: Any, total_updates: Any, agent: Agent | None, dataset: DatasetSummary | None
-) -> tuple[Any, Any]:
+) -> tuple[Any, int]:
     """Buffer and number of updates; those that are None follow from the agent's config."""
     if replay_buffer is None and agent is not None and dataset is not None:
         config, history, chunk = agent.config, history_of(agent.policy), agent.config.action_chunk
@@ -84,7 +87,7 @@ def filled_in(
                 raise ValueError(
                     f"the agent has {name}={value} and {dataset.name} is in shards, from which windows "
                     f"of consecutive rows cannot be sampled; use {name}=1, or load_dataset where the "
-                    "log fits into memory."
+                    "dataset fits into memory."
                 )
         if chunk > 1:
             windows = {} if history is None else {"history": history.length, "stack": history.stack}
@@ -99,7 +102,21 @@ def filled_in(
             "replay_buffer and total_updates are needed; only with agent= and dataset= do they "
             "follow from the agent's config."
         )
-    return replay_buffer, total_updates
+    return replay_buffer, whole_updates("total_updates", total_updates)
+
+
+def checkpoint_destination(folder: RunFolder | None, **given: Any) -> dict[str, Any]:
+    """TorchRL's arguments that say where checkpoints are saved: ``given``, or those of ``folder``."""
+    if folder is not None:
+        if any(given[n] for n in ("save_trainer_file", "checkpoint", "checkpoint_rotation")):
+            raise ValueError(
+                "folder= keeps checkpoints of its own; leave out save_trainer_file, checkpoint and "
+                "checkpoint_rotation, or leave out folder."
+            )
+        given["checkpoint_rotation"] = folder.rotation
+    if given["save_trainer_file"] or given["checkpoint_rotation"]:
+        given["checkpoint"] = given["checkpoint"] or Checkpoint(format="archive")
+    return given
 
 
 def check_parts(step: Any, replay_buffer: Any, evaluation: Any, logger: Any, ranks: Ranks) -> None:
@@ -233,7 +250,7 @@ def _other_units(own: Task, other: Task) -> Iterator[str]:
 
 
 def is_called_by_step(step: Any, op: Callable[..., Any]) -> bool:
-    """Whether the hook ``op`` would call a target updater or scheduler that ``step`` calls itself."""
+    """Return True if the hook ``op`` would call an updater or scheduler that ``step`` calls itself."""
     hook = getattr(op, "__self__", op)
     if isinstance(hook, TargetNetUpdaterHook):
         called = hook.target_params_updater is part_of(step, "target_updater")

@@ -97,10 +97,10 @@ class RunFolder:
         return list(self.rotation.directory.glob(f"{PREFIX}*{SUFFIX}"))
 
     def contains(self, path: Path) -> bool:
-        """Whether ``path`` is a file of this run."""
+        """Return True if ``path`` is a file of this run."""
         return self.path.resolve() in path.resolve().parents
 
-    def write(self, rows: Sequence[Mapping[str, float]], *, log_return: float, now: bool) -> None:
+    def write(self, rows: Sequence[Mapping[str, float]], *, mean_return: float, now: bool) -> None:
         """Write the table, and draw the curves with a line at the dataset's mean return unless NaN.
 
         The table at each event while that is fast, and less often when it is long; the curves once a
@@ -113,14 +113,13 @@ class RunFolder:
             ended = time.monotonic()
             self._write_again = ended + (ended - began) / TABLE_SHARE
         if rows and (now or began - self._drawn > SECONDS_BETWEEN_PICTURES):
-            level = (
-                None if math.isnan(log_return) else (f"the dataset ({log_return:.0f})", log_return)
-            )
+            shown = (f"the dataset ({mean_return:.0f})", mean_return)
+            level = None if math.isnan(mean_return) else shown
             draw(self.path / "curves.png", rows, title=self.path.name, reference=level)
             self._drawn = time.monotonic()
 
     def pending_checkpoint(self, update: int) -> Path:
-        """Where the checkpoint of ``update`` is kept until its evaluation in the background ends."""
+        """Path of the checkpoint of ``update`` until its evaluation in the background ends."""
         return self.rotation.directory / f".aside-{update:012d}{SUFFIX}"
 
     def promote_or_delete(self, update: int, *, improves: bool) -> None:

@@ -1,4 +1,4 @@
-"""``OfflineTrainer``: TorchRL's trainer for a fixed log. It needs no collector and no environment."""
+"""``OfflineTrainer``: TorchRL's trainer for a fixed dataset, without collector and environment."""
 
 from __future__ import annotations
 
@@ -28,10 +28,11 @@ from iql_torchrl.evaluation.value_gap import value_gap
 from iql_torchrl.losses import IQLLoss
 from iql_torchrl.networks import history_of
 from iql_torchrl.trainers.checkpoints import ResumableTrainer, check_same_data, data_digest
-from iql_torchrl.trainers.events import Display, Interruption, Progress, intervals, whole_updates
+from iql_torchrl.trainers.events import Display, Interruption, Progress, intervals
 from iql_torchrl.trainers.parts import (
     check_agent,
     check_parts,
+    checkpoint_destination,
     filled_in,
     is_called_by_step,
     one_step,
@@ -127,6 +128,10 @@ class OfflineTrainer(ResumableTrainer):
             message names it. Saved files stay.
     """
 
+    updates_per_second = math.nan
+    _fastest = 0.0  # the most updates per second so far
+    _said_slow = False
+
     def __init__(
         self,
         *,
@@ -160,11 +165,11 @@ class OfflineTrainer(ResumableTrainer):
     ) -> None:
         step = one_step(step, agent, loss_module, optimizer, target_net_updater)
         replay_buffer, total_updates = filled_in(replay_buffer, total_updates, agent, dataset)
-        total_updates = whole_updates("total_updates", total_updates)
         self.ranks = Ranks() if ranks is None else ranks
+        is_main = self.ranks.is_main  # rank 0 alone evaluates, shows, logs and writes
         check_parts(step, replay_buffer, evaluation, logger, self.ranks)
         if agent is not None:
-            check_agent(agent, dataset, total_updates, warns=self.ranks.is_main)
+            check_agent(agent, dataset, total_updates, warns=is_main)
         self.step, self.agent, self.dataset = step, agent, dataset
         self.samples_itself = hasattr(step, "updates")
         self.updates_per_call = int(getattr(step, "updates", 1))
@@ -174,21 +179,16 @@ class OfflineTrainer(ResumableTrainer):
             save_trainer_interval=save_trainer_interval,
         )  # fmt: skip
         self.evaluates, self.evaluate_first = evaluation is not None, evaluate_first
-        self.folder = None if folder is None else RunFolder(folder, keep_last)
-        if self.folder is not None:
-            if any((save_trainer_file, checkpoint, checkpoint_rotation)):
-                raise ValueError(
-                    "folder= keeps checkpoints of its own; leave out save_trainer_file, checkpoint "
-                    "and checkpoint_rotation, or leave out folder."
-                )
-            checkpoint_rotation = self.folder.rotation
-        if not self.ranks.is_main:  # rank 0 alone evaluates, shows, logs and writes
-            self.folder = logger = evaluation = None
-            save_trainer_file = checkpoint = checkpoint_rotation = checkpoint_metadata = None
-        if checkpoint is None and (save_trainer_file or checkpoint_rotation):
-            checkpoint = Checkpoint(format="archive")
-        self.evaluation, self.monitor, self.resume_command = evaluation, monitor, resume_command
+        self.evaluation = evaluation if is_main else None
+        self.monitor, self.resume_command = monitor, resume_command
+        run_folder = None if folder is None else RunFolder(folder, keep_last)
+        destination = checkpoint_destination(
+            run_folder, save_trainer_file=save_trainer_file, checkpoint=checkpoint,
+            checkpoint_rotation=checkpoint_rotation, checkpoint_metadata=checkpoint_metadata,
+        )  # fmt: skip
+        self.folder = run_folder if is_main else None
         self.progress, self._last_save = Progress(), -1
+        self._pbar_str: dict[str, Any] = {}
         super().__init__(
             collector=None,
             total_frames=total_updates,
@@ -198,23 +198,16 @@ class OfflineTrainer(ResumableTrainer):
             loss_module=part_of(step, "loss"),
             target_net_updater=part_of(step, "target_updater"),
             replay_buffer=replay_buffer,
-            logger=logger,
-            progress_bar=progress_bar and self.ranks.is_main,
+            logger=logger if is_main else None,
+            progress_bar=progress_bar and is_main,
             save_trainer_interval=save_trainer_interval,
-            save_trainer_file=save_trainer_file,
-            checkpoint=checkpoint,
-            checkpoint_rotation=checkpoint_rotation,
-            checkpoint_metadata=checkpoint_metadata,
             log_timings=log_timings,
             auto_log_optim_steps=auto_log_optim_steps,
+            **(destination if is_main else {}),
         )
         self.optimizer = part_of(step, "optimizer")  # not given above, where a hook would step it
         self.collected_frames = self._optim_count = 0
-        self.updates_per_second = math.nan
-        self._fastest, self._said_slow = 0.0, False
-        self._last_log: dict[str, Any] = {}
-        self._pbar_str: dict[str, Any] = {}
-        self.interruption, self.display = Interruption(self.ranks), Display(False, total_updates, 0)
+        self._last_log: dict[str, Any] = {}  # TorchRL's is one of the class
         if seed is not None:
             torch.manual_seed(seed)
             np.random.seed(seed)
@@ -406,9 +399,10 @@ class OfflineTrainer(ResumableTrainer):
 
     def _write(self, now: bool = False) -> None:
         if self.folder is not None:
-            log = self.dataset
-            mean = math.nan if log is None else float(log.episode_returns.mean())  # goals: nan
-            self.folder.write(self.progress.rows, log_return=mean, now=now)
+            mean = math.nan  # also where rewards depend on goals
+            if self.dataset is not None:
+                mean = float(self.dataset.episode_returns.mean())
+            self.folder.write(self.progress.rows, mean_return=mean, now=now)
 
     # -- evaluation --------------------------------------------------------------------------------
 
@@ -439,12 +433,12 @@ class OfflineTrainer(ResumableTrainer):
                 )
         elif self.evaluation is not None and self._enter(self.updates, self.evaluation()):
             self._keep_as = None if self.folder is None else self.folder.best
-        agent, log = self.agent, self.dataset
-        if agent is None or not isinstance(log, OfflineDataset) or not self.ranks.is_main:
+        agent, dataset = self.agent, self.dataset
+        if agent is None or not isinstance(dataset, OfflineDataset) or not self.ranks.is_main:
             return
         single = history_of(agent.policy) is None and agent.config.action_chunk == 1
-        if agent.config.num_samples > 1 and single:  # a dataset's rows are no windows or chunks
-            gap = value_gap(agent.policy, log.transitions).mean
+        if agent.config.num_samples > 1 and single:  # transitions are not windows or chunks
+            gap = value_gap(agent.policy, dataset.transitions).mean
             self._record(self.updates, {"chosen_value_gap": gap})
 
     def _collect(self, wait: bool = False) -> None:
