@@ -222,7 +222,7 @@ def source_files(source: Any, options: ReadOptions) -> tuple[Path, ...]:
         return tuple(path for part in parts for path in part) if all(parts) else ()
     if not (isinstance(source, str | Path) and is_table_path(source)):
         if ogbench.is_ogbench(source):
-            return ogbench.ogbench_files(source)
+            return (ogbench.ogbench_file(source),)
         if isinstance(source, str) and (is_minari_id(source) or not os.path.lexists(source)):
             source = find_minari(source, download=options.download)
         if not isinstance(source, minari.MinariDataset):
