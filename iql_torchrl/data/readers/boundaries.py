@@ -12,12 +12,11 @@ from numpy.typing import NDArray
 from iql_torchrl.data.readers.arrays import Columns, text_seconds
 from iql_torchrl.data.readers.columns import FLAGS, IDS
 from iql_torchrl.data.readers.distances import (
-    PAIRS,
     Flags,
     differs,
     distance,
-    interleaved_by,
     leading_values,
+    refuse_interleaved,
     steps_of,
 )
 from iql_torchrl.data.readers.hints import MANY, boundary_hints, contradictions
@@ -99,7 +98,7 @@ def find_episodes(source: Columns, options: ReadOptions) -> tuple[Columns, Episo
     broken = differs(observed, following, columns.rows) if following else None
     follows = broken is not None and 2 * int(broken.sum()) < len(broken)
     if not (ids or follows) and options.columns.get("env_index", "") is not None:
-        _refuse_interleaved(columns)
+        refuse_interleaved(columns)
     ended &= ~ids.get("env_index", none)
     ended[-1:] = False
     resets, warnings = none, list[str]()
@@ -218,24 +217,6 @@ def _numbers_begin_again(columns: Columns, codes: NDArray[np.int64], ends: Flags
         return True
     jump = distance(steps.values[successors[known]] - steps.values[rows[known]], steps.unit)
     return bool(np.median(jump) > np.quantile(steps.inside, 0.9))
-
-
-def _refuse_interleaved(columns: Columns) -> None:
-    """Raise where the rows of several environments take turns, and no ids say so.
-
-    The observations say how many environments may take turns; next observations, if known, must agree.
-    """
-    observed, following = columns.leaves("observation"), columns.leaves("next/observation")
-    envs = interleaved_by(observed)
-    if envs is None or (following and differs(observed, following, PAIRS, envs).mean() > 0.5):
-        return
-    raise DatasetError(
-        f"{columns.name}: the rows of {envs} environments are interleaved (row = t * {envs} + env): "
-        f"the observation {envs} rows ahead is much nearer than the next one. Add a column that "
-        f"numbers the environments, numpy.arange(rows) % {envs}, and pass columns={{'env_index': "
-        "...}: rows are then sorted by it. If all rows are of one environment, pass "
-        "columns={'env_index': None}."
-    )
 
 
 def _time_gaps(columns: Columns, inside: Flags) -> tuple[Flags, list[str]]:

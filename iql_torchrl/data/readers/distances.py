@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from iql_torchrl.data.readers.arrays import Column
-from iql_torchrl.data.schema import Key
+from iql_torchrl.data.readers.arrays import Column, Columns
+from iql_torchrl.data.schema import DatasetError, Key
 from iql_torchrl.tolerance import EQUAL, rounding
 
 Flags = NDArray[np.bool_]
@@ -156,3 +156,21 @@ def interleaved_by(observation: Mapping[Key, Column]) -> int | None:
     if envs == 1 or min(others) < max(0.7, lags[envs - 1, 0]):
         return None
     return envs if max(later, default=0) > 1.3 * lags[envs - 1, 1] else None
+
+
+def refuse_interleaved(columns: Columns) -> None:
+    """Raise where the rows of several environments take turns, and no ids say so.
+
+    The observations say how many environments may take turns; next observations, if known, must agree.
+    """
+    observed, following = columns.leaves("observation"), columns.leaves("next/observation")
+    envs = interleaved_by(observed)
+    if envs is None or (following and differs(observed, following, PAIRS, envs).mean() > 0.5):
+        return
+    raise DatasetError(
+        f"{columns.name}: the rows of {envs} environments are interleaved (row = t * {envs} + env): "
+        f"the observation {envs} rows ahead is much nearer than the next one. Add a column that "
+        f"numbers the environments, numpy.arange(rows) % {envs}, and pass columns={{'env_index': "
+        "...}: rows are then sorted by it. If all rows are of one environment, pass "
+        "columns={'env_index': None}."
+    )
