@@ -172,6 +172,13 @@ def test_recorded_resets_of_vector_environments(ids):
     assert not (ids and sparse)
 
 
+def test_rare_rewards_of_a_bandit_are_no_resets():
+    observation, ones = independent(np.random.default_rng(0)), np.ones(400, bool)
+    reward = (np.arange(400) % 20 == 0).astype(float)
+    for terminated in (ones, ones & False):
+        assert hints(observation, ones, terminated=terminated, reward=reward) == []
+
+
 def test_recorded_resets_after_large_steps():
     """The last step of an episode is its largest; the last row of an environment has no reset."""
     rows, last, reward = vector_rows(1.0)

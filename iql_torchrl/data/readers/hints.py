@@ -30,7 +30,7 @@ MOST, FEWEST = 0.9, 3
 #: Most rows that are compared to find out what wrong next observations are.
 LOOKED_AT = 32_768
 #: Columns that often contain done flags, in sources that have no column of our names for them.
-POSSIBLE_MARKS = (
+POSSIBLE_FLAGS = (
     "episode_terminals", "dones", "done", "next/done", "dones_float", "terminals", "timeouts",
     "timeout", "is_last", "episode_ends",
 )  # fmt: skip
@@ -191,7 +191,8 @@ def boundary_hints(
     zero = np.ravel(np.asarray(columns.columns["next/reward"][:])) == 0
     env = np.ravel(columns.columns.get("env_index", zero & False)[:])
     ends = np.flatnonzero(last[:-1] & (env[1:] == env[:-1]))
-    count, others = int(zero[ends + 1].sum()), np.delete(zero, ends + 1).mean()
+    others = np.delete(zero, ends + 1).mean()
+    count = int((zero & ~np.append(last[:-1], False))[ends + 1].sum())  # a reset ends no episode
     later = steps is not None and steps.longer_at(1)
     resets = len(ends) >= FEWEST and count >= 0.9 * len(ends)
     # a warning of the reader explains that no other rewards are 0
@@ -292,7 +293,7 @@ def _jumps(steps: Steps, rows: int, unused: Mapping[str, Column]) -> str:
         "name a column of flags or ids: columns={'truncated': ...} or columns={'episode': ...}."
     )
     for name, column in unused.items():
-        if name in POSSIBLE_MARKS and not isinstance(column, UnreadableColumn):
+        if name in POSSIBLE_FLAGS and not isinstance(column, UnreadableColumn):
             flags = np.asarray(column[:])
             if flags.size == rows and np.isin(flags, [0, 1]).all() and 0 < flags.mean() < 0.5:
                 return f"{text} {name!r} looks like done flags: columns={{'truncated': {name!r}}}."

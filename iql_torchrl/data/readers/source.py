@@ -279,7 +279,7 @@ def _open_object(source: Any, options: ReadOptions) -> Columns:
     if isinstance(source, Mapping):
         return Columns("arrays", arrays.flatten(source))
     if d3rlpy.is_d3rlpy_buffer(source):
-        return d3rlpy.open_d3rlpy_buffer(source, options)
+        return d3rlpy.open_d3rlpy_buffer(source)
     raise DatasetError(
         f"source: {name} cannot be read; expected a Minari or OGBench id, a path, a dict of "
         "arrays, a TensorDict, a TorchRL or d3rlpy buffer, a datasets.Dataset, or a DataFrame."
