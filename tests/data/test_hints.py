@@ -5,16 +5,16 @@ import pytest
 from small_logs import drift
 
 from iql_torchrl.data.readers.arrays import Columns
-from iql_torchrl.data.readers.boundaries import differs
-from iql_torchrl.data.readers.hints import (
+from iql_torchrl.data.readers.distances import (
     ROWS,
-    boundary_hints,
+    differs,
     distance,
     interleaved_by,
     leading_values,
     rank,
     steps_of,
 )
+from iql_torchrl.data.readers.hints import boundary_hints
 
 KEY = ("observation",)
 LENGTHS = [40, 25, 33, 28, 45, 31, 20, 36, 29, 41, 38, 27]
@@ -38,9 +38,9 @@ def test_steps_of_a_table_by_hand():
     assert steps.values.shape == (31, 2)  # neither the constant column nor the one with NaN
     assert steps.unit.tolist() == [2.0, 1.0]
     assert steps.length.tolist() == [1.0] * 9 + [3.0] + [1.0] * 20  # (5 + 1) / 2 at the jump
-    assert steps.inside.sum() == 28
+    assert len(steps.inside) == 28
     few = steps_of(values, time[:-1] < 25)  # 5 rows inside are too few: all count
-    assert few.inside.all()
+    assert len(few.inside) == 30
     assert steps_of(values[:20], ended[:19]) is None
     assert steps_of(values[:, 2:], ended) is None
 
@@ -170,6 +170,13 @@ def test_recorded_resets_of_vector_environments(ids):
     sparse = hints(*vector_rows(0.0)[:2], reward=reward * 0, ids=ids)
     assert ids or ("shifted" in sparse[0] and "autoreset=True" in sparse[0])
     assert not (ids and sparse)
+
+
+def test_rare_rewards_of_a_bandit_are_no_resets():
+    observation, ones = independent(np.random.default_rng(0)), np.ones(400, bool)
+    reward = (np.arange(400) % 20 == 0).astype(float)
+    for terminated in (ones, ones & False):
+        assert hints(observation, ones, terminated=terminated, reward=reward) == []
 
 
 def test_recorded_resets_after_large_steps():

@@ -269,35 +269,26 @@ def open_npz(path: Path) -> dict[str, Column]:
         for name in archive.files:
             info = members.get(f"{name}.npy")
             stored = _stored(path, info) if info else None
-            columns[name] = _entry(archive, name) if stored is None else stored
+            columns[name] = archive[name] if stored is None else stored
     return {name: column for name, column in columns.items() if column.shape}
 
 
-def _entry(archive: Any, name: str) -> NDArray[Any]:
-    """An array of the archive; Python objects, which are never unpickled, as an empty one."""
-    try:
-        entry: NDArray[Any] = archive[name]
-        return entry
-    except ValueError as error:
-        if "allow_pickle" not in str(error):
-            raise
-        return np.empty(0, object)
-
-
 def _stored(path: Path, member: zipfile.ZipInfo) -> Column | None:
-    """An array read by rows, if it is not compressed and its rows are contiguous.
+    """An array read by rows, if it is not compressed and its rows are contiguous; else None.
 
-    The first use of its values compares the checksum of the whole array.
+    The first use of its values compares the checksum of the whole array. An array of Python objects,
+    which are never unpickled, is empty.
     """
-    if member.compress_type != zipfile.ZIP_STORED:
-        return None
     with zipfile.ZipFile(path) as archive, archive.open(member) as header:
         version, _ = np.lib.format.read_magic(header)
         if (read_header := getattr(np.lib.format, f"read_array_header_{version}_0", None)) is None:
             return None
         shape, by_columns, dtype = read_header(header)
         begin = member.header_offset + 30 + header.tell()  # after a local header of 30 bytes,
-    if not shape or (by_columns and len(shape) > 1) or dtype.hasobject:
+    if dtype.hasobject:
+        return np.empty(0, object)
+    contiguous = shape and not (by_columns and len(shape) > 1)
+    if member.compress_type != zipfile.ZIP_STORED or not contiguous:
         return None
     with open(path, "rb") as file:  # and after a name and extra fields, whose lengths end it
         file.seek(member.header_offset + 26)

@@ -46,15 +46,6 @@ class ArrowRows:
     unreadable: Mapping[str, str] = field(default_factory=dict)
 
 
-def table_rows(name: str, table: Any, unreadable: Mapping[str, str] | None = None) -> ArrowRows:
-    """The rows of a ``pyarrow.Table``."""
-
-    def read(column: str, start: int, stop: int) -> Any:
-        return table.column(column)[start:stop]
-
-    return ArrowRows(name, table.schema, table.num_rows, read, unreadable=unreadable or {})
-
-
 def arrow_columns(table: ArrowRows, mapping: Mapping[str, str | None]) -> dict[str, Column]:
     """The columns of ``table``, one row a step; of values only the first of each column are read.
 

@@ -39,7 +39,7 @@ def is_d3rlpy_buffer(source: Any) -> bool:
     return "d3rlpy" in modules and hasattr(source, "episodes")
 
 
-def open_d3rlpy_buffer(source: Any, options: ReadOptions) -> Columns:
+def open_d3rlpy_buffer(source: Any) -> Columns:
     """The columns of a buffer of d3rlpy 2 in memory.
 
     The number of discrete actions is the buffer's own. A warning says where the buffer's transition

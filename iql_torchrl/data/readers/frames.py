@@ -66,9 +66,13 @@ def open_table(
     unreadable: Mapping[str, str] | None = None,
 ) -> Columns:  # fmt: skip
     """The columns of a ``pyarrow.Table``; ``unreadable`` columns are not in it, for that reason."""
-    from iql_torchrl.data.readers.arrow import arrow_columns, table_rows
+    from iql_torchrl.data.readers.arrow import ArrowRows, arrow_columns
 
-    return Columns(name, arrow_columns(table_rows(name, table, unreadable), mapping))
+    def read(column: str, start: int, stop: int) -> Any:
+        return table.column(column)[start:stop]
+
+    rows = ArrowRows(name, table.schema, table.num_rows, read, unreadable=unreadable or {})
+    return Columns(name, arrow_columns(rows, mapping))
 
 
 def open_cells(

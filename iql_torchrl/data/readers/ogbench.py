@@ -68,11 +68,6 @@ def ogbench_folder() -> Path:
     return Path(os.environ.get(FOLDER_VARIABLE) or "~/.ogbench/data").expanduser()
 
 
-def ogbench_files(source: str) -> tuple[Path, ...]:
-    """The file that :func:`open_ogbench` reads; raises as it does."""
-    return (_file(source, parse_name(source)[1]),)
-
-
 def open_ogbench(source: str, options: ReadOptions) -> Columns:
     """The columns of ``ogbench/ENVIRONMENT-KIND-singletask-taskN-v0``, with its environment.
 
@@ -83,8 +78,8 @@ def open_ogbench(source: str, options: ReadOptions) -> Columns:
     Raises ``DatasetError``: the id names no task, the environment or the package ``ogbench`` is
     missing, the file is missing or damaged, or it lacks a column; with what to do.
     """
-    environment, data = parse_name(source)
-    spec, path = _spec(source, environment), _file(source, data)
+    environment, _ = parse_name(source)
+    spec, path = _spec(source, environment), ogbench_file(source)
     columns = open_npz(path)
     relabel = package("ogbench.relabel_utils", source, "ogbench")
     states = {column: np.asarray(columns[column][:]) for column in STATES if column in columns}
@@ -143,8 +138,9 @@ def parse_name(source: str) -> tuple[str, str]:
     return f"{environment}-singletask{task or ''}-{version}", f"{environment}-{kind}-{draw}"
 
 
-def _file(source: str, data: str) -> Path:
-    """The existing file of the rows ``data``."""
+def ogbench_file(source: str) -> Path:
+    """The existing file that :func:`open_ogbench` reads; raises as it does."""
+    _, data = parse_name(source)
     path = ogbench_folder() / f"{data}.npz"
     if path.is_file():
         return path

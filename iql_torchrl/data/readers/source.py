@@ -111,7 +111,7 @@ def _joined(parts: list[tuple[Columns, Episodes]], options: ReadOptions) -> Sour
         notes.append("the joined datasets name different environments; none is used.")
     adaptation = first.adaptation
     if options.concatenate:
-        parts, observation = _concatenated(parts, observation, options)
+        parts, observation = _concatenated(parts, observation, options.concatenate)
         adaptation = replace(adaptation, concatenate=tuple(options.concatenate))
     return Source(
         name=" + ".join(each.name for each in columns),
@@ -170,15 +170,14 @@ def _spaces(
 
 
 def _concatenated(
-    parts: list[tuple[Columns, Episodes]], space: gym.Space[Any], options: ReadOptions
+    parts: list[tuple[Columns, Episodes]], space: gym.Space[Any], names: Sequence[str]
 ) -> tuple[list[tuple[Columns, Episodes]], gym.Space[Any]]:
-    """The named leaves of a Dict observation joined, in that order, into one flat observation.
+    """The leaves ``names`` of a Dict observation joined, in that order, into one flat observation.
 
     ``DatasetError`` for a plain observation, an unknown name, or leaves that are not Boxes of floats.
     """
-    name = " + ".join(columns.name for columns, _ in parts)
-    leaves = joined_leaves(leaf_spaces(space, ()), options.concatenate or (), name)
-    joined = []
+    owner, joined = " + ".join(columns.name for columns, _ in parts), []
+    leaves = joined_leaves(leaf_spaces(space, ()), names, owner)
     for columns, episodes in parts:
         kept = {k: v for k, v in columns.columns.items() if "observation" not in k.split("/")}
         for side in ("observation", "next/observation"):
@@ -222,7 +221,7 @@ def source_files(source: Any, options: ReadOptions) -> tuple[Path, ...]:
         return tuple(path for part in parts for path in part) if all(parts) else ()
     if not (isinstance(source, str | Path) and is_table_path(source)):
         if ogbench.is_ogbench(source):
-            return ogbench.ogbench_files(source)
+            return (ogbench.ogbench_file(source),)
         if isinstance(source, str) and (is_minari_id(source) or not os.path.lexists(source)):
             source = find_minari(source, download=options.download)
         if not isinstance(source, minari.MinariDataset):
@@ -280,7 +279,7 @@ def _open_object(source: Any, options: ReadOptions) -> Columns:
     if isinstance(source, Mapping):
         return Columns("arrays", arrays.flatten(source))
     if d3rlpy.is_d3rlpy_buffer(source):
-        return d3rlpy.open_d3rlpy_buffer(source, options)
+        return d3rlpy.open_d3rlpy_buffer(source)
     raise DatasetError(
         f"source: {name} cannot be read; expected a Minari or OGBench id, a path, a dict of "
         "arrays, a TensorDict, a TorchRL or d3rlpy buffer, a datasets.Dataset, or a DataFrame."
