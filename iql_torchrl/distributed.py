@@ -91,7 +91,7 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0, which alone writes files, logs, evaluates and shows progress."""
+        """True on rank 0, which alone writes files, logs, evaluates and shows progress."""
         return self.rank == 0
 
     @property
@@ -146,9 +146,7 @@ class Ranks:
         """The largest of the ranks' numbers."""
         if self.size == 1:
             return number
-        value = torch.tensor(number)
-        torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MAX)
-        return int(value)
+        return max(self._from_all(lambda: number))
 
     def from_main(self, function: Callable[[], T]) -> T:
         """The result of ``function``, which rank 0 alone calls while the others wait.

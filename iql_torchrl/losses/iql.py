@@ -151,10 +151,13 @@ class IQLLoss(NetworkLoss):
         check_choice("loss_function", loss_function, tuple(F.REGRESSION_LOSSES))
         # all three are checked, also those that the chosen objectives do not read
         Objective(expectile=expectile, temperature=temperature, max_weight=max_weight)
-        of_value = as_value_objective(value_objective, {"expectile": expectile})
-        weights = {"temperature": temperature, "max_weight": max_weight}
-        of_actor = as_actor_objective(actor_objective, weights, weight=of_value.advantage_weight)
-        of_actor.check_actor(actor_network)
+        learn_value = as_value_objective(value_objective, {"expectile": expectile})
+        learn_actor = as_actor_objective(
+            actor_objective,
+            {"temperature": temperature, "max_weight": max_weight},
+            weight=learn_value.advantage_weight,
+        )
+        learn_actor.check_actor(actor_network)
         super().__init__(
             actor_network,
             qvalue_network,
@@ -165,7 +168,7 @@ class IQLLoss(NetworkLoss):
             deactivate_vmap=deactivate_vmap,
             priority_key=priority_key,
         )
-        self.value_objective, self.actor_objective = of_value, of_actor
+        self.value_objective, self.actor_objective = learn_value, learn_actor
         self.loss_function, self.diagnostics = loss_function, diagnostics
         self.reduction = reduction or "mean"
         self.scalar_output_mode = scalar_output_mode
@@ -216,8 +219,9 @@ class IQLLoss(NetworkLoss):
         Where the batch has other entries for the policy (goals of its own, ``data.GoalSampler``), these
         are read, also for the advantages.
         """
-        if (own := batch.for_actor) is not batch:
-            batch, advantage = own, self.advantage(own)
+        actor_batch = batch.for_actor
+        if actor_batch is not batch:
+            batch, advantage = actor_batch, self.advantage(actor_batch)
         loss, metadata = self.actor_objective(self, batch, advantage)
         loss = loss.to(advantage.dtype)  # hyperparameters widen that of a batch without dimensions
         return self._reduce(loss, batch), {"advantage": advantage} | metadata
@@ -241,11 +245,12 @@ class IQLLoss(NetworkLoss):
         """All three losses, and their joined metadata, with the networks as they are now."""
         target_qvalue = self.target_qvalue(batch)
         td_target = self.td_target(batch)
-        loss_value, of_value = self.value_term(batch, target_qvalue, td_target)
-        loss_actor, of_actor = self.actor_term(batch, target_qvalue - of_value["value"])
-        loss_qvalue, of_qvalue = self.qvalue_term(batch, td_target)
+        loss_value, metadata = self.value_term(batch, target_qvalue, td_target)
+        advantage = target_qvalue - metadata["value"]
+        loss_actor, actor_metadata = self.actor_term(batch, advantage)
+        loss_qvalue, qvalue_metadata = self.qvalue_term(batch, td_target)
         losses = {"loss_actor": loss_actor, "loss_qvalue": loss_qvalue, "loss_value": loss_value}
-        return losses, of_value | of_actor | of_qvalue
+        return losses, metadata | actor_metadata | qvalue_metadata
 
     def value_phase(self, batch: Batch) -> LossesAndMetadata:
         """V's loss, the first of the sequential update; ``"target_qvalue"`` is in the metadata."""
@@ -258,9 +263,10 @@ class IQLLoss(NetworkLoss):
         with torch.no_grad():
             value, next_value = self.state_and_next_value(batch)
             advantage = target_qvalue - value
-        loss_actor, of_actor = self.actor_term(batch, advantage)
-        loss_qvalue, of_qvalue = self.qvalue_term(batch, self.td_target(batch, next_value))
-        return {"loss_actor": loss_actor, "loss_qvalue": loss_qvalue}, of_actor | of_qvalue
+        loss_actor, metadata = self.actor_term(batch, advantage)
+        loss_qvalue, qvalue_metadata = self.qvalue_term(batch, self.td_target(batch, next_value))
+        losses = {"loss_actor": loss_actor, "loss_qvalue": loss_qvalue}
+        return losses, metadata | qvalue_metadata
 
     def _reduce(self, loss: Tensor, batch: Batch) -> Tensor:
         """Reduce per-sample losses; a mask or weight of a step applies to all that it holds."""

@@ -243,7 +243,7 @@ class NetworkLoss(ParameterLoss):
     # -- targets of the critics -----------------------------------------------------------------------
 
     def bootstraps_once(self) -> bool:
-        """Whether targets take ``V(s')`` of the batch and nothing else from V."""
+        """Return whether targets take ``V(s')`` of the batch and nothing else from V."""
         estimator = self.value_estimator
         return type(estimator) is TD0Estimator and not estimator.average_rewards
 

@@ -123,7 +123,7 @@ class CapturedStep:
         return self.step.state_dict() | {"generator": generator}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Also of a plain step's state."""
+        """Load the state of this class or of a plain step."""
         self.step.load_state_dict(state_dict)
         generator = state_dict.get("generator")
         self._copy = self._generator = None

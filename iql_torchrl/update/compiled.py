@@ -93,7 +93,7 @@ def compiled(step: Step, **torch_compile_kwargs: Any) -> Step:
 
 
 def fits_a_graph(optimizer: Optimizer) -> bool:
-    """Whether the optimizer's update is :func:`iql_torchrl.update.adam.adam_step`."""
+    """Return whether the optimizer's update is :func:`iql_torchrl.update.adam.adam_step`."""
     unusual = ("amsgrad", "maximize", "differentiable")
     plain = type(optimizer) in (Adam, AdamW, StackedAdam)
     return plain and not any(g.get(name) for g in optimizer.param_groups for name in unusual)
@@ -195,7 +195,7 @@ class GraphUpdate:
         return Moments.of(states, step.counts.of(states), self._current_rates())
 
     def _current_rates(self) -> list[Tensor]:
-        """Those of the groups, as views of :attr:`rates`; numbers are written where they changed."""
+        """Learning rates of the groups, views of :attr:`rates`, where changed numbers are written."""
         groups, device = self.step.optimizer.param_groups, self.step.device
         rates = [group["lr"] for group in groups]
         numbers = [None if isinstance(rate, Tensor) else rate for rate in rates]
