@@ -277,7 +277,7 @@ class ParameterLoss(LossModule):
         self._tie()
 
     def _critics_are_ensemble(self) -> bool:
-        """Return whether one call of the critic's module evaluates K critics with stacked parameters."""
+        """Return whether one call of the critic's module with stacked parameters is K critics."""
         module = getattr(self.qvalue_network, "module", None)
         if self.num_qvalue_nets == 1 or not can_be_ensemble(module):
             return False
