@@ -146,7 +146,9 @@ class Ranks:
         """The largest of the ranks' numbers."""
         if self.size == 1:
             return number
-        return max(self._from_all(lambda: number))
+        value = torch.tensor(number)
+        torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MAX)
+        return int(value)
 
     def from_main(self, function: Callable[[], T]) -> T:
         """The result of ``function``, which rank 0 alone calls while the others wait.

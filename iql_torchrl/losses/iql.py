@@ -44,7 +44,7 @@ LOSSES = ("loss_actor", "loss_qvalue", "loss_value")
 DIAGNOSTICS = (
     "advantage_mean",
     "weight_mean",
-    "weight_at_ceiling",
+    "clip_fraction",
     "effective_sample_size",
     "qvalue_mean",
     "value_mean",
@@ -93,7 +93,7 @@ class IQLLoss(NetworkLoss):
         encoder_network: a TensorDictModule that the others share, or a
             :class:`~iql_torchrl.losses.SharedEncoder`, which has its settings.
         diagnostics: add means that show how training goes (``advantage_mean``, ``weight_mean``,
-            ``weight_at_ceiling``, ``effective_sample_size``, ``qvalue_mean``, ``value_mean``,
+            ``clip_fraction``, ``effective_sample_size``, ``qvalue_mean``, ``value_mean``,
             ``td_error_mean``, and those of the ``actor_objective``).
         separate_losses: parameters shared with the actor learn from the actor's loss alone.
         reduction: ``"mean"`` (default), ``"sum"`` or ``"none"``.
@@ -344,7 +344,7 @@ class IQLLoss(NetworkLoss):
         return summary | {
             "advantage_mean": batch.mean(advantage),
             "weight_mean": batch.mean(weight),
-            "weight_at_ceiling": batch.mean(clipped.to(weight.dtype)),
+            "clip_fraction": batch.mean(clipped.to(weight.dtype)),
             "effective_sample_size": size,
             "qvalue_mean": batch.mean(metadata["qvalue"].mean(0)),
             "value_mean": batch.mean(metadata["value"]),
