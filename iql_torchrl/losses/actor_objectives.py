@@ -188,8 +188,9 @@ class WeightedFunction(WeightedRegression):
         temperature: float = IQLConfig.temperature,
         max_weight: float = IQLConfig.max_weight,
         weight: OfAdvantage = "exponential",
+        alpha: float = IQLConfig.alpha,
     ) -> None:
-        super().__init__(temperature, max_weight, weight)
+        super().__init__(temperature, max_weight, weight, alpha)
         self.function = function
 
     def check_actor(self, actor: Any) -> None:
