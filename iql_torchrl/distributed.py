@@ -91,7 +91,7 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0, which alone writes files, logs, evaluates and shows progress."""
+        """True on rank 0, which alone writes files, logs, evaluates and shows progress."""
         return self.rank == 0
 
     @property

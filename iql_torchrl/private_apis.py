@@ -141,7 +141,7 @@ def untiled_loops_only() -> Any:
 
 
 def _untiled(accepts: Callable[..., bool], proxies: Sequence[Any], depth: int) -> bool:
-    """Whether Inductor ``accepts`` one loop for all and steps through it row by row."""
+    """Return whether Inductor ``accepts`` one loop for all and steps through it row by row."""
     loops = [loop for proxy in proxies for loop in proxy.loop_nest.loops[:depth]]
     return all(loop.steps == 1 for loop in loops) and accepts(proxies, depth)
 
@@ -161,7 +161,7 @@ def mode_options(mode: str) -> dict[str, Any]:
 
 
 def keeps_batch_statistics(module: nn.Module) -> bool:
-    """Whether the layer normalises with statistics of a batch, or averages them over batches.
+    """Return whether the layer normalises with statistics of a batch, or averages them over batches.
 
     That is every BatchNorm, SyncBatchNorm too, and InstanceNorm with running averages. Their common
     base class has no public name, so these are torch's public classes and those derived from them.
@@ -291,7 +291,7 @@ def load_sampler_state(sampler: Any, state: Mapping[str, Any]) -> None:
 
 
 def has_priorities(state: Mapping[str, Any]) -> bool:
-    """Whether a state of :func:`plain_sampler_state` is of a prioritised sampler."""
+    """Return whether a state of :func:`plain_sampler_state` is of a prioritised sampler."""
     return bool(PRIORITIES & state.keys())
 
 

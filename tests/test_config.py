@@ -510,7 +510,7 @@ def test_equal_names_of_two_objectives_are_told_apart():
         for alpha in (1.0, 2.0)
         for objective in (AdvantageWeighted(weight="sparse", alpha=a) for a in (1.0, 2.0))
     ]
-    assert len({str(loss.settings) for loss in losses}) == 4
+    assert len({str(loss.description) for loss in losses}) == 4
 
 
 # -- the description and the code that reads a setting ---------------------------------------------

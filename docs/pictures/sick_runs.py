@@ -205,7 +205,7 @@ PICTURES: dict[str, tuple[str, str, str, str, tuple[Panel, ...]]] = {
     "sick_ceiling": (
         "healthy", "healthy", "ceiling", "all weights at the ceiling",
         (
-            Panel("weight_at_ceiling", limits=(-0.03, 1.05)),
+            Panel("clip_fraction", limits=(-0.03, 1.05)),
             Panel("advantage_mean", levels=(("0", 0.0),)),
             RETURN,
         ),
@@ -240,7 +240,7 @@ PICTURES: dict[str, tuple[str, str, str, str, tuple[Panel, ...]]] = {
         "healthy", "healthy", "scale", "rewards times 1,000",
         (
             Panel("td_error_mean", "log"),
-            Panel("weight_at_ceiling", limits=(-0.03, 1.05)),
+            Panel("clip_fraction", limits=(-0.03, 1.05)),
             RETURN,
         ),
     ),
@@ -250,7 +250,7 @@ NORMAL = (
     Panel("qvalue_mean"),
     Panel("td_error_mean", "log"),
     Panel("weight_mean"),
-    Panel("weight_at_ceiling", limits=(-0.03, 1.05)),
+    Panel("clip_fraction", limits=(-0.03, 1.05)),
     Panel("effective_sample_size", levels=(("batch size: 256", 256.0),), limits=(0, 290)),
 )
 

@@ -41,7 +41,7 @@ from iql_torchrl.losses import (
     SharedEncoder,
     ValueObjective,
 )
-from iql_torchrl.losses.objective import from_settings
+from iql_torchrl.losses.objective import make_objective
 from iql_torchrl.networks import with_chunk, with_history
 from iql_torchrl.update.compiled import compiled
 from iql_torchrl.update.step import IQLStep
@@ -404,13 +404,13 @@ def build_agent(config: IQLConfig, task: Task, encoders: Encoders | None = None)
 def make_objectives(config: IQLConfig) -> tuple[ValueObjective, ActorObjective]:
     """The objectives that ``config`` names, with its hyperparameters."""
     settings = config.to_dict()
-    value: ValueObjective = from_settings(VALUE_OBJECTIVES[config.value_objective], settings)
+    value: ValueObjective = make_objective(VALUE_OBJECTIVES[config.value_objective], settings)
     weight = config.advantage_weight
     settings["weight"] = value.advantage_weight if weight == "auto" else weight
     name: str = config.actor_objective
     if name == "auto":
         name = REGRESSIONS.get(config.policy, "log_prob")
-    actor: ActorObjective = from_settings(ACTOR_OBJECTIVES[name], settings)
+    actor: ActorObjective = make_objective(ACTOR_OBJECTIVES[name], settings)
     return value, actor
 
 

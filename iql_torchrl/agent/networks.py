@@ -14,7 +14,7 @@ from gymnasium import spaces
 from tensordict import NestedKey
 from tensordict.nn import TensorDictModule
 from torch import nn
-from torchrl.data import Bounded
+from torchrl.data import Bounded, TensorSpec
 from torchrl.modules import ValueOperator
 
 from iql_torchrl import networks, policies
@@ -51,9 +51,7 @@ def make_networks(
     encoder, keys, features, preprocess = _first_layers(config, task, encoders)
     space, spec = task.action_space, task.action_spec
     if config.action_chunk > 1:
-        low, high = (
-            bound.repeat(config.action_chunk) for bound in (spec.space.low, spec.space.high)
-        )
+        low, high = (each.repeat(config.action_chunk) for each in (spec.space.low, spec.space.high))
         spec = Bounded(low, high, low.shape, dtype=spec.dtype)
     widths = {
         "hidden": config.hidden,
@@ -76,22 +74,28 @@ def make_networks(
         net = kind(features, size, preprocess=preprocess(), **values)
         return ValueOperator(place(net), in_keys=read, out_keys=["state_action_value"])
 
-    options = {**widths, "dropout": config.dropout, "residual": config.residual != "none"}
-    name = config.policy
+    options = {**widths, "in_keys": keys, "preprocess": preprocess()}
+    actor = _make_policy(config, task, features, spec, options)
+    value = networks.StateValue(features, preprocess=preprocess(), **values)
+    shared = None if encoder is None else place(encoder)
+    return place(actor), critic, ValueOperator(place(value), in_keys=keys), shared
+
+
+def _make_policy(
+    config: IQLConfig, task: Task, features: int, spec: TensorSpec, options: dict[str, Any]
+) -> Any:
+    """The policy that ``config`` names, for actions of ``spec``; ``options`` are of all policies."""
+    options = {**options, "dropout": config.dropout, "residual": config.residual != "none"}
+    name: str = config.policy
     if name == "auto":
-        name = "categorical" if isinstance(space, spaces.Discrete) else "gaussian"
+        name = "categorical" if isinstance(task.action_space, spaces.Discrete) else "gaussian"
     if name == "categorical" and task.masked:
         options["mask_key"] = "action_mask"
     if name == "flow":
         options["num_steps"] = config.flow_steps
         if config.actor_objective == "conditioned_flow":
             options |= {"conditioned": True, "guidance": config.guidance}
-    actor = getattr(policies, name)(
-        features, spec, in_keys=keys, preprocess=preprocess(), **options
-    )
-    value = networks.StateValue(features, preprocess=preprocess(), **values)
-    shared = None if encoder is None else place(encoder)
-    return place(actor), critic, ValueOperator(place(value), in_keys=keys), shared
+    return getattr(policies, name)(features, spec, **options)
 
 
 def check_images(dataset: DatasetSummary, encoders: Encoders) -> None:

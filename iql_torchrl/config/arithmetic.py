@@ -69,10 +69,10 @@ def check_usable(device: str) -> None:
 
 
 def launches_kernels(device: torch.device) -> bool:
-    """Whether every operation is a kernel that is launched: a program should have few of them there."""
+    """Return whether each operation launches a kernel: a program should have few of them there."""
     return device.type in LAUNCHING
 
 
 def number_dtype(device: torch.device) -> torch.dtype:
-    """That of Python's numbers, with which torch's optimizers compute; MPS has no float64."""
+    """Dtype of Python's numbers, in which torch's optimizers compute; MPS has no float64."""
     return torch.float32 if device.type == "mps" else torch.float64

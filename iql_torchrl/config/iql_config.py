@@ -282,13 +282,12 @@ class IQLConfig:
     def __post_init__(self) -> None:
         for name, described in config_settings(type(self)).items():
             object.__setattr__(self, name, described.plain(getattr(self, name)))
-        for contradiction in self._contradictions():
+        for contradiction in (*self._contradictions(), *self._contradictions_of_policy()):
             raise ValueError(contradiction)
         check_device(self.device)
 
     def _contradictions(self) -> Iterator[str]:
-        """Settings that do not fit together, each in a sentence."""
-        policy, objective = self.policy, self.actor_objective
+        """Settings of networks, optimizer and weights that do not fit together, each in a sentence."""
         if self.weight_decay and self.optimizer != "adamw":
             yield f"weight_decay is {self.weight_decay} and needs optimizer='adamw'."
         if self.schedule_steps is not None and self.schedule == "constant":
@@ -308,6 +307,18 @@ class IQLConfig:
                 "residual is 'all' and layer_norm is True; residual blocks always have layer "
                 "normalisation. Choose layer_norm=False."
             )
+        weight: str = self.advantage_weight
+        if weight == "auto":
+            weight = OWN_WEIGHTS.get(self.value_objective, "exponential")
+        if self.temperature == 0 and weight != "exponential":
+            yield (
+                f"temperature is 0, which is behaviour cloning, and the weights are {weight!r}, "
+                "which do not read it; choose advantage_weight='exponential'."
+            )
+
+    def _contradictions_of_policy(self) -> Iterator[str]:
+        """Settings of the policy that do not fit together, each in a sentence."""
+        policy, objective = self.policy, self.actor_objective
         flow = objective in ("flow", "conditioned_flow")
         if (policy == "flow") is not flow and objective != "auto":
             yield (
@@ -323,14 +334,6 @@ class IQLConfig:
             yield (
                 "actor_objective is 'log_prob' and policy is 'deterministic', which has no density; "
                 "choose 'mse' or 'ddpg_bc'."
-            )
-        weight: str = self.advantage_weight
-        if weight == "auto":
-            weight = OWN_WEIGHTS.get(self.value_objective, "exponential")
-        if self.temperature == 0 and weight != "exponential":
-            yield (
-                f"temperature is 0, which is behaviour cloning, and the weights are {weight!r}, "
-                "which do not read it; choose advantage_weight='exponential'."
             )
         if self.replan_every is not None and self.replan_every > self.action_chunk:
             yield (
@@ -378,6 +381,14 @@ class _Named(dict[str, IQLConfig]):
         raise KeyError(f"there is no preset {name!r}; the presets are {', '.join(self)}.")
 
 
+SMALL_TASKS: dict[str, Any] = {
+    "reward": "return_range",
+    "hidden": (64, 64),
+    "actor_lr": 1e-3,
+    "critic_lr": 1e-3,
+    "value_lr": 1e-3,
+}
+
 # The official code of IQL standardises nothing and draws orthogonal weights.
 OFFICIAL: dict[str, Any] = {
     "reward": "return_range", "standardise": False, "initialisation": "orthogonal",
@@ -418,28 +429,13 @@ FQL: dict[str, Any] = {
 #: in the critics and in V, polyak 0.005, expectile 0.9, one gradient of all losses; 10 Euler steps,
 #: 32 candidates), ``main.py`` (1,000,000 updates). The temperature of IQL, 10, is its default; the
 #: paper tunes it for each task, and takes a discount of 0.995 for some. Not taken over: its initial
-#: weights (uniform, by the mean of fan-in and fan-out), its constant standard deviation, and the live
+#: weights (uniform, by the mean of fan-in and fan-out), its constant standard deviation, and the online
 #: critics in the weights of IQL.
 PRESETS = MappingProxyType(
     _Named(
         {
-            "quick": IQLConfig(
-                updates=10_000,
-                reward="return_range",
-                hidden=(64, 64),
-                actor_lr=1e-3,
-                critic_lr=1e-3,
-                value_lr=1e-3,
-            ),
-            "small": IQLConfig(
-                updates=2_000,
-                reward="return_range",
-                hidden=(64, 64),
-                schedule="constant",
-                actor_lr=1e-3,
-                critic_lr=1e-3,
-                value_lr=1e-3,
-            ),
+            "quick": IQLConfig(updates=10_000, **SMALL_TASKS),
+            "small": IQLConfig(updates=2_000, schedule="constant", **SMALL_TASKS),
             "adamw_cosine": IQLConfig(
                 discount=0.97,
                 temperature=2.0,

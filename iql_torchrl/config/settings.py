@@ -55,7 +55,7 @@ class Setting:
 
     @property
     def optional(self) -> bool:
-        """Whether None is a value."""
+        """True if None is a value."""
         return type(None) in get_args(self.kind)
 
     @property

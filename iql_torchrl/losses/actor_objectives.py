@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,7 @@ from iql_torchrl.losses.batch import (
     check_same_shape,
     per_sample,
 )
-from iql_torchrl.losses.objective import Objective
+from iql_torchrl.losses.objective import Objective, as_objective
 from iql_torchrl.networks import join_observations
 
 if TYPE_CHECKING:
@@ -182,9 +183,14 @@ class WeightedFunction(WeightedRegression):
     needs_continuous_actions = False
 
     def __init__(
-        self, function: Callable[[TensorDictModule, TensorDictBase], Tensor], **weights: Any
+        self,
+        function: Callable[[TensorDictModule, TensorDictBase], Tensor],
+        temperature: float = IQLConfig.temperature,
+        max_weight: float = IQLConfig.max_weight,
+        weight: OfAdvantage = "exponential",
+        alpha: float = IQLConfig.alpha,
     ) -> None:
-        super().__init__(**weights)
+        super().__init__(temperature, max_weight, weight, alpha)
         self.function = function
 
     def check_actor(self, actor: Any) -> None:
@@ -379,6 +385,10 @@ ACTOR_OBJECTIVES: Mapping[str, type[ActorObjective]] = MappingProxyType(
         "flow": FlowMatching,
         "conditioned_flow": ConditionedFlow,
     }
+)
+#: An object, a name or a function as an objective: ``(given, hyperparameters, **choices)``.
+as_actor_objective = partial(
+    as_objective, "actor_objective", ActorObjective, ACTOR_OBJECTIVES, WeightedFunction
 )
 #: Names of the objectives that do not weight samples by their advantage.
 UNWEIGHTED = tuple(

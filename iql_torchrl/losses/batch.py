@@ -59,6 +59,30 @@ class Batch:
         data = self.data.exclude(FOR_ACTOR).copy().update(self.data.get(FOR_ACTOR))
         return replace(self, data=data, features={})
 
+    def with_draws(
+        self,
+        inputs: Mapping[str, Draw],
+        like: Tensor,
+        draws: Mapping[str, Tensor] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Batch:
+        """With the random tensors ``inputs``: the batch's entries, else ``draws``, else new ones.
+
+        New ones have dtype and device of ``like``, and are by default drawn from torch's generator.
+        """
+        if not inputs:
+            return self
+        drawn: dict[str, Tensor] = {}
+        for key, draw in inputs.items():
+            given = self.data.get(key, None)
+            if given is not None:
+                drawn[key] = draw.fit(given, self.data.batch_size, key, like)
+            elif draws is not None and key in draws:
+                drawn[key] = draws[key]
+            else:
+                drawn[key] = draw.fill(draw.empty(like), generator)
+        return replace(self, draws=drawn)
+
     def rows(self, first: int, end: int) -> Batch:
         """Entries ``first`` to ``end`` (excluded) of the first dimension, as views."""
 
@@ -272,11 +296,10 @@ def output_of(written: TensorDictBase, key: NestedKey, name: str) -> Tensor:
 
 def check_same_shape(advice: str, **quantities: Tensor) -> None:
     """Raise ``ValueError`` with ``advice`` unless all quantities have one shape: nothing broadcasts."""
-    shapes = {name: tuple(value.shape) for name, value in quantities.items()}
-    if len(set(shapes.values())) > 1:
+    if len({value.shape for value in quantities.values()}) > 1:
+        found = (f"{name} has shape {tuple(value.shape)}" for name, value in quantities.items())
         raise ValueError(
-            f"{', '.join(f'{name} has shape {shape}' for name, shape in shapes.items())}; expected "
-            f"one shape, with one number per sample in each. {advice}"
+            f"{', '.join(found)}; expected one shape, with one number per sample in each. {advice}"
         )
 
 

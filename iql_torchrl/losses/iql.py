@@ -6,7 +6,6 @@ import difflib
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from iql_torchrl.config import IQLConfig, check_choice
 from iql_torchrl.losses.actor_objectives import (
     ACTOR_OBJECTIVES,
     ActorObjective,
-    WeightedFunction,
+    as_actor_objective,
 )
 from iql_torchrl.losses.batch import (
     IMAGE_SHIFT,
@@ -35,15 +34,17 @@ from iql_torchrl.losses.batch import (
 from iql_torchrl.losses.critics import Critics
 from iql_torchrl.losses.encoder import SharedEncoder
 from iql_torchrl.losses.networks import NetworkLoss
-from iql_torchrl.losses.objective import Objective, from_settings
-from iql_torchrl.losses.value_objectives import VALUE_OBJECTIVES, ValueFunction, ValueObjective
+from iql_torchrl.losses.objective import Objective
+from iql_torchrl.losses.value_objectives import VALUE_OBJECTIVES, ValueObjective, as_value_objective
 
-Terms = tuple[dict[str, Tensor], dict[str, Tensor]]  # losses, and metadata that other parts read
+# One loss or several by name, and metadata: tensors by name that other parts read.
+LossAndMetadata = tuple[Tensor, dict[str, Tensor]]
+LossesAndMetadata = tuple[dict[str, Tensor], dict[str, Tensor]]
 LOSSES = ("loss_actor", "loss_qvalue", "loss_value")
 DIAGNOSTICS = (
     "advantage_mean",
     "weight_mean",
-    "weight_at_ceiling",
+    "clip_fraction",
     "effective_sample_size",
     "qvalue_mean",
     "value_mean",
@@ -92,7 +93,7 @@ class IQLLoss(NetworkLoss):
         encoder_network: a TensorDictModule that the others share, or a
             :class:`~iql_torchrl.losses.SharedEncoder`, which has its settings.
         diagnostics: add means that show how training goes (``advantage_mean``, ``weight_mean``,
-            ``weight_at_ceiling``, ``effective_sample_size``, ``qvalue_mean``, ``value_mean``,
+            ``clip_fraction``, ``effective_sample_size``, ``qvalue_mean``, ``value_mean``,
             ``td_error_mean``, and those of the ``actor_objective``).
         separate_losses: parameters shared with the actor learn from the actor's loss alone.
         reduction: ``"mean"`` (default), ``"sum"`` or ``"none"``.
@@ -146,19 +147,17 @@ class IQLLoss(NetworkLoss):
     ) -> None:
         if unknown:
             raise TypeError(f"{type(self).__name__} has no argument {_advice(next(iter(unknown)))}")
-        _check_form(num_qvalue_nets, value_network, reduction, scalar_output_mode, gamma)
+        _check_arguments(num_qvalue_nets, value_network, reduction, scalar_output_mode, gamma)
         check_choice("loss_function", loss_function, tuple(F.REGRESSION_LOSSES))
-        settings: dict[str, Any] = {
-            "expectile": expectile,
-            "temperature": temperature,
-            "max_weight": max_weight,
-        }
-        Objective(**settings)  # checks those that the chosen objectives do not read
-        of_value = _value_objective(value_objective, settings)
-        settings["weight"] = of_value.advantage_weight
-        of_actor = _actor_objective(actor_objective, settings)
-        _check_read(settings, value_objective, actor_objective)
-        of_actor.check_actor(actor_network)
+        # all three are checked, also those that the chosen objectives do not read
+        Objective(expectile=expectile, temperature=temperature, max_weight=max_weight)
+        learn_value = as_value_objective(value_objective, {"expectile": expectile})
+        learn_actor = as_actor_objective(
+            actor_objective,
+            {"temperature": temperature, "max_weight": max_weight},
+            weight=learn_value.advantage_weight,
+        )
+        learn_actor.check_actor(actor_network)
         super().__init__(
             actor_network,
             qvalue_network,
@@ -169,20 +168,13 @@ class IQLLoss(NetworkLoss):
             deactivate_vmap=deactivate_vmap,
             priority_key=priority_key,
         )
-        self.value_objective, self.actor_objective = of_value, of_actor
+        self.value_objective, self.actor_objective = learn_value, learn_actor
         self.loss_function, self.diagnostics = loss_function, diagnostics
         self.reduction = reduction or "mean"
         self.scalar_output_mode = scalar_output_mode
         if self.reduction == "none" and scalar_output_mode is None:
             self.scalar_output_mode = "exclude"
-            warnings.warn(
-                f"{type(self).__name__} with reduction='none' returns losses of the batch's shape, "
-                "beside which a scalar (entropy, diagnostics) has no place: they are left out. Pass "
-                "scalar_output_mode='exclude' to say so, or 'non_tensor' to keep them as non-tensor "
-                "data.",
-                UserWarning,
-                stacklevel=3,
-            )
+            _warn_of_left_out_scalars(type(self).__name__)
         self._out_keys: list[str] | None = None
 
     @property
@@ -211,7 +203,7 @@ class IQLLoss(NetworkLoss):
 
     def value_term(
         self, batch: Batch, target_qvalue: Tensor, td_target: Tensor | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    ) -> LossAndMetadata:
         """Loss of V given what it regresses on, and its metadata (eq. 5)."""
         value = self.state_value(batch)
         check_same_shape(LAST_LAYERS, state_value=value, target_qvalue=target_qvalue)
@@ -221,19 +213,20 @@ class IQLLoss(NetworkLoss):
         loss = self.value_objective(target, value, batch).to(value.dtype)
         return self._reduce(loss, batch), {"value": value.detach()}
 
-    def actor_term(self, batch: Batch, advantage: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def actor_term(self, batch: Batch, advantage: Tensor) -> LossAndMetadata:
         """Loss of the policy given the advantages ``(*B,)``, and its metadata (eq. 7).
 
         Where the batch has other entries for the policy (goals of its own, ``data.GoalSampler``), these
         are read, also for the advantages.
         """
-        if (own := batch.for_actor) is not batch:
-            batch, advantage = own, self.advantage(own)
+        actor_batch = batch.for_actor
+        if actor_batch is not batch:
+            batch, advantage = actor_batch, self.advantage(actor_batch)
         loss, metadata = self.actor_objective(self, batch, advantage)
         loss = loss.to(advantage.dtype)  # hyperparameters widen that of a batch without dimensions
         return self._reduce(loss, batch), {"advantage": advantage} | metadata
 
-    def qvalue_term(self, batch: Batch, td_target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def qvalue_term(self, batch: Batch, td_target: Tensor) -> LossAndMetadata:
         """Sum over critics of their distance to ``td_target``, and its metadata (eq. 6).
 
         ``metadata["td_error"]`` is the squared error of every critic, ``(K, *B)``, 0 where masked.
@@ -248,30 +241,32 @@ class IQLLoss(NetworkLoss):
             td_error = td_error.masked_fill(~mask, 0.0)
         return self._reduce(loss, batch), {"td_error": td_error, "qvalue": qvalue.detach()}
 
-    def terms(self, batch: Batch) -> Terms:
+    def terms(self, batch: Batch) -> LossesAndMetadata:
         """All three losses, and their joined metadata, with the networks as they are now."""
         target_qvalue = self.target_qvalue(batch)
         td_target = self.td_target(batch)
-        loss_value, of_value = self.value_term(batch, target_qvalue, td_target)
-        loss_actor, of_actor = self.actor_term(batch, target_qvalue - of_value["value"])
-        loss_qvalue, of_qvalue = self.qvalue_term(batch, td_target)
+        loss_value, metadata = self.value_term(batch, target_qvalue, td_target)
+        advantage = target_qvalue - metadata["value"]
+        loss_actor, actor_metadata = self.actor_term(batch, advantage)
+        loss_qvalue, qvalue_metadata = self.qvalue_term(batch, td_target)
         losses = {"loss_actor": loss_actor, "loss_qvalue": loss_qvalue, "loss_value": loss_value}
-        return losses, of_value | of_actor | of_qvalue
+        return losses, metadata | actor_metadata | qvalue_metadata
 
-    def value_phase(self, batch: Batch) -> Terms:
+    def value_phase(self, batch: Batch) -> LossesAndMetadata:
         """V's loss, the first of the sequential update; ``"target_qvalue"`` is in the metadata."""
         target_qvalue = self.target_qvalue(batch)
         loss_value, metadata = self.value_term(batch, target_qvalue)
         return {"loss_value": loss_value}, metadata | {"target_qvalue": target_qvalue}
 
-    def policy_phase(self, batch: Batch, target_qvalue: Tensor) -> Terms:
+    def policy_phase(self, batch: Batch, target_qvalue: Tensor) -> LossesAndMetadata:
         """The losses of policy and critics, with V as it is after its step."""
         with torch.no_grad():
             value, next_value = self.state_and_next_value(batch)
             advantage = target_qvalue - value
-        loss_actor, of_actor = self.actor_term(batch, advantage)
-        loss_qvalue, of_qvalue = self.qvalue_term(batch, self.td_target(batch, next_value))
-        return {"loss_actor": loss_actor, "loss_qvalue": loss_qvalue}, of_actor | of_qvalue
+        loss_actor, metadata = self.actor_term(batch, advantage)
+        loss_qvalue, qvalue_metadata = self.qvalue_term(batch, self.td_target(batch, next_value))
+        losses = {"loss_actor": loss_actor, "loss_qvalue": loss_qvalue}
+        return losses, metadata | qvalue_metadata
 
     def _reduce(self, loss: Tensor, batch: Batch) -> Tensor:
         """Reduce per-sample losses; a mask or weight of a step applies to all that it holds."""
@@ -290,43 +285,22 @@ class IQLLoss(NetworkLoss):
         """
         batch = self.read_batch(tensordict)
         inputs = self.random_inputs(batch.data.batch_size)
-        return replace(batch, draws=self.drawn(batch, inputs, draws))
+        return batch.with_draws(inputs, next(self.parameters()), draws)
 
     def read_batch(self, tensordict: TensorDictBase) -> Batch:
         """The batch without random tensors."""
         weigh = self.use_prioritized_weights in (True, "auto")
         done = unravel_key(("next", self.tensor_keys.done))
+        optional = self.optional_keys | {done}
         batch = read_batch(
             tensordict,
-            required=[key for key in self.in_keys if key not in self.optional_keys | {done}],
+            required=[key for key in self.in_keys if key not in optional],
             mask_keys=self._loss_mask_keys(),
             weight_key=self.tensor_keys.priority_weight if weigh else None,
             done_key=done,
         )
         check_chunks(batch.data, self.tensor_keys.action, self.tensor_keys.reward)
         return batch
-
-    def drawn(
-        self,
-        batch: Batch,
-        inputs: Mapping[str, Draw],
-        draws: Mapping[str, Tensor] | None,
-        generator: torch.Generator | None = None,
-    ) -> dict[str, Tensor]:
-        """The random tensors ``inputs``: the batch's entries, else ``draws``, else new ones."""
-        drawn: dict[str, Tensor] = {}
-        if not inputs:
-            return drawn
-        like = next(self.parameters())
-        for key, draw in inputs.items():
-            given = batch.data.get(key, None)
-            if given is not None:
-                drawn[key] = draw.fit(given, batch.data.batch_size, key, like)
-            elif draws is not None and key in draws:
-                drawn[key] = draws[key]
-            else:
-                drawn[key] = draw.fill(draw.empty(like), generator)
-        return drawn
 
     def random_inputs(self, batch_size: torch.Size) -> Mapping[str, Draw]:
         """Random tensors that the losses of a batch need, by the key of the batch that replaces them.
@@ -370,7 +344,7 @@ class IQLLoss(NetworkLoss):
         return summary | {
             "advantage_mean": batch.mean(advantage),
             "weight_mean": batch.mean(weight),
-            "weight_at_ceiling": batch.mean(clipped.to(weight.dtype)),
+            "clip_fraction": batch.mean(clipped.to(weight.dtype)),
             "effective_sample_size": size,
             "qvalue_mean": batch.mean(metadata["qvalue"].mean(0)),
             "value_mean": batch.mean(metadata["value"]),
@@ -414,12 +388,12 @@ class IQLLoss(NetworkLoss):
         self._clear_weakrefs(tensordict, out, *(name for name in names if name in self._modules))
         return out
 
-    def value_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
+    def value_loss(self, tensordict: TensorDictBase) -> LossAndMetadata:
         """:meth:`value_term` of a batch, everything it needs evaluated here."""
         batch = self.prepare_batch(tensordict)
         return self.value_term(batch, self.target_qvalue(batch))
 
-    def actor_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
+    def actor_loss(self, tensordict: TensorDictBase) -> LossAndMetadata:
         """:meth:`actor_term` of a batch with ``A = min_k Q'_k(s, a) - V(s)``.
 
         Writes the log-probability of the dataset actions into ``tensordict``, as TorchRL does.
@@ -430,7 +404,7 @@ class IQLLoss(NetworkLoss):
             tensordict.set(self.tensor_keys.log_prob, metadata["log_prob"].detach())
         return loss, metadata
 
-    def qvalue_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
+    def qvalue_loss(self, tensordict: TensorDictBase) -> LossAndMetadata:
         """:meth:`qvalue_term` of a batch with the targets of :meth:`td_target`."""
         batch = self.prepare_batch(tensordict)
         return self.qvalue_term(batch, self.td_target(batch))
@@ -452,26 +426,21 @@ class IQLLoss(NetworkLoss):
         }
 
     @property
-    def settings(self) -> dict[str, Any]:
+    def description(self) -> dict[str, Any]:
         """What identifies this loss in a checkpoint: its choices, and hyperparameters at first."""
-        choices: dict[str, Any] = {
-            kind: names.get(type(objective), type(objective).__name__)
-            for kind, objective, names in (
-                ("value_objective", self.value_objective, _names(VALUE_OBJECTIVES)),
-                ("actor_objective", self.actor_objective, _names(ACTOR_OBJECTIVES)),
-            )
+        names = {
+            kind: name for name, kind in (*VALUE_OBJECTIVES.items(), *ACTOR_OBJECTIVES.items())
         }
-        initial: dict[str, Any] = dict(self.value_objective.settings)
-        for name, value in self.actor_objective.settings.items():
-            initial[name if name not in initial else f"actor_objective.{name}"] = value
-        encoder = self.encoder
-        if encoder is not None:
-            choices |= {
-                "encoder_gradient": encoder.gradient,
-                "random_shift": encoder.random_shift,
-            }
-        names = ("loss_function", "reduction", "actor_ema")
-        return choices | initial | {name: getattr(self, name) for name in names}
+        found = {name: getattr(self, name) for name in ("loss_function", "reduction", "actor_ema")}
+        for argument in ("value_objective", "actor_objective"):
+            objective = getattr(self, argument)
+            found[argument] = names.get(type(objective), type(objective).__name__)
+            for name, value in objective.description.items():
+                found[name if name not in found else f"{argument}.{name}"] = value
+        if self.encoder is not None:
+            found["encoder_gradient"] = self.encoder.gradient
+            found["random_shift"] = self.encoder.random_shift
+        return found
 
     def __getattr__(self, name: str) -> Any:
         if name in ("temperature", "expectile", "max_weight"):
@@ -502,62 +471,6 @@ class IQLLoss(NetworkLoss):
         return objective
 
 
-def _names(kinds: Mapping[str, type]) -> dict[type, str]:
-    return {kind: name for name, kind in kinds.items()}
-
-
-def _value_objective(objective: Any, settings: Mapping[str, Any]) -> ValueObjective:
-    """The objective itself, that of the name with these settings, or one of a function."""
-    if isinstance(objective, ValueObjective):
-        return objective
-    _check_object("value_objective", objective, "ValueObjective")
-    if callable(objective):
-        return ValueFunction(objective)
-    check_choice("value_objective", objective, tuple(VALUE_OBJECTIVES))
-    chosen: ValueObjective = from_settings(VALUE_OBJECTIVES[objective], settings)
-    return chosen
-
-
-def _actor_objective(objective: Any, settings: Mapping[str, Any]) -> ActorObjective:
-    """As :func:`_value_objective`; a function is weighted."""
-    if isinstance(objective, ActorObjective):
-        return objective
-    _check_object("actor_objective", objective, "ActorObjective")
-    if callable(objective):
-        names = ("temperature", "max_weight", "weight")
-        return WeightedFunction(objective, **{name: settings[name] for name in names})
-    check_choice("actor_objective", objective, tuple(ACTOR_OBJECTIVES))
-    chosen: ActorObjective = from_settings(ACTOR_OBJECTIVES[objective], settings)
-    return chosen
-
-
-def _check_object(name: str, objective: Any, kind: str) -> None:
-    """Raise ``TypeError`` on a class, and on an objective of the other kind."""
-    if isinstance(objective, type):
-        raise TypeError(
-            f"{name} is the class {objective.__name__}; pass an object, {objective.__name__}()."
-        )
-    if isinstance(objective, Objective):
-        raise TypeError(
-            f"{name} is {type(objective).__name__}; expected a {kind}, a name or a function."
-        )
-
-
-def _check_read(settings: Mapping[str, Any], *objectives: Any) -> None:
-    """Raise ``ValueError`` on a hyperparameter beside an object, which has its own."""
-    for objective in objectives:
-        if not isinstance(objective, Objective):
-            continue
-        of_value = isinstance(objective, ValueObjective)
-        for name in ("expectile",) if of_value else ("temperature", "max_weight"):
-            given = float(settings[name])
-            if given not in (getattr(IQLConfig, name), objective.initial.get(name)):
-                raise ValueError(
-                    f"{name} is {given:g}, which {type(objective).__name__} does not read; give it to "
-                    "the objective that you pass, or leave it out."
-                )
-
-
 # Where to give what IQLLoss has no argument for, by the names that it has elsewhere.
 ARGUMENTS_ELSEWHERE = {
     "tau": "the expectile is expectile=, and the averaging rate of the target critics belongs to "
@@ -581,7 +494,7 @@ def _advice(name: str) -> str:
     return f"{name!r}; {ARGUMENTS_ELSEWHERE.get(name) or own or meant}."
 
 
-def _check_form(
+def _check_arguments(
     num_qvalue_nets: object,
     value_network: object,
     reduction: str | None,
@@ -609,3 +522,13 @@ def _check_form(
         raise ValueError(
             f"scalar_output_mode is {scalar_output_mode!r}; choose 'exclude', 'non_tensor' or None."
         )
+
+
+def _warn_of_left_out_scalars(loss: str) -> None:
+    warnings.warn(
+        f"{loss} with reduction='none' returns losses of the batch's shape, beside which a scalar "
+        "(entropy, diagnostics) has no place: they are left out. Pass scalar_output_mode='exclude' to "
+        "say so, or 'non_tensor' to keep them as non-tensor data.",
+        UserWarning,
+        stacklevel=4,
+    )

@@ -1,21 +1,17 @@
-"""The networks of a TorchRL loss: an actor, K critics with targets, V and an encoder."""
+"""The networks of a TorchRL loss evaluated on a batch, and the targets of its critics."""
 
 from __future__ import annotations
 
-import copy
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from numbers import Real
 from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModule, TensorDictParams
 from tensordict.utils import unravel_key
 from torch import Tensor, distributions, nn
 from torchrl.modules import GRUModule, LSTMModule
-from torchrl.objectives.common import LossModule
 from torchrl.objectives.utils import ValueEstimators, dispatch_value_estimator
 from torchrl.objectives.value import TD0Estimator, ValueEstimatorBase
 
@@ -27,27 +23,15 @@ from iql_torchrl.losses.batch import (
     output_of,
     per_sample,
 )
-from iql_torchrl.losses.critics import Critics, initialise_critics, list_critics
-from iql_torchrl.losses.encoder import SharedEncoder
-from iql_torchrl.losses.objective import checked_number
-from iql_torchrl.losses.shared import SharedParameters, Slots
+from iql_torchrl.losses.parameters import ENCODER, NETWORKS, TARGET_CRITICS, ParameterLoss
 from iql_torchrl.networks import CHUNK_MASK
-from iql_torchrl.networks.perceptrons import can_be_ensemble
-
-# Attributes of a loss; their parameters are ``<name>_params`` and ``target_<name>_params``.
-NETWORKS = ("actor_network", "qvalue_network", "value_network")
-ENCODER = "encoder_network"
-CRITICS, TARGET_CRITICS = "qvalue_network_params", "target_qvalue_network_params"  # TorchRL's names
-AVERAGE = "average_actor_network_params"  # not target_..., which TorchRL's updaters would move
 
 
-class NetworkLoss(LossModule):
-    """Holds and evaluates actor, critics, V and encoder; abstract.
+class NetworkLoss(ParameterLoss):
+    """Evaluates actor, critics, V and encoder on a batch; abstract.
 
-    Parameters are where TorchRL's losses have them: ``<name>_params``, those of K critics stacked,
-    ``(K, ...)``, and ``target_<name>_params``. Buffers (statistics of normalisation layers) of target
-    critics are those of the critics. A network is evaluated by calling it while it holds the tensors
-    that are asked for (:class:`~iql_torchrl.losses.shared.Slots`).
+    A network is evaluated by calling it while it holds the tensors that are asked for
+    (:class:`~iql_torchrl.losses.parameters.FunctionalNetwork`).
     """
 
     @dataclass
@@ -74,272 +58,17 @@ class NetworkLoss(LossModule):
         ValueEstimators.TDLambda,
     )
 
-    # TorchRL warns where an attribute that it makes has no annotation.
-    actor_network: TensorDictModule
-    actor_network_params: TensorDictParams
-    target_actor_network_params: TensorDictParams
-    qvalue_network: TensorDictModule
-    qvalue_network_params: TensorDictParams
-    target_qvalue_network_params: TensorDictParams
-    value_network: TensorDictModule
-    value_network_params: TensorDictParams
-    target_value_network_params: TensorDictParams
-    encoder_network: TensorDictModule | None
-    encoder_network_params: TensorDictParams
-    target_encoder_network_params: TensorDictParams
-
     diagnostics: bool
     optional_keys: set[NestedKey]
-    slots: dict[str, Slots]  # by network
-    tensors: dict[str, list[Tensor]]  # by attribute, in the order of the slots' keys
 
-    def __init__(
-        self,
-        actor_network: nn.Module,
-        qvalue_network: Critics,
-        value_network: TensorDictModule,
-        encoder_network: TensorDictModule | SharedEncoder | None,
-        *,
-        num_qvalue_nets: int,
-        separate_losses: bool,
-        deactivate_vmap: bool,
-        priority_key: str | None,
-    ) -> None:
-        super().__init__()
-        self.shared = SharedParameters({}, separate_losses, self._tensor)
+    def __init__(self, *networks: Any, priority_key: str | None, **options: Any) -> None:
+        super().__init__(*networks, **options)
         self._set_deprecated_ctor_keys(priority=priority_key)
         # in the instance too, where a compiled program notices another value
         for name in ("_loss_mask_key", "deterministic_sampling_mode", "use_prioritized_weights"):
             setattr(self, name, getattr(self, name))
-        self.actor_ema, self.averaged_actor = 0.0, None
-        self.encoder = SharedEncoder.of(encoder_network)
-        self.encoder_network = None
-        self.num_qvalue_nets = num_qvalue_nets
-        self.delay_qvalue = True
-        self.deactivate_vmap = deactivate_vmap
-        self._tied_buffers: list[NestedKey] = []  # of the critics and their targets
-        self._convert(actor_network, qvalue_network, value_network, separate_losses)
+        self.optional_keys = _recurrent_keys(*(getattr(self, name) for name in NETWORKS))
         self._name_inputs()
-        self.register_load_state_dict_pre_hook(NetworkLoss._before_load)
-        self.register_load_state_dict_post_hook(NetworkLoss._after_load)
-
-    @property
-    def network_names(self) -> tuple[str, ...]:
-        """:data:`NETWORKS`, and the encoder's name where the loss has one."""
-        return NETWORKS if self.encoder_network is None else (*NETWORKS, ENCODER)
-
-    @property
-    def parts_with_parameters(self) -> tuple[str, ...]:
-        """Names that parameters begin with, one for each network and objective."""
-        names = tuple(f"{name}_params" for name in self.network_names)
-        return (*names, "value_objective", "actor_objective")
-
-    # -- from your networks to parameters and targets ------------------------------------------------
-
-    def _convert(
-        self, actor: nn.Module, critics: Critics, value: nn.Module, separate: bool
-    ) -> None:
-        """Register the networks' parameters and the critics' targets, as TorchRL does."""
-        count = self.num_qvalue_nets
-        listed = list_critics(critics, count)
-        modules = listed if isinstance(listed, list) else [listed]
-        networks = {"actor_network": [actor], "qvalue_network": modules, "value_network": [value]}
-        for name, each in networks.items():
-            for module in each:
-                if not isinstance(module, nn.Module) or not hasattr(module, "in_keys"):
-                    raise TypeError(
-                        f"{name} is {type(module).__name__}; it must be a TensorDictModule: wrap a "
-                        "plain network as TensorDictModule(network, in_keys=[...], out_keys=[...])."
-                    )
-        if self.encoder is not None:
-            self.encoder.check(networks)
-            del self.encoder_network
-            self.convert_to_functional(self.encoder.network, ENCODER, create_target_params=True)
-        owners = SharedParameters.find(actor, value, modules, separate=separate)
-        of_actor = list(actor.parameters())
-        self.convert_to_functional(actor, "actor_network")
-        self.convert_to_functional(
-            value, "value_network", compare_against=of_actor if separate else None
-        )
-        self.convert_to_functional(
-            listed,
-            "qvalue_network",
-            None if count == 1 else count,
-            create_target_params=True,
-            compare_against=[*of_actor, *value.parameters()] if separate else None,
-        )
-        if count > 1 and not isinstance(listed, list):
-            initialise_critics(self.qvalue_network_params, self._modules[TARGET_CRITICS], listed)
-        self.shared = SharedParameters(owners, separate, self._tensor)
-        self._install_mirrors("value_network", [value])
-        self._install_mirrors("qvalue_network", modules)
-        self.optional_keys = _recurrent_keys(actor, value, *modules)
-        self.sync_modules()
-
-    def _install_mirrors(self, name: str, modules: Sequence[nn.Module]) -> None:
-        """Put mirrors in place, and give critics' entries storage of their own."""
-        buffers = {tuple(key.split(".")) for m in modules for key, _ in m.named_buffers()}
-        params: TensorDictParams = getattr(self, f"{name}_params")
-        with params.unlock_():
-            for key, leaf in list(params.items(True, True)):
-                if (key if isinstance(key, tuple) else (key,)) in buffers:
-                    leaf.data = leaf.data.contiguous()
-                    if name == "qvalue_network":
-                        self._tied_buffers.append(key)
-                elif (name, key) in self.shared.owners:
-                    params.set(key, nn.Parameter(leaf.detach()))
-                elif not isinstance(leaf, nn.Parameter):
-                    warnings.warn(
-                        f"the listed critics share {key!r} of {name} with each other and with no "
-                        "other network; each now trains a copy of its own.",
-                        UserWarning,
-                        stacklevel=6,
-                    )
-                    params.set(key, nn.Parameter(leaf.detach().clone()))
-
-    def average_actor(self, decay: float) -> None:
-        """Keep an average of the policy's parameters; ``averaged_actor`` acts with it.
-
-        ``IQLStep`` sets ``average = decay average + (1 - decay) parameters`` after every update,
-        starting at the parameters as they are now. ``decay`` in [0, 1); 0: no average. Call it before
-        the step is built. Buffers are the policy's own. The average is part of the loss's state, and
-        not of its parameters.
-        """
-        checked_number("actor_ema", decay)
-        self.actor_ema = float(decay)
-        if not decay:
-            self._modules.pop(AVERAGE, None)
-            self.averaged_actor = None
-            return
-        params = self.actor_network_params
-        trained = [key for key, leaf in params.items(True, True) if isinstance(leaf, nn.Parameter)]
-        average = params.data.select(*trained).clone()
-        setattr(self, AVERAGE, TensorDictParams(average, no_convert=True))
-        actor = copy.deepcopy(self.actor_network).requires_grad_(False)
-        self.__dict__["averaged_actor"] = actor  # not a submodule, as the networks
-        self.sync_modules()
-
-    def average_pairs(self) -> tuple[list[Tensor], list[Tensor]]:
-        """The actor's parameters, and in the same order their averages; empty without averages."""
-        return self._pairs({"actor_network_params": AVERAGE})
-
-    def target_pairs(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Online parameters, and in the same order those of the targets that average them.
-
-        Buffers are left out: those of the target critics are the critics'.
-        """
-        return self._pairs({f"{n}_params": f"target_{n}_params" for n in self.network_names})
-
-    def _pairs(self, followers: Mapping[str, str]) -> tuple[list[Tensor], list[Tensor]]:
-        pairs = [
-            (leaf, self._modules[follower].get(key))
-            for name, follower in followers.items()
-            if follower in self._modules
-            for key, leaf in getattr(self, name).items(True, True)
-            if isinstance(leaf, nn.Parameter)
-        ]
-        return [online for online, _ in pairs], [target for _, target in pairs]
-
-    # -- tensors that are one: shared parameters, targets' buffers, averages, your networks ------------
-
-    def _tensor(self, entry: tuple[str, NestedKey]) -> Any:
-        name, key = entry
-        return getattr(self, f"{name}_params").get(key)
-
-    def sync_modules(self) -> None:
-        """Let your own networks hold the tensors of this loss, which may be others now."""
-        mirroring = self.shared.networks()
-        self.slots, self.tensors = {}, {}
-        for name in self.network_names:
-            params = self._modules.get(f"{name}_params")
-            if params is None:  # an encoder without parameters and buffers
-                continue
-            network = getattr(self, name)
-            self.slots[name] = Slots(network, params)
-            for attribute in (f"{name}_params", f"target_{name}_params"):
-                if attribute in self._modules:
-                    leaves: Any = self._modules[attribute]
-                    self.tensors[attribute] = [leaves.get(key) for key in self.slots[name].keys]
-            several = name == "qvalue_network" and self.num_qvalue_nets > 1
-            if not several and name not in mirroring:
-                self.slots[name].hold(self.tensors[f"{name}_params"])
-        self.is_ensemble = self._critics_are_ensemble()
-        self.joins_states = can_be_ensemble(getattr(self.value_network, "module", None))
-        self._tie()
-
-    def _critics_are_ensemble(self) -> bool:
-        """Whether one call of the critic's module evaluates K critics with stacked parameters."""
-        module = getattr(self.qvalue_network, "module", None)
-        if self.num_qvalue_nets == 1 or not can_be_ensemble(module):
-            return False
-        leaves = zip(self.slots["qvalue_network"].buffers, self.tensors[CRITICS], strict=True)
-        return all(bool((x == x[:1]).all()) for is_buffer, x in leaves if is_buffer)
-
-    def _tie(self) -> None:
-        """Let tensors that are one share their storage again, after a copy, a cast or a load."""
-        self.shared.tie()
-        for key in self._tied_buffers:
-            target: Any = self._modules[TARGET_CRITICS].get(key)
-            target.data = self.qvalue_network_params.get(key).data
-        if self.averaged_actor is not None:
-            held = self.actor_network_params.data.copy()
-            for key, average in self._modules[AVERAGE].items(True, True):
-                held.set(key, nn.Parameter(average.data, requires_grad=False))
-            held.to_module(self.averaged_actor)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> NetworkLoss:
-        super()._apply(fn, *args, **kwargs)
-        averaged: list[Any] = [] if self.averaged_actor is None else [self.averaged_actor]
-        for network in (*(getattr(self, name) for name in self.network_names), *averaged):
-            network._apply(fn)  # tensors and dtypes that are neither parameters nor buffers
-            for module in network.modules():
-                keywords = getattr(module, "distribution_kwargs", None)
-                if isinstance(keywords, dict):
-                    moved = {k: fn(v) for k, v in keywords.items() if isinstance(v, Tensor)}
-                    keywords.update(moved)
-        self.sync_modules()
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = {k: v for k, v in self.__dict__.items() if k not in ("slots", "tensors", "shared")}
-        return state | {"_owners": (self.shared.owners, self.shared._detach)}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        owners, detach = state.pop("_owners")
-        super().__setstate__(state)
-        self.shared = SharedParameters(owners, detach, self._tensor)
-        self.sync_modules()
-
-    def reset_parameters_recursive(self) -> None:
-        """Initialise every network again, targets too, as TorchRL's losses do."""
-        self.shared.untie()
-        super().reset_parameters_recursive()
-        online, averages = self.average_pairs()
-        for parameter, average in zip(online, averages, strict=True):
-            average.data.copy_(parameter.data)
-        self.sync_modules()
-
-    def _before_load(self, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
-        self.shared.untie()
-        if self.num_qvalue_nets > 1:
-            return
-        for key, current in self.state_dict().items():  # older TorchRL losses stacked one critic
-            stored = state_dict.get(prefix + key)
-            is_critic = key.removeprefix("target_").startswith(f"{CRITICS}.")
-            if is_critic and stored is not None and stored.shape == (1, *current.shape):
-                state_dict[prefix + key] = stored.squeeze(0)
-
-    def _after_load(self, _: Any) -> None:
-        self.sync_modules()
-
-    def named_parameters(
-        self, prefix: str = "", recurse: bool = True, **kwargs: Any
-    ) -> Iterator[tuple[str, nn.Parameter]]:
-        """Parameters to optimise, each once: mirrors of a shared trunk are left out."""
-        mirrors = {id(mirror) for mirror in self.shared.mirrors()}
-        for name, parameter in super().named_parameters(prefix, recurse, **kwargs):
-            if id(parameter) not in mirrors:
-                yield name, parameter
 
     # -- networks evaluated on a batch ----------------------------------------------------------------
 
@@ -366,9 +95,9 @@ class NetworkLoss(LossModule):
             return features
         data = encoder.read(batch)
         with torch.set_grad_enabled(gradient):
-            if ENCODER in self.slots:
+            if ENCODER in self.functional_networks:
                 tensors = self.tensors[f"{'target_' * target}{ENCODER}_params"]
-                with self.slots[ENCODER].holding(tensors) as network:
+                with self.functional_networks[ENCODER].holding(tensors) as network:
                     written = network(data)
             else:
                 written = encoder.network(data)
@@ -376,16 +105,11 @@ class NetworkLoss(LossModule):
         batch.features[target] = features, gradient
         return features
 
-    def held(self, name: str) -> list[Any]:
-        """The tensors with which the online network ``name`` is evaluated."""
-        tensors = self.tensors[f"{name}_params"]
-        if name not in self.shared.networks():
-            return tensors
-        return self.shared.replace(name, self.slots[name].keys, tensors)
-
     def actor(self) -> Any:
         """A context that gives the policy with its parameters."""
-        return self.slots["actor_network"].holding(self.held("actor_network"))
+        return self.functional_networks["actor_network"].holding(
+            self.online_tensors("actor_network")
+        )
 
     def distribution(self, batch: Batch) -> Any:
         """The policy's distribution in the states of the batch."""
@@ -437,7 +161,8 @@ class NetworkLoss(LossModule):
 
     def _value_of(self, inputs: TensorDictBase) -> Tensor:
         key = self.tensor_keys.value
-        with self.slots["value_network"].holding(self.held("value_network")) as network:
+        tensors = self.online_tensors("value_network")
+        with self.functional_networks["value_network"].holding(tensors) as network:
             output = output_of(network(inputs), key, "value_network")
         return per_sample(output, inputs.batch_size, key)
 
@@ -468,13 +193,12 @@ class NetworkLoss(LossModule):
         data = self.inputs(batch, "" if by_policy and source == "online" else source)
         if by_policy:
             data = data.copy().set(self.tensor_keys.action, action)
-        tensors = self.held("qvalue_network")
+        tensors = self.online_tensors("qvalue_network")
         if source == "target":
             tensors = self.tensors[TARGET_CRITICS]
         if source == "target" or by_policy:
-            buffers = self.slots["qvalue_network"].buffers
             # a forward pass in training mode may write to buffers: to copies
-            pairs = zip(tensors, buffers, strict=True)
+            pairs = zip(tensors, self.functional_networks["qvalue_network"].is_buffer, strict=True)
             tensors = [x.clone() if is_buffer else x.detach() for x, is_buffer in pairs]
         outputs = self._critics(data, tensors)
         key = self.tensor_keys.state_action_value
@@ -482,11 +206,14 @@ class NetworkLoss(LossModule):
 
     def _critics(self, data: TensorDictBase, tensors: list[Any]) -> Tensor:
         """What K critics write, ``(K, *B, n)``, with these tensors, which are stacked for K > 1."""
-        slots, key = self.slots["qvalue_network"], self.tensor_keys.state_action_value
+        functional, key = (
+            self.functional_networks["qvalue_network"],
+            self.tensor_keys.state_action_value,
+        )
         inputs = data.select(*self.qvalue_network.in_keys, strict=False)
 
         def evaluate(inputs: TensorDictBase, tensors: list[Any]) -> Tensor:
-            with slots.holding(tensors) as network:
+            with functional.holding(tensors) as network:
                 return output_of(network(inputs), key, "qvalue_network")
 
         if self.num_qvalue_nets == 1:
@@ -495,7 +222,7 @@ class NetworkLoss(LossModule):
             each = (evaluate(inputs.copy(), list(one)) for one in zip(*tensors, strict=True))
             return torch.stack(list(each))
         if self.is_ensemble:
-            pairs = zip(tensors, slots.buffers, strict=True)
+            pairs = zip(tensors, functional.is_buffer, strict=True)
             shared = [x[0] if is_buffer else x for x, is_buffer in pairs]
             # the output has another dimension first
             return evaluate(TensorDict(dict(inputs.items()), batch_size=[]), shared)
@@ -516,7 +243,7 @@ class NetworkLoss(LossModule):
     # -- targets of the critics -----------------------------------------------------------------------
 
     def bootstraps_once(self) -> bool:
-        """Whether targets take ``V(s')`` of the batch and nothing else from V."""
+        """Return whether targets take ``V(s')`` of the batch and nothing else from V."""
         estimator = self.value_estimator
         return type(estimator) is TD0Estimator and not estimator.average_rewards
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from iql_torchrl.config import IQLConfig, config_settings, number_dtype
+from iql_torchrl.config import IQLConfig, check_choice, config_settings, number_dtype
 
 
 class Objective(nn.Module):
@@ -39,7 +39,7 @@ class Objective(nn.Module):
         return {name: self._buffers[name] for name in self.hyperparameter_names}  # type: ignore[misc]
 
     @property
-    def settings(self) -> dict[str, Any]:
+    def description(self) -> dict[str, Any]:
         """What identifies it in a checkpoint: its choices, and the hyperparameters at first."""
         arguments = {
             name: getattr(self, name, None) for name in inspect.signature(type(self)).parameters
@@ -82,7 +82,45 @@ def checked_number(name: str, value: Any) -> float:
     return float(value)
 
 
-def from_settings(kind: type[Any], settings: Mapping[str, Any]) -> Any:
-    """The objective ``kind`` with those of ``settings`` that its constructor names."""
+def make_objective(kind: type[Any], values: Mapping[str, Any]) -> Any:
+    """The objective ``kind`` with those of ``values`` that its constructor names."""
     names = inspect.signature(kind).parameters
-    return kind(**{name: settings[name] for name in names if name in settings})
+    return kind(**{name: values[name] for name in names if name in values})
+
+
+def as_objective(
+    argument: str,
+    kind: type[Objective],
+    kinds: Mapping[str, type[Objective]],
+    of_function: type[Objective],
+    given: Any,
+    hyperparameters: Mapping[str, float],
+    **choices: Any,
+) -> Any:
+    """``given`` if it is an objective of ``kind``; else that of its name, or one of a function.
+
+    What is made here gets the hyperparameters and choices that it has. Raises ``TypeError`` on a class
+    and on an objective of another kind, ``ValueError`` on an unknown name, and on a hyperparameter
+    beside an object, which has its own.
+    """
+    if isinstance(given, kind):
+        for name, value in hyperparameters.items():
+            if float(value) not in (getattr(IQLConfig, name), given.initial.get(name)):
+                raise ValueError(
+                    f"{name} is {float(value):g}, which {type(given).__name__} does not read; give it "
+                    "to the objective that you pass, or leave it out."
+                )
+        return given
+    if isinstance(given, type):
+        raise TypeError(
+            f"{argument} is the class {given.__name__}; pass an object, {given.__name__}()."
+        )
+    if isinstance(given, Objective):
+        raise TypeError(
+            f"{argument} is {type(given).__name__}; expected a {kind.__name__}, a name or a function."
+        )
+    values = {**hyperparameters, **choices}
+    if callable(given):
+        return make_objective(of_function, {"function": given, **values})
+    check_choice(argument, given, tuple(kinds))
+    return make_objective(kinds[given], values)

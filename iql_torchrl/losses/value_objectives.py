@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 
 from torch import Tensor
@@ -15,7 +16,7 @@ from iql_torchrl import functional as F
 from iql_torchrl.config import IQLConfig
 from iql_torchrl.config.iql_config import OWN_WEIGHTS
 from iql_torchrl.losses.batch import Batch, per_sample
-from iql_torchrl.losses.objective import Objective
+from iql_torchrl.losses.objective import Objective, as_objective
 
 
 class ValueObjective(Objective):
@@ -168,15 +169,7 @@ VALUE_OBJECTIVES: Mapping[str, type[ValueObjective]] = MappingProxyType(
         "gumbel": Gumbel,
     }
 )
-
-__all__ = [
-    "VALUE_OBJECTIVES",
-    "Expectile",
-    "Exponential",
-    "Gumbel",
-    "Quantile",
-    "SarsaExpectile",
-    "Sparse",
-    "ValueFunction",
-    "ValueObjective",
-]
+#: An object, a name or a function as an objective: ``(given, hyperparameters, **choices)``.
+as_value_objective = partial(
+    as_objective, "value_objective", ValueObjective, VALUE_OBJECTIVES, ValueFunction
+)

@@ -15,7 +15,7 @@ MNIH = ((32, 8, 4, 0), (64, 4, 2, 0), (64, 3, 1, 0))  # channels, kernel, stride
 HALVING = ((32, 3, 2, 1), (64, 3, 2, 1), (64, 3, 2, 1))
 
 
-class Numbers(nn.Module):
+class CastToFloat(nn.Module):
     """Base of layers that cast integers to float, in a dtype that ``module.to(dtype)`` changes.
 
     ``dtype``: of the output, at first torch's default. It is an attribute and not a buffer, so that
@@ -31,7 +31,7 @@ class Numbers(nn.Module):
         return super()._apply(fn, recurse)
 
 
-class OneHot(Numbers):
+class OneHot(CastToFloat):
     """Integers in ``[0, num_classes)``, shape ``(*B,)``, to ones and zeros ``(*B, num_classes)``."""
 
     def __init__(self, num_classes: int) -> None:
@@ -44,7 +44,7 @@ class OneHot(Numbers):
         return one_hot.to(self.dtype)
 
 
-class Flatten(Numbers):
+class Flatten(CastToFloat):
     """``(*B, *shape)`` to ``(*B, F)`` floats, F the product of ``shape``; a scalar gives F = 1."""
 
     def __init__(self, shape: Sequence[int]) -> None:
@@ -57,7 +57,7 @@ class Flatten(Numbers):
         return flat if flat.is_floating_point() else flat.to(self.dtype)
 
 
-class OneHots(Numbers):
+class OneHots(CastToFloat):
     """Several categories to ones and zeros: ``(*B, *shape)`` to ``(*B, sum(counts))``.
 
     ``counts``: number of categories of each entry, in the order of the flattened ``shape`` (by
@@ -194,7 +194,7 @@ class JoinedEncoders(nn.Module):
 
     @property
     def shortest_side(self) -> int | None:
-        """Of the images that it can move (:meth:`ImageEncoder.shifted`), in pixels; None without."""
+        """Shortest side, in pixels, of images that :meth:`shifted` moves; None without images."""
         sides = [min(each.size) for each in self.encoders if isinstance(each, ImageEncoder)]
         return min(sides, default=None)
 
@@ -247,7 +247,7 @@ def _residual(depth: int) -> nn.Sequential:
 
 
 def channels_come_first(shape: Sequence[int]) -> bool:
-    """Whether the channels of an image are the first of its three dimensions.
+    """Return whether the channels of an image are the first of its three dimensions.
 
     The shorter of the two outer ones, and the last one where they are equal.
     """

@@ -104,8 +104,10 @@ def affine_of_categories(index: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _is_better_summed(x: Tensor, weight: Tensor) -> bool:
-    """Whether a program computes the layer as a sum: one with a single output, and on a GPU, where a
-    launch takes longer than a small product, one with at most ``NARROW`` outputs.
+    """Return whether a program computes the layer as a sum.
+
+    It does with a single output, and on a GPU, where a launch takes longer than a small product, with
+    at most ``NARROW`` outputs.
 
     Not one with few inputs: the gradient of its weights, as sums over a batch's rows, took 0.03 to
     0.05 ms on an H200; the product for 256 by 256 weights takes 0.008 (``profile_step.py``).
@@ -179,7 +181,7 @@ class MLP(nn.Sequential):
     @property
     def first(self) -> nn.Module:
         """The first layer."""
-        return self[0]
+        return next(iter(self))
 
 
 class ResidualMLP(nn.Module):
@@ -298,16 +300,18 @@ class AroundPerceptron(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Any:
         observation = join_observations(inputs)
-        first = getattr(self.mlp, "first", None)  # not in a module of yours
-        if type(self.preprocess) is OneHot and type(first) is Linear:
+        if type(self.preprocess) is OneHot and type(self._first()) is Linear:
             out = self.mlp(observation.long().reshape(-1))
             return out.reshape(*out.shape[:-2], *observation.shape, out.shape[-1])
         return self.layers(self.preprocess(observation))
 
+    def _first(self) -> Any:
+        """The first of the fully connected layers; None in a module of yours."""
+        return getattr(self.mlp, "first", None)
+
     def layers(self, features: Tensor) -> Tensor:
         """``mlp``: ``(*B, in)`` to ``(*B, out)``, of K networks to ``(K, *B, out)``."""
-        first = getattr(self.mlp, "first", None)
-        weight = getattr(first, "weight", None)
+        weight = getattr(self._first(), "weight", None)
         if weight is not None and features.dtype != weight.dtype:
             _check_dtype(features, weight)
         if weight is None or weight.ndim < 3:

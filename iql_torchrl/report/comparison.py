@@ -42,7 +42,7 @@ Scores = Mapping[str, Mapping[str, FloatArray]]
 EVALUATED = ("return_mean", "score_mean")
 TRAINING_COLUMNS = (
     "success_rate", "loss_actor", "loss_qvalue", "loss_value", "value_mean", "td_error_mean",
-    "weight_at_ceiling",
+    "clip_fraction",
 )  # fmt: skip
 COMPARABLE = ("score_mean", "success_rate")  # between tasks; a return is not
 BANDS = "Bands, 95 %: of several seeds over the seeds (Student's t), of one run over its episodes"

@@ -71,7 +71,7 @@ QUANTITIES = {
     "value_mean": Quantity("V", "mean value, scaled reward"),
     "advantage_mean": Quantity("Advantage", "mean of min Q' - V"),
     "weight_mean": Quantity("Weights of the policy", "mean weight", logarithmic=True),
-    "weight_at_ceiling": Quantity("Clipped weights", "share of the batch", share=True),
+    "clip_fraction": Quantity("Clipped weights", "share of the batch", share=True),
     "effective_sample_size": Quantity("Effective sample size", "transitions of the batch"),
     "entropy": Quantity("Negative log-likelihood of logged actions", "mean of -log pi(a|s), nats"),
     "length_mean": Quantity("Episode length", "mean steps per episode"),

@@ -217,7 +217,7 @@ class ResumableTrainer(Trainer):
     def _settings(self) -> dict[str, Any]:
         """The settings of parts that may have been made by hand."""
         loss = self.loss_module
-        settings = getattr(loss, "settings", {"reduction": getattr(loss, "reduction", None)})
+        settings = getattr(loss, "description", {"reduction": getattr(loss, "reduction", None)})
         return {name: _plain(value) for name, value in settings.items()} | {
             "loss": type(loss).__name__,
             "optimizer": type(self.optimizer).__name__,

@@ -35,8 +35,8 @@ from iql_torchrl.update.compiled import (
     fits_a_graph,
     learning_rates,
     log_eager,
+    options_of,
     program_options,
-    settings_of,
     worth_checking,
 )
 from iql_torchrl.update.step import IQLStep, Step
@@ -123,7 +123,7 @@ class CapturedStep:
         return self.step.state_dict() | {"generator": generator}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Also of a plain step's state."""
+        """Load the state of this class or of a plain step."""
         self.step.load_state_dict(state_dict)
         generator = state_dict.get("generator")
         self._copy = self._generator = None
@@ -139,7 +139,7 @@ class CapturedStep:
         The guards of ``torch.compile`` are checked here, once for all updates of a call: where
         something differs from what a program was made for, another one is made.
         """
-        with self.step.setting(), tracing_gradients():
+        with self.step.modes(), tracing_gradients():
             self._prepare(rows)
             self._traced(rows, self._update.moments())
         function, arguments = self._kept
@@ -154,7 +154,10 @@ class CapturedStep:
             shape = rows.index_shape(rows.batch_size)
             self._index = torch.zeros(shape, dtype=torch.int64, device=where)
             self._shape = rows.gather(self._index).batch_size
-        names, inputs = [*LOSSES, *loss.scalar_names], self.step.random_inputs(self._shape)
+        names, inputs = (
+            [*LOSSES, *loss.scalar_names],
+            self.step.evaluated.random_inputs(self._shape),
+        )
         groups = len(self.step.optimizer.param_groups)
         made_for = (rows, rows.batch_size, names, inputs, groups)
         if made_for == self._made_for:
@@ -199,7 +202,7 @@ class CapturedStep:
 
     def _one_update(self, rows: DeviceSampler, moments: Moments) -> None:
         draws = {name: out for name, (_, out) in self._draws.items()}
-        batch = self.step.prepare_batch(rows.gather(self._index), draws)
+        batch = self.step.evaluated.prepare_batch(rows.gather(self._index), draws)
         losses, summary = self._update.run(
             batch, moments, self.step.loss.deterministic_sampling_mode
         )
@@ -443,18 +446,18 @@ def upcoming_lrs(step: IQLStep, updates: int) -> Tensor | None:
         return None
     mark_stepped(step.optimizer)
     states = copy.deepcopy([scheduler.state_dict() for scheduler in schedulers])
-    before = [(settings_of(group), copy.deepcopy(group["lr"])) for group in groups]
+    before = [(options_of(group), copy.deepcopy(group["lr"])) for group in groups]
     rows = [learning_rates(groups, step.device)]
     for _ in range(updates):
         for scheduler in schedulers:
             scheduler.step()
         rows.append(learning_rates(groups, step.device))
-    if all(settings_of(group) == old for group, (old, _) in zip(groups, before, strict=True)):
+    if all(options_of(group) == old for group, (old, _) in zip(groups, before, strict=True)):
         return torch.stack(rows)
     for scheduler, state in zip(schedulers, states, strict=True):
         scheduler.load_state_dict(state)
-    for group, (settings, rate) in zip(groups, before, strict=True):
-        group.update(settings)
+    for group, (options, rate) in zip(groups, before, strict=True):
+        group.update(options)
         if isinstance(rate, Tensor):
             group["lr"].copy_(rate)
         else:

@@ -21,16 +21,12 @@ def check_settings(**values: object) -> None:
         config_settings(IQLConfig)[name].plain(value)
 
 
-def check_schedules(schedulers: Sequence[LRScheduler]) -> None:
-    """Raise ``TypeError`` on a schedule that needs more than the number of updates."""
-    if any(isinstance(scheduler, ReduceLROnPlateau) for scheduler in schedulers):
-        raise TypeError(
-            "lr_scheduler is a ReduceLROnPlateau, which steps on a score: step it yourself after an "
-            "evaluation."
-        )
-
-
-def check_parts(loss: IQLLoss, optimizer: Optimizer, updater: TargetNetUpdater | None) -> None:
+def check_parts(
+    loss: IQLLoss,
+    optimizer: Optimizer,
+    updater: TargetNetUpdater | None,
+    schedulers: Sequence[LRScheduler],
+) -> None:
     """Raise ``TypeError`` or ``ValueError`` on parts that do not belong together."""
     if isinstance(loss, DistributedDataParallel):
         raise TypeError(
@@ -60,6 +56,11 @@ def check_parts(loss: IQLLoss, optimizer: Optimizer, updater: TargetNetUpdater |
     if updater is not None and updater.loss_module is not loss:
         raise ValueError("target_updater follows another loss; build it from the loss given here.")
     check_optimizer(loss, optimizer)
+    if any(isinstance(scheduler, ReduceLROnPlateau) for scheduler in schedulers):
+        raise TypeError(
+            "lr_scheduler is a ReduceLROnPlateau, which steps on a score: step it yourself after an "
+            "evaluation."
+        )
 
 
 def check_optimizer(loss: IQLLoss, optimizer: Optimizer) -> None:

@@ -33,7 +33,7 @@ from iql_torchrl.update.adam import (
     start,
 )
 from iql_torchrl.update.checks import check_traceable
-from iql_torchrl.update.step import IQLStep, Step, Terms
+from iql_torchrl.update.step import IQLStep, LossesAndSummary, Step
 
 MANY_COMPILATIONS = 10
 GRAPH_MODES = ("reduce-overhead", "max-autotune")
@@ -93,7 +93,7 @@ def compiled(step: Step, **torch_compile_kwargs: Any) -> Step:
 
 
 def fits_a_graph(optimizer: Optimizer) -> bool:
-    """Whether the optimizer's update is :func:`iql_torchrl.update.adam.adam_step`."""
+    """Return whether the optimizer's update is :func:`iql_torchrl.update.adam.adam_step`."""
     unusual = ("amsgrad", "maximize", "differentiable")
     plain = type(optimizer) in (Adam, AdamW, StackedAdam)
     return plain and not any(g.get(name) for g in optimizer.param_groups for name in unusual)
@@ -129,15 +129,16 @@ class CompiledStep(Step):
         plain: IQLStep = self._plain
         return plain
 
-    def learn(self, batch: TensorDictBase) -> Terms:
+    def learn(self, batch: TensorDictBase) -> LossesAndSummary:
         plain, moments = self.plain, self._update.moments()
-        with plain.setting(), tracing_gradients():
-            read = plain.prepare_batch(batch)
+        with plain.modes(), tracing_gradients():
+            read = plain.evaluated.prepare_batch(batch)
             if plain.device.type == "cpu":  # elsewhere it would wait for the device
                 check_categories(lambda key: read.data.get(key, None), self._update.limits)
-            terms: Terms = self._program(read, moments, plain.loss.deterministic_sampling_mode)
+            mode = plain.loss.deterministic_sampling_mode
+            result: LossesAndSummary = self._program(read, moments, mode)
             mark_stepped(plain.optimizer)
-            return terms
+            return result
 
     def state_dict(self) -> dict[str, Any]:
         return self.plain.state_dict()
@@ -152,20 +153,16 @@ class GraphUpdate:
     def __init__(self, step: IQLStep) -> None:
         self.step = step
         self.limits = category_limits(step.loss)
-        self.settings: list[dict[str, Any]] = []  # Dynamo would guard all of the optimizer's groups
+        self.groups: list[dict[str, Any]] = []  # Dynamo would guard all of the optimizer's own
         self.rates = torch.zeros(0)
         self._written: list[Any] = []  # numbers in the learning rates, None for a tensor's
 
-    def run(self, batch: Batch, moments: Moments, mode: ExplorationType | None) -> Terms:
+    def run(self, batch: Batch, moments: Moments, mode: ExplorationType | None) -> LossesAndSummary:
         """Losses, gradients, clipping, Adam and Polyak step; new values are written in place.
 
-        ``mode`` is that of :meth:`IQLStep.setting`, where a compiled program notices another one.
-        Returns losses and summary, detached: nothing may carry a gradient out of a graph.
+        ``mode`` is that of :meth:`IQLStep.modes`, where a compiled program notices another one.
+        Losses and summary have no gradient, which may not leave a graph.
         """
-        with set_exploration_type(mode):
-            return self._run(batch, moments)
-
-    def _run(self, batch: Batch, moments: Moments) -> Terms:
         step = self.step
         parameters, group_of, _ = step.trained
         added = [0] * len(parameters)
@@ -176,18 +173,18 @@ class GraphUpdate:
                 gradients = step.summed_and_clipped(list(own))
                 with torch.no_grad():
                     values = [parameter.data for parameter in parameters]
-                    adam_step(values, gradients, moments, self.settings, group_of, added)
+                    adam_step(values, gradients, moments, self.groups, group_of, added)
 
-        terms = step.update(batch, descend)
-        count_steps(moments.steps, added)
-        step.move_targets()
-        losses, summary = ({k: v.detach() for k, v in each.items()} for each in terms)
-        return losses, summary
+        with set_exploration_type(mode):
+            result = step.update(batch, descend)
+            count_steps(moments.steps, added)
+            step.move_targets()
+        return result
 
     def moments(self) -> Moments:
         """The optimizer's state, created if missing, and its learning rates as tensors."""
         step, optimizer = self.step, self.step.optimizer
-        self.settings = [settings_of(group) for group in optimizer.param_groups]
+        self.groups = [options_of(group) for group in optimizer.param_groups]
         parameters, group_of, _ = step.list_trained()
         states = [optimizer.state[p] for p in parameters]
         for parameter, state, number in zip(parameters, states, group_of, strict=True):
@@ -198,7 +195,7 @@ class GraphUpdate:
         return Moments.of(states, step.counts.of(states), self._current_rates())
 
     def _current_rates(self) -> list[Tensor]:
-        """Those of the groups, as views of :attr:`rates`; numbers are written where they changed."""
+        """Learning rates of the groups, views of :attr:`rates`, where changed numbers are written."""
         groups, device = self.step.optimizer.param_groups, self.step.device
         rates = [group["lr"] for group in groups]
         numbers = [None if isinstance(rate, Tensor) else rate for rate in rates]
@@ -222,7 +219,7 @@ def learning_rates(groups: Sequence[Mapping[str, Any]], device: torch.device) ->
     return torch.stack([rate.to(exact) if on else full(float(rate)) for rate, on in pairs])
 
 
-def settings_of(group: Mapping[str, Any]) -> dict[str, Any]:
+def options_of(group: Mapping[str, Any]) -> dict[str, Any]:
     """An optimizer's group without its parameters and learning rate."""
     return {k: v for k, v in group.items() if k not in ("params", "lr", "initial_lr")}
 

@@ -54,8 +54,8 @@ def _refuse_reset() -> None:
 
 
 def _check_stackable(loss: IQLLoss) -> None:
-    if loss.shared.owners:
-        name, key = next(iter(loss.shared.owners))
+    if loss.owners:
+        name, key = next(iter(loss.owners))
         raise ValueError(
             f"{name} shares its parameter {key!r} with another network, so members of a population "
             "cannot be stacked; use an encoder_network for what networks share."
@@ -217,7 +217,7 @@ class Lift:
             )
         batch = self.loss.read_batch(tensordict)
         inputs = self.random_inputs(shape)
-        return replace(batch, draws=self.loss.drawn(batch, inputs, draws, self.generator))
+        return batch.with_draws(inputs, next(self.loss.parameters()), draws, self.generator)
 
     def outputs(
         self, batch: TensorDictBase, losses: dict[str, Tensor], summary: dict[str, Tensor]

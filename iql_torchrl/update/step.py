@@ -23,9 +23,9 @@ from torchrl.objectives.utils import TargetNetUpdater
 from iql_torchrl.config import launches_kernels
 from iql_torchrl.distributed import Ranks, group_size
 from iql_torchrl.losses import Batch, IQLLoss
-from iql_torchrl.losses.batch import Draw
+from iql_torchrl.losses.iql import LossesAndMetadata
 from iql_torchrl.update.adam import JoinedCounts, along
-from iql_torchrl.update.checks import check_optimizer, check_parts, check_schedules, check_settings
+from iql_torchrl.update.checks import check_optimizer, check_parts, check_settings
 from iql_torchrl.update.divided import Part
 from iql_torchrl.update.lifted import Lift
 
@@ -33,7 +33,7 @@ with warnings.catch_warnings():  # TorchRL warns about its own classes when thes
     warnings.simplefilter("ignore", DeprecationWarning)
     from torchrl.trainers import OptimizationStepper, Trainer
 
-Terms = tuple[dict[str, Tensor], dict[str, Tensor]]  # losses, and what else an update computes
+LossesAndSummary = tuple[dict[str, Tensor], dict[str, Tensor]]
 Gradients = list["Tensor | None"]
 
 
@@ -64,17 +64,17 @@ class Step(OptimizationStepper):
         """The step with the loss, the optimizer and all settings."""
 
     @abstractmethod
-    def learn(self, batch: TensorDictBase) -> Terms:
+    def learn(self, batch: TensorDictBase) -> LossesAndSummary:
         """The update without schedulers, and without targets that ``SoftUpdate`` does not move.
 
-        Returns losses, and the result of :meth:`IQLLoss.summary`.
+        Returns losses, and the result of :meth:`IQLLoss.summary`, without gradient.
         """
 
     def __call__(self, batch: TensorDictBase) -> TensorDictBase:
         plain = self.plain
         plain.check_trains()
         losses, summary = self.learn(batch)
-        metrics = plain.outputs(batch, losses, summary).detach()
+        metrics = plain.evaluated.outputs(batch, losses, summary)
         if plain.target_updater is not None and not plain.followed.targets:
             plain.target_updater.step()
         for scheduler in plain.lr_schedulers:
@@ -151,17 +151,16 @@ class IQLStep(Step):
         independent_ranks: bool = False,
     ) -> None:
         check_settings(order=order, max_grad_norm=max_grad_norm, precision=precision)
-        check_parts(loss, optimizer, target_updater)
+        if not isinstance(lr_scheduler, Sequence):
+            lr_scheduler = () if lr_scheduler is None else (lr_scheduler,)
+        check_parts(loss, optimizer, target_updater, lr_scheduler)
         self.loss = loss
         _ = loss.value_estimator  # TorchRL makes the default one here, and not in a traced update
         self.optimizer, self.target_updater = optimizer, target_updater
         self.order, self.max_grad_norm = order, max_grad_norm
         self.precision, self.independent_ranks = precision, independent_ranks
         self.ranks: Ranks | None = None
-        if not isinstance(lr_scheduler, Sequence):
-            lr_scheduler = () if lr_scheduler is None else (lr_scheduler,)
         self.lr_schedulers: tuple[LRScheduler, ...] = tuple(lr_scheduler)
-        check_schedules(self.lr_schedulers)
         follows = type(target_updater) is SoftUpdate
         self.followed = Followed(*loss.target_pairs()) if follows else Followed([], [])
         self.averaged = Followed(*loss.average_pairs())
@@ -182,25 +181,32 @@ class IQLStep(Step):
         where: torch.device = self.optimizer.param_groups[0]["params"][0].device
         return where
 
+    @property
+    def evaluated(self) -> IQLLoss | Lift:
+        """What reads batches and makes the metrics: the loss, or of a population its lift."""
+        return self.loss if self.lift is None else self.lift
+
     # -- the update --------------------------------------------------------------------------------
 
-    def learn(self, batch: TensorDictBase) -> Terms:
-        with self.setting():
-            terms = self.update(self.prepare_batch(batch), self._descend)
+    def learn(self, batch: TensorDictBase) -> LossesAndSummary:
+        with self.modes():
+            result = self.update(self.evaluated.prepare_batch(batch), self._descend)
             self.move_targets()
-            return terms
+            return result
 
-    def update(self, batch: Batch, descend: Callable[[Tensor], None]) -> Terms:
+    def update(self, batch: Batch, descend: Callable[[Tensor], None]) -> LossesAndSummary:
         """Losses and summary of one update, in which ``descend`` makes the optimizer's steps."""
         batch = replace(batch, features={})
         if self.ranks is None:
             losses, metadata = self._terms(batch, descend)
-            return losses, self.evaluate(self.loss.summary, batch, metadata)
-        part = Part(self.loss, batch, self.ranks)
-        losses, metadata = self._terms(part.batch, lambda loss: descend(part.share_of(loss)))
-        return part.joined(losses, metadata)
+            summary = self.evaluate(self.loss.summary, batch, metadata)
+        else:
+            part = Part(self.loss, batch, self.ranks)
+            losses, metadata = self._terms(part.batch, lambda loss: descend(part.share_of(loss)))
+            losses, summary = part.joined(losses, metadata)
+        return _detached(losses), _detached(summary)
 
-    def _terms(self, batch: Batch, descend: Callable[[Tensor], None]) -> Terms:
+    def _terms(self, batch: Batch, descend: Callable[[Tensor], None]) -> LossesAndMetadata:
         """The algorithm: losses, and the joined metadata of all terms."""
         loss = self.loss
         if self.order == "simultaneous":
@@ -221,22 +227,6 @@ class IQLStep(Step):
         if self.lift is None:
             return term(batch, *arguments)
         return self.lift.evaluate(term, batch, *arguments)
-
-    def prepare_batch(
-        self, tensordict: TensorDictBase, draws: Mapping[str, Tensor] | None = None
-    ) -> Batch:
-        """The batch as an update reads it: :meth:`IQLLoss.prepare_batch`."""
-        return (self.lift or self.loss).prepare_batch(tensordict, draws)
-
-    def random_inputs(self, batch_size: torch.Size) -> Mapping[str, Draw]:
-        """The random tensors that an update draws: :meth:`IQLLoss.random_inputs`."""
-        return (self.lift or self.loss).random_inputs(batch_size)
-
-    def outputs(
-        self, batch: TensorDictBase, losses: dict[str, Tensor], summary: dict[str, Tensor]
-    ) -> TensorDictBase:
-        """The metrics of an update: :meth:`IQLLoss.outputs`."""
-        return (self.lift or self.loss).outputs(batch, losses, summary)
 
     def _descend(self, loss: Tensor) -> None:
         """One optimizer step on ``loss``; parameters without a gradient are not changed."""
@@ -286,8 +276,8 @@ class IQLStep(Step):
     # -- what it needs -----------------------------------------------------------------------------
 
     @contextmanager
-    def setting(self) -> Iterator[None]:
-        """How networks are evaluated in an update."""
+    def modes(self) -> Iterator[None]:
+        """A context in which networks are evaluated as in an update."""
         half: Any = nullcontext()
         if self.precision == "bfloat16":
             half = torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False)
@@ -384,6 +374,10 @@ def part_of(step: Any, name: str) -> Any:
         if part is not None:
             return part
     return None
+
+
+def _detached(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
 def _polyak_step(targets: Sequence[Tensor], online: Sequence[Tensor], eps: float) -> None:

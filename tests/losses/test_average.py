@@ -18,7 +18,7 @@ from torch import nn
 from torchrl.objectives import HardUpdate, SoftUpdate
 
 from iql_torchrl import Agent, IQLPopulation, OfflineTrainer, load_dataset, make_agent
-from iql_torchrl.losses.networks import AVERAGE
+from iql_torchrl.losses.parameters import AVERAGE
 from iql_torchrl.policies import BestOf
 
 DECAY = 0.75

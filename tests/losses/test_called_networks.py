@@ -20,7 +20,8 @@ from torchrl.modules import ValueOperator
 from torchrl.objectives import LossModule, ValueEstimators
 
 from iql_torchrl import DiscreteIQLLoss, IQLLoss, compiled, networks, policies
-from iql_torchrl.losses.networks import TARGET_CRITICS
+from iql_torchrl.losses.networks import NetworkLoss
+from iql_torchrl.losses.parameters import TARGET_CRITICS, ParameterLoss
 
 pytestmark = pytest.mark.filterwarnings("ignore:No target network updater:UserWarning")
 BOTH = ["observation", "action"]
@@ -290,10 +291,10 @@ def test_few_frames_lead_to_the_critics(critic, monkeypatch):
         assert len(names) <= 5, names
 
 
-def test_one_class_of_the_package_is_above_the_loss():
+def test_classes_of_the_package_above_the_loss():
     above = [kind for kind in IQLLoss.__mro__[1:] if kind.__module__.startswith("iql_torchrl")]
-    assert len(above) == 1
-    assert LossModule in IQLLoss.__mro__
+    assert above == [NetworkLoss, ParameterLoss]
+    assert LossModule in ParameterLoss.__bases__
 
 
 @pytest.mark.parametrize("network", ["package", "foreign"])

@@ -228,7 +228,7 @@ def test_the_error_of_the_velocity_by_hand(condition):
     share = loss.actor_objective.condition_of(loss.advantage(batch))
     torch.testing.assert_close(metrics["condition_mean"], share[keep].mean())
     assert metrics["weight_mean"] == 1
-    assert metrics["weight_at_ceiling"] == 0
+    assert metrics["clip_fraction"] == 0
 
 
 def test_draws_follow_those_of_a_flow_and_drop_their_share():

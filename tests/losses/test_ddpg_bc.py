@@ -15,7 +15,7 @@ from torchrl.objectives import SoftUpdate
 
 from iql_torchrl import IQLLoss, networks, policies
 from iql_torchrl.losses import DDPGBC
-from iql_torchrl.losses.networks import TARGET_CRITICS
+from iql_torchrl.losses.parameters import TARGET_CRITICS
 
 pytestmark = pytest.mark.filterwarnings("ignore:No target network updater:UserWarning")
 BOTH = ["observation", "action"]

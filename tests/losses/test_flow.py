@@ -366,7 +366,7 @@ def test_each_run_has_its_own_noise_and_training_repeats():
         events.append(list(population.train(4, every=2))[-1].metrics["loss_actor"])
     assert torch.equal(*events)
     assert len(set(events[0].tolist())) == 3  # the same weights and batches, other noise
-    draws = population.step.prepare_batch(population.sampler.sample()).draws
+    draws = population.step.lift.prepare_batch(population.sampler.sample()).draws
     assert draws["flow_noise"].shape == (3, 16, 2)
     assert draws["flow_time"].shape == (3, 16)
 

@@ -125,7 +125,7 @@ def test_losses_and_diagnostics_equal_numpy(temperature, expectile, max_weight):
     for name, value in {
         "advantage_mean": expected["advantage"].mean(),
         "weight_mean": weight.mean(),
-        "weight_at_ceiling": (weight >= max_weight * (1 - 1e-6)).mean(),
+        "clip_fraction": (weight >= max_weight * (1 - 1e-6)).mean(),
         "effective_sample_size": weight.sum() ** 2 / (weight**2).sum(),
         "qvalue_mean": expected["q"].mean(),
         "value_mean": expected["v"].mean(),

@@ -80,7 +80,7 @@ def test_losses_and_weights_are_those_of_numpy(objective, pessimism):
     if objective == "gumbel":
         weight = np.minimum(np.exp(3 * advantage), 0.5)
     assert out["weight_mean"].item() == pytest.approx(weight.mean(), rel=1e-9)
-    assert 0 < out["weight_at_ceiling"] < 1
+    assert 0 < out["clip_fraction"] < 1
     loss.actor_objective = AdvantageWeighted(max_weight=0.5, weight="sparse", alpha=0.1)
     weight = np.clip(1 + advantage / 0.2, 0, 0.5)
     assert loss(batch.clone())["weight_mean"].item() == pytest.approx(weight.mean(), rel=1e-9)

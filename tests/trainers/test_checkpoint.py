@@ -669,6 +669,7 @@ def member_of(file: str, part: str) -> bytes:
 
 
 def test_training_continues_from_an_old_checkpoint(tmp_path):
+    """Recorded rows keep their names: ``weight_at_ceiling`` is ``clip_fraction`` now."""
     run = trainer(tmp_path).load_from_file(FOLDER / "agent.torchrl")
     assert run.updates == 10
     assert run.progress.rows == [row for row in EXPECTED["rows"] if row["update"] <= 10]

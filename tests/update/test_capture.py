@@ -59,13 +59,13 @@ def untraced(monkeypatch):
 
     def program(self, rows):
         step = self.step
-        with step.setting():
+        with step.modes():
             self._prepare(rows)
         moments = self._update.moments()
         self.latest = rows, moments
 
         def update(*_):
-            with step.setting():
+            with step.modes():
                 self._one_update(*self.latest)
 
         loss, updater = step.loss, step.target_updater

@@ -150,7 +150,7 @@ def test_a_population(batches, policy):
         population = IQLPopulation(
             [replace(settings, seed=seed) for seed in range(3)], data, batches=batches
         )
-        with population.step.setting():
+        with population.step.modes():
             pass
     population.sampler.generator = None
     with OneDevice("meta"):

@@ -297,4 +297,4 @@ def test_a_weight_function_is_not_clipped(own):
     objective = AdvantageWeighted(max_weight=1e-3, weight=weight)
     loss = IQLLoss(*make_networks(), actor_objective=objective, diagnostics=True)
     SoftUpdate(loss, tau=0.1)
-    assert float(loss(make_batch())["weight_at_ceiling"]) == (0.0 if own else 1.0)
+    assert float(loss(make_batch())["clip_fraction"]) == (0.0 if own else 1.0)
