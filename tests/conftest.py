@@ -30,6 +30,13 @@ def _seeded() -> None:
 
 
 @pytest.fixture
+def minari_root(tmp_path, monkeypatch):
+    """An empty folder of Minari's datasets."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
 def empty_folder(tmp_path, monkeypatch):
     """The test runs in an empty folder, with an empty Minari root below it."""
     (tmp_path / "minari").mkdir()

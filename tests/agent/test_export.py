@@ -1,7 +1,5 @@
 """Exported programs: plain torch or onnxruntime runs them, and they act as the agent does."""
 
-from __future__ import annotations
-
 import json
 import logging
 import subprocess

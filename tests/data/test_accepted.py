@@ -100,17 +100,6 @@ def test_next_observations_of_terminations_may_be_nan():
         load_dataset(source)
 
 
-def test_a_horizon_is_noted_only():
-    rows = 400
-    rng = np.random.default_rng(1)
-    data = load_dataset({
-        "observation": np.tile(np.linspace(0, 1, 40), 10)[:, None] + rng.normal(size=(rows, 2)),
-        "action": rng.uniform(-1, 1, (rows, 1)), "reward": rng.normal(size=rows),
-        "terminated": np.arange(rows) % 40 == 39, "truncated": np.zeros(rows, bool),
-    })  # fmt: skip
-    assert any("come at step 40 of their episode" in note for note in data.notes)
-
-
 def test_joined_datasets_have_the_union_of_guessed_spaces():
     many, few = np.arange(ROWS) % 3, np.arange(ROWS) % 2
     assert load_dataset([log(action=few), log(action=many)]).action_space.n == 3

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 from extras import needs
-from small_logs import assert_counted, counted, first, marked, png, refused, save
+from small_logs import FOLLOWING, KEPT, assert_counted, counted, first, marked, png, refused, save
+from small_logs import UNEQUAL as LENGTHS
 
 from iql_torchrl.data import load_dataset
 
 pa, pq = needs("pyarrow"), needs("pyarrow.parquet")
 
-LENGTHS, BEGINS = (4, 2, 5), (0, 4, 6)
-KEPT, FOLLOWING = [0, 1, 2, 4, 5, 6, 7, 8, 9], [1, 2, 3, 5, 5, 7, 8, 9, 10]
+BEGINS = (0, 4, 6)
 TOP = "observation.images.top"
 STEP, EPISODE = counted(*LENGTHS)["reward"].astype(int), np.repeat(np.arange(3), LENGTHS)
 #: Frame n of episode t, ``(11, 16, 24, 3)``: the first half of the columns has the red value 20 n.

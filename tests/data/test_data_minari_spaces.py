@@ -31,12 +31,6 @@ MISSION = Dict(
 MOVE, GRIP = Box(-2, 2, (2,), np.float32), Box(0, 1, (1,), np.float32)
 
 
-@pytest.fixture
-def root(tmp_path, monkeypatch):
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
-    return tmp_path
-
-
 def counted(shape, number, rows):
     """Row t of episode e holds 10 e + t, 10 e + t + 0.25, ... in its entries."""
     size = int(np.prod(shape))
@@ -113,7 +107,7 @@ def three(number, rows):
 
 
 @pytest.mark.parametrize("storage", ["hdf5", "arrow"])
-def test_columns_of_minari(root, storage):
+def test_columns_of_minari(minari_root, storage):
     """Every column by hand: 2 episodes of 4 steps, of 5 observations."""
     if storage != "hdf5":
         needs("pyarrow")
@@ -145,7 +139,7 @@ def test_columns_of_minari(root, storage):
     )
 
 
-def test_a_selection_and_any_order_of_slices(root):
+def test_a_selection_and_any_order_of_slices(minari_root):
     stored = write("made/m-v0", mission, MISSION, three, Discrete(3))
     opened = open_minari(stored.filter_episodes(lambda e: e.id == 1), ReadOptions())
     column = opened.columns["observation/direction"]
@@ -156,7 +150,7 @@ def test_a_selection_and_any_order_of_slices(root):
     assert [column[n : n + 1].item() for n in (7, 0, 4, 3)] == [1, 1, 2, 0]
 
 
-def test_texts_are_left_out_of_rows_and_environment(root):
+def test_texts_are_left_out_of_rows_and_environment(minari_root):
     write("made/m-v0", mission, MISSION, three, Discrete(3))
     dataset = load_dataset("made/m-v0", env=mission_env)
     assert list(dataset.observation_space.spaces) == ["arm", "direction"]
@@ -187,7 +181,7 @@ def test_texts_are_left_out_of_rows_and_environment(root):
         (["direction"], [""], "'arm/place', 'arm/speed', 'mission'"),
     ],
 )
-def test_leaves_are_chosen(root, chosen, kept, left):
+def test_leaves_are_chosen(minari_root, chosen, kept, left):
     write("made/m-v0", mission, MISSION, three, Discrete(3))
     dataset = load_dataset("made/m-v0", env=mission_env, columns={"observation": chosen})
     observed = dataset.transitions.select("observation", ("next", "observation"))
@@ -207,7 +201,7 @@ def test_leaves_are_chosen(root, chosen, kept, left):
 
 
 @pytest.mark.parametrize("columns", [{}, {"observation": ["arm", "direction"]}])
-def test_leaves_are_joined(root, columns):
+def test_leaves_are_joined(minari_root, columns):
     write("made/m-v0", mission, MISSION, three, Discrete(3))
     joined = ["arm/speed", "arm/place"]
     dataset = load_dataset("made/m-v0", env=mission_env, columns=columns, concatenate=joined)
@@ -230,23 +224,23 @@ def test_leaves_are_joined(root, columns):
         ({"reward": "r"}, "only observation, action_mask, action_log_prob can be named"),
     ],
 )
-def test_leaves_that_cannot_be_chosen(root, columns, words):
+def test_leaves_that_cannot_be_chosen(minari_root, columns, words):
     write("made/m-v0", mission, MISSION, three, Discrete(3))
     refused(words, "made/m-v0", columns=columns)
 
 
-def test_an_observation_of_text_alone_is_refused(root):
+def test_an_observation_of_text_alone_is_refused(minari_root):
     write("made/m-v0", lambda n, rows: ["left"] * rows, Text(9), three, Discrete(3))
     refused("the observation is Text|no leaf with a tensor form", "made/m-v0")
 
 
-def test_the_record_of_a_saved_dataset_keeps_the_leaves(root):
+def test_the_record_of_a_saved_dataset_keeps_the_leaves(minari_root):
     write("made/m-v0", mission, MISSION, three, Discrete(3))
     options = {"env": mission_env, "columns": {"observation": ["direction"]}}
     for _ in range(2):  # built, then reused
-        dataset = load_dataset("made/m-v0", memmap=root / "table", **options)
+        dataset = load_dataset("made/m-v0", memmap=minari_root / "table", **options)
         assert dataset.make_env().observation_space == Discrete(4)
-    alone = load_dataset(root / "table", env=mission_env)
+    alone = load_dataset(minari_root / "table", env=mission_env)
     assert alone.adaptation == Adaptation(("direction",))
     assert alone.make_env().observation_space == Discrete(4)
     changed = Adaptation(("a/b",), ("c",), "mask", flat_action=True)
@@ -258,7 +252,7 @@ def pair(number, rows):
 
 
 @pytest.mark.parametrize("storage", ["hdf5", "arrow"])
-def test_tuples_become_dicts(root, storage):
+def test_tuples_become_dicts(minari_root, storage):
     if storage != "hdf5":
         needs("pyarrow")
     space = Tuple([PLACE, Discrete(5, start=3)])
@@ -295,7 +289,7 @@ def place(number, rows):
     return counted((2,), number, rows)
 
 
-def test_dicts_of_boxes_are_one_vector_of_actions(root):
+def test_dicts_of_boxes_are_one_vector_of_actions(minari_root):
     """Leaves are in the order of their names, also where the environment has another order."""
     space = Dict({"move": MOVE, "grip": GRIP})
     write("made/a-v0", place, PLACE, moves, space)
@@ -324,7 +318,7 @@ def test_dicts_of_boxes_are_one_vector_of_actions(root):
     assert pickle.loads(pickle.dumps(Adaptation(flat_action=True))) == dataset.adaptation
 
 
-def test_tuples_of_categories_are_one_vector(root):
+def test_tuples_of_categories_are_one_vector(minari_root):
     space = Tuple([Discrete(3), MultiDiscrete([2, 4], start=[5, 0])])
 
     def chosen(number, rows):
@@ -350,7 +344,7 @@ def test_tuples_of_categories_are_one_vector(root):
     assert played.returns.tolist() == [4 * 263.0]
 
 
-def test_one_category_in_a_dict_stays_discrete(root):
+def test_one_category_in_a_dict_stays_discrete(minari_root):
     space = Dict({"turn": Discrete(3, start=1)})
     write("made/a-v0", place, PLACE, lambda n, rows: {"turn": three(n, rows) + 1}, space)
 
@@ -366,7 +360,7 @@ def test_one_category_in_a_dict_stays_discrete(root):
     assert evaluate(last, dataset.make_env, episodes=1, seed=0).returns.tolist() == [12.0]
 
 
-def test_a_mixture_of_actions_is_refused(root):
+def test_a_mixture_of_actions_is_refused(minari_root):
     space = Dict({"turn": Discrete(3), "move": MOVE})
 
     def chosen(number, rows):
@@ -376,7 +370,7 @@ def test_a_mixture_of_actions_is_refused(root):
     refused("move (Box of shape (2,)|turn (Discrete(3))|TransformAction", "made/a-v0")
 
 
-def test_a_mask_in_the_observation_is_given_by_the_environment(root):
+def test_a_mask_in_the_observation_is_given_by_the_environment(minari_root):
     """The agent of such a dataset acts with the masks that its environments give."""
     space = Dict({"state": PLACE, "action_mask": MultiBinary(3)})
 

@@ -1,7 +1,5 @@
 """Goals of batches: where they come from, rewards, leaves, statistics, and how they are refused."""
 
-from __future__ import annotations
-
 import itertools
 
 import numpy as np
@@ -104,38 +102,6 @@ def test_goals_have_the_distribution_of_the_definition(dataset, discount):
     both = np.zeros((rows, rows))
     np.add.at(both, tuple(goals.numpy() for goals in sampler.goal_rows(indices)), 1)
     assert stats.chi2_contingency(both).pvalue > 1e-3  # independent
-
-
-def ogbench_goals(rows, ends, origin, rng):
-    """One goal at a time, by loops: the sampler of OGBench, in its order of decisions."""
-    goals = []
-    for row in rows:
-        if rng.random() < origin.current:
-            goals.append(row)
-            continue
-        if rng.random() < origin.future / (1 - origin.current):
-            ahead = 1
-            while rng.random() < origin.discount:
-                ahead += 1
-            goals.append(min(row + ahead, ends[row]))
-        else:
-            goals.append(rng.integers(len(ends)))
-    return np.array(goals)
-
-
-def test_goals_have_the_distribution_of_a_sampler_by_loops(dataset):
-    """Two samples of 10^5: the distances within a trajectory, and the shares of other trajectories."""
-    origin = GoalOrigins(discount=0.8)
-    sampler = dataset.relabelled(discount=0.8).device_sampler(100_000, seed=2)
-    indices, ends = sampler.indices(), np.repeat(np.cumsum(LENGTHS) - 1, LENGTHS)
-    rows, drawn = indices[0].numpy(), sampler.goal_rows(indices)[0].numpy()
-    others = ogbench_goals(rows, ends, origin, np.random.default_rng(3))
-    counts = [
-        np.bincount(np.where(ends[goals] == ends[rows], goals - rows + 6, 12), minlength=13)
-        for goals in (drawn, others)
-    ]
-    counts = np.array([each for each in zip(*counts, strict=True) if sum(each)]).T
-    assert stats.chi2_contingency(counts).pvalue > 1e-3
 
 
 def test_a_batch_is_a_function_of_its_indices_and_of_the_generator(dataset):

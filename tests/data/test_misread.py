@@ -1,26 +1,17 @@
 """Data that are easily misread: order and gaps of rows, autoreset, integers, ranges, huge rewards."""
 
 import re
-import warnings
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from gymnasium.vector import AutoresetMode
-from small_logs import counted, drift, marked
+from small_logs import counted, drift, loaded, marked
 
 from iql_torchrl.data import DatasetError, DatasetWarning, load_dataset
 
 NEXT = "next_observation"
-
-
-def loaded(data, **options):
-    """The dataset and the sentences of its warnings."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", DatasetWarning)
-        dataset = load_dataset(data, **options)
-    return dataset, [str(each.message) for each in caught]
 
 
 def assert_same(found, expected):

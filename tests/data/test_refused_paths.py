@@ -1,7 +1,5 @@
 """Paths that cannot be written, what a killed build leaves, and integers in text files."""
 
-from __future__ import annotations
-
 import fcntl
 from pathlib import Path
 from typing import Any

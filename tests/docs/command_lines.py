@@ -1,7 +1,5 @@
 """The command lines of a Markdown page, read by the parsers of the scripts that they call."""
 
-from __future__ import annotations
-
 import argparse
 import functools
 import inspect

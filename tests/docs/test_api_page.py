@@ -1,7 +1,5 @@
 """The page of the API lists what scripts use, and everything on it exists and has a contract."""
 
-from __future__ import annotations
-
 import ast
 import importlib
 import inspect

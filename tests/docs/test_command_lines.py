@@ -1,7 +1,5 @@
 """Every command line in the Markdown pages is one that the script or module it calls would read."""
 
-from __future__ import annotations
-
 import os
 
 import pytest

@@ -1,7 +1,5 @@
 """Agent.act: from an observation of the environment to an action for env.step."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

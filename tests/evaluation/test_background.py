@@ -1,7 +1,5 @@
 """Evaluations in a process of their own: the same numbers, and no process left behind."""
 
-from __future__ import annotations
-
 import gc
 import importlib
 import io

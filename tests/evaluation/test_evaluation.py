@@ -1,7 +1,5 @@
 """Rollouts: which episodes count, what reaches the policy and the environment, what is said."""
 
-from __future__ import annotations
-
 import math
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -29,7 +27,7 @@ from iql_torchrl.evaluation.statistics import bootstrap_interval, wilson_interva
 class Seeded(gymnasium.Env):
     """Ends after ``1 + seed % 7`` steps; each step pays the first action plus its number."""
 
-    opened: list[Seeded] = []  # noqa: RUF012
+    opened = []  # noqa: RUF012
 
     def __init__(self, action_space=None, info=None, observe=None, space=None):
         self.action_space = action_space or spaces.Box(-1.0, 1.0, (2,))

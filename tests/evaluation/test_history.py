@@ -1,7 +1,5 @@
 """Policies with a history: evaluate, act and Acting give them the windows that training has."""
 
-from __future__ import annotations
-
 import gymnasium
 import numpy as np
 import pytest

@@ -1,7 +1,5 @@
 """``value_gap`` by hand, against brute force, and in the rows of a trainer."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

@@ -1,7 +1,5 @@
 """``iql_offline.py`` and ``custom_actor.py`` as a user runs them, and what they refuse."""
 
-from __future__ import annotations
-
 import json
 import os
 import runpy

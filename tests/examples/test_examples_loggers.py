@@ -1,7 +1,5 @@
 """``iql_offline.py --logger``: a run for each method, finished, with all numbers; or a sentence."""
 
-from __future__ import annotations
-
 import struct
 import sys
 from pathlib import Path

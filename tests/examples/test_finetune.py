@@ -1,7 +1,5 @@
 """Offline, then online: the rows that the collector adds to the dataset; that learning continues."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import gymnasium

@@ -1,7 +1,5 @@
 """The Tune example runs with tiny settings, with an environment and without."""
 
-from __future__ import annotations
-
 import sys
 import warnings
 from itertools import product

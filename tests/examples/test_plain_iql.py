@@ -1,7 +1,5 @@
 """The example in plain torch makes the same update as ``IQLStep``, and runs by itself."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

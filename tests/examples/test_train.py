@@ -1,7 +1,5 @@
 """The short training script: 30 lines that write a run and print its result."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from example_scripts import EXAMPLES, load

@@ -1,7 +1,5 @@
 """Tables of metrics come back bit for bit; runs are grouped, averaged and drawn as they should."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -1,7 +1,5 @@
 """Checkpoints: what comes back is what was written, and what must not be loaded is refused."""
 
-from __future__ import annotations
-
 import errno
 import io
 import json

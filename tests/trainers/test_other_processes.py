@@ -1,7 +1,5 @@
 """Training beside other processes: one at a time in a folder, killed ones, late evaluations."""
 
-from __future__ import annotations
-
 import json
 import signal
 import subprocess

@@ -4,8 +4,6 @@ Real loggers of TorchRL's, read back with their own tools. W&B, MLflow and Track
 ``tests/examples/test_examples_loggers.py``.
 """
 
-from __future__ import annotations
-
 import csv
 import math
 import os

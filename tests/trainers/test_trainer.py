@@ -1,7 +1,5 @@
 """OfflineTrainer: the same updates as a loop by hand, events on time, stopping, and its checks."""
 
-from __future__ import annotations
-
 import csv
 import json
 import math

@@ -1,7 +1,5 @@
 """Training and evaluation with goals: losses, values and success in a maze, resuming, populations."""
 
-from __future__ import annotations
-
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial

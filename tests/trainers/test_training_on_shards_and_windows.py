@@ -1,7 +1,5 @@
 """The trainer on a dataset in shards, and on windows: resuming, refusals, equal ranks, digests."""
 
-from __future__ import annotations
-
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
