@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from small_agents import following, log
+from small_agents import Walk, following, log
 from tensordict import TensorDict
 from torch import nn
 
@@ -253,23 +253,6 @@ def test_runs_of_a_population_share_an_encoder_without_parameters():
     assert np.isfinite(scores.initial_values).all()
 
 
-class Shaped(gym.Env):
-    """Episodes of one step; the reward is the entry ``place`` of the action."""
-
-    observation_space = spaces.Box(-1, 1, (3,), np.float32)
-
-    def __init__(self, action_space, place):
-        self.action_space, self.place = action_space, place
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        return np.zeros(3, np.float32), {}
-
-    def step(self, action):
-        assert action in self.action_space
-        return np.zeros(3, np.float32), float(action[self.place]), False, True, {}
-
-
 HIGH = np.array([[1, 2], [3, 4]], np.float32)
 
 
@@ -285,13 +268,16 @@ def test_actions_of_another_shape_are_flattened_in_data_and_environment(space, p
         "reward": actions[(slice(None), *place)],
         "next_observation": -columns["observation"],
     }
-    shaped = load_dataset(columns, env=partial(Shaped, space, place))
+    zeros = np.zeros(3, np.float32)
+    seen, pay = spaces.Box(-1, 1, (3,)), lambda step, action: float(action[place])
+    make_env = partial(Walk, seen, space, lambda step: zeros, pay, steps=1)
+    shaped = load_dataset(columns, env=make_env)
     flat = shaped.flatten_actions()
     np.testing.assert_array_equal(flat.transitions["action"].numpy(), actions.reshape(40, -1))
     assert flat.action_space == spaces.Box(space.low.ravel(), space.high.ravel())
     agent = make_agent(config(), flat)
     agent.step(flat.replay_buffer(8, seed=0).sample())
-    action = agent.act(np.zeros(3, np.float32)).reshape(space.shape)[place]
+    action = agent.act(zeros).reshape(space.shape)[place]
     result = evaluate(agent.policy, flat.make_env, episodes=1, seed=0)
     np.testing.assert_allclose(result.returns[0], action, rtol=1e-6)
     with pytest.raises(ValueError, match=r"pass dataset\.flatten_actions\(\)"):

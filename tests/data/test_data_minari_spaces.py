@@ -13,6 +13,7 @@ import torch
 from extras import needs
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Text, Tuple
 from minari.data_collector import EpisodeBuffer
+from small_agents import Walk
 from small_logs import refused
 from tensordict.nn import TensorDictModule
 
@@ -62,25 +63,6 @@ def write(name, observe, observation_space, actions, action_space, env=None, **o
             name, buffers, env, observation_space=observation_space, action_space=action_space,
             **options,
         )  # fmt: skip
-
-
-class Walk(gym.Env):
-    """Four steps of any spaces; observations are ``observe(step)``, rewards ``pay(step, action)``."""
-
-    def __init__(self, observation_space, action_space, observe, pay):
-        self.observation_space, self.action_space = observation_space, action_space
-        self.observe, self.pay = observe, pay
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.number = 0
-        return self.observe(0), {}
-
-    def step(self, action):
-        assert self.action_space.contains(action), action
-        reward = self.pay(self.number, action)
-        self.number += 1
-        return self.observe(self.number), reward, False, self.number == STEPS, {}
 
 
 class Words(gym.Space):

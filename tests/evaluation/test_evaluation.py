@@ -129,21 +129,6 @@ def test_policy_gets_float32_and_environment_its_own_dtype():
     assert taken == {np.dtype(np.float32)}
 
 
-def test_a_known_environment_gives_the_return_of_a_plain_loop():
-    def make():
-        return gymnasium.make("Pendulum-v1", disable_env_checker=True)
-
-    env = make()
-    totals = []
-    for episode in range(3):
-        env.reset(seed=4 + episode)
-        totals.append(sum(float(env.step(np.array([0.7], np.float32))[1]) for _ in range(200)))
-    env.close()
-    result = evaluate(constant([0.7]), make, episodes=3, num_envs=2, seed=4)
-    np.testing.assert_allclose(result.returns, totals, rtol=1e-12)
-    assert result.lengths.tolist() == [200] * 3
-
-
 def test_a_compiled_policy_is_accepted():
     policy = torch.compile(constant(HALF), backend="eager")
     result = evaluate(policy, Seeded, episodes=4, num_envs=2, seed=0)

@@ -93,20 +93,6 @@ def test_the_known_columns_are_those_of_loss_and_evaluation():
     assert set(everything) <= set(EVALUATION)
 
 
-def test_a_table_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
-    path = tmp_path / "metrics.csv"
-    write_csv(path, [{"update": 1}])
-
-    def full(*_):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(OSError, match="disk full"):
-        write_csv(path, [{"update": 2}])
-    assert read_csv(path) == [{"update": 1.0}]
-    assert os.listdir(tmp_path) == ["metrics.csv"]
-
-
 @pytest.mark.parametrize(
     ("row", "words"),
     [
