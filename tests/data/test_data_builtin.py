@@ -164,7 +164,7 @@ def test_sepsis_log_matches_the_model_and_loads_with_masks(minari_root):
     needs("icu_sepsis")
     env = gymnasium.make("Sepsis/ICU-Sepsis-v2", disable_env_checker=True)
     tables, dynamics = SepsisTables(env), env.unwrapped.dynamics
-    stored, dataset = made(ICU, 1000)
+    stored, dataset = made(ICU, 250)
     for number, episode in enumerate(stored.iterate_episodes()):
         states, actions = episode.observations, episode.actions
         assert len(states) == len(actions) + 1

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from small_agents import config
-from small_logs import SPACES, in_shards, numbered
+from small_logs import LENGTHS, SPACES, in_shards, numbered
+from small_trainers import same_weights
 from test_sequences import ENCODERS, Last, step_of
 from test_sequences import log as sequences
 
@@ -22,7 +23,6 @@ from iql_torchrl.networks import Chunk, with_history
 from iql_torchrl.trainers import run_folder
 from iql_torchrl.trainers.checkpoints import check_same_data, data_state
 
-LENGTHS = [7, 3, 12, 5, 5, 9, 2, 8, 6, 11]
 SETTINGS = {"loaded": 2, "replace_every": 3}
 
 
@@ -39,11 +39,6 @@ def trainer(
         agent=agent, step=form(agent.step), dataset=log, total_updates=total, folder=folder,
         replay_buffer=log.replay_buffer(16, seed=0, **(SETTINGS | settings)), progress_bar=False,
     )  # fmt: skip
-
-
-def same_weights(first, second) -> bool:
-    pairs = zip(first.loss.state_dict().values(), second.loss.state_dict().values(), strict=True)
-    return all(torch.equal(one, other) for one, other in pairs)
 
 
 @pytest.mark.parametrize("stop", [4, 6, 17])
@@ -100,14 +95,10 @@ def test_what_cannot_read_shards_says_so(log):
     agent = make_agent(config(), log)
     with pytest.raises(TypeError, match=r"replay is a ShardedReplay, .* Use compiled\(step\)"):
         captured(agent.step, log.replay_buffer(16))
-    history = make_agent(config(history=2), log)
-    with pytest.raises(ValueError, match=r"history=2 and log.npz is in shards, from which windows"):
-        OfflineTrainer(agent=history, dataset=log, progress_bar=False)
-    chunks = make_agent(config(action_chunk=2), log)
-    with pytest.raises(
-        ValueError, match=r"action_chunk=2 and log.npz is in shards, from which windows"
-    ):
-        OfflineTrainer(agent=chunks, dataset=log, progress_bar=False)
+    for name in ("history", "action_chunk"):
+        agent = make_agent(config(**{name: 2}), log)
+        with pytest.raises(ValueError, match=f"{name}=2 and log.npz is in shards, from which wind"):
+            OfflineTrainer(agent=agent, dataset=log, progress_bar=False)
 
 
 def test_a_checkpoint_of_other_shards_rewards_or_settings_is_refused(log, tmp_path):
