@@ -147,15 +147,28 @@ for name, (arguments, expected) in cases.items():
 """
 
 
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """Gives the folder with the programs of agents of these kinds; each is exported once."""
+    folder = tmp_path_factory.mktemp("exported")
+
+    def export(*names):
+        for path in (folder / f"{name}.pt2" for name in names):
+            if not path.exists():
+                assert {**KINDS, **MORE}[path.stem]().export(path) == path
+        return folder
+
+    return export
+
+
 @pytest.mark.parametrize("kinds", [KINDS, pytest.param(MORE, marks=pytest.mark.slow)])
-def test_programs_run_where_only_torch_is_installed(kinds, tmp_path):
-    cases = {}
+def test_programs_run_where_only_torch_is_installed(kinds, exported):
+    cases, folder = {}, exported(*kinds)
     for name in kinds:
-        agent, arguments, actions = case(name)
-        assert agent.export(tmp_path / f"{name}.pt2") == tmp_path / f"{name}.pt2"
+        _, arguments, actions = case(name)
         cases[name] = [torch.as_tensor(each) for each in arguments], torch.as_tensor(actions)
-    torch.save(cases, tmp_path / "cases.pt")
-    ran = run_with_only_torch(COMPARE, tmp_path)
+    torch.save(cases, folder / "cases.pt")
+    ran = run_with_only_torch(COMPARE, folder)
     assert ran == [f"ran {name}" for name in kinds]
 
 
@@ -249,7 +262,7 @@ for name, arguments in torch.load("refused.pt", weights_only=True):
 
 
 @pytest.mark.slow
-def test_programs_refuse_what_the_agent_refuses(tmp_path):
+def test_programs_refuse_what_the_agent_refuses(exported):
     """Each case was answered, or ended in an error of torch's own kernels."""
     x, mask = torch.tensor(observations()), torch.tensor(masks())
     hole, forbidden = x.clone(), mask.clone()
@@ -273,19 +286,18 @@ def test_programs_refuse_what_the_agent_refuses(tmp_path):
         ("category", (torch.tensor([1.0]),), "dtype mismatch"),
         ("dict", (torch.zeros(2, 1), hole[:, :2][3:5]), "goal must hold finite numbers."),
     ]
-    for name in ("gaussian", "masked", "category", "dict"):
-        KINDS[name]().export(tmp_path / f"{name}.pt2")
-    torch.save([case[:2] for case in cases], tmp_path / "refused.pt")
-    lines = run_with_only_torch(REFUSED, tmp_path)
+    folder = exported("gaussian", "masked", "category", "dict")
+    torch.save([case[:2] for case in cases], folder / "refused.pt")
+    lines = run_with_only_torch(REFUSED, folder)
     assert len(lines) == len(cases)
     for line, (name, _, message) in zip(lines, cases, strict=True):
         assert line.startswith(f"{name} | ")
         assert message in line
 
 
-def test_without_the_comparison_of_shapes_values_are_still_checked(tmp_path):
+def test_without_the_comparison_of_shapes_values_are_still_checked(exported):
     agent = box_agent()
-    loaded = torch.export.load(agent.export(tmp_path / "policy.pt2"))
+    loaded = torch.export.load(exported("gaussian") / "gaussian.pt2")
     assert [r.lower for r in loaded.range_constraints.values()] == [1]
     program = loaded.module()
     program.validate_inputs = False
@@ -306,11 +318,10 @@ def test_weights_that_are_not_numbers_are_not_exported(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_description_of_inputs_and_output(tmp_path):
-    notes = {}
-    for name in ("masked", "dict", "double", "category", "chunks"):
-        KINDS[name]().export(tmp_path / f"{name}.pt2")
-        notes[name] = json.loads((tmp_path / f"{name}.json").read_text())
+def test_the_description_of_inputs_and_output(exported):
+    names = ("masked", "dict", "double", "category", "chunks")
+    folder = exported(*names)
+    notes = {name: json.loads((folder / f"{name}.json").read_text()) for name in names}
     observed = {"name": "observation", "key": ["observation"], "shape": ["B", 3]}
     mask = {"name": "action_mask", "key": ["action_mask"], "shape": ["B", 4], "dtype": "bool"}
     assert notes["masked"]["inputs"] == [
@@ -331,7 +342,7 @@ def test_the_description_of_inputs_and_output(tmp_path):
     assert notes["category"]["inputs"][0]["values"] == "integers in [0, 4]"
     assert "RuntimeError" in notes["double"]["use"]
     assert notes["double"]["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
-    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".json"] * 5 + [".pt2"] * 5
+    assert sorted(p.name for p in folder.glob("dict*")) == ["dict.json", "dict.pt2"]
 
 
 def test_the_agent_and_the_callers_state_do_not_change(tmp_path):

@@ -31,6 +31,7 @@ from iql_torchrl.population import IQLPopulation
 from iql_torchrl.selection import fitted_q_evaluation
 from iql_torchrl.trainers import OfflineTrainer
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
 CAMERA = spaces.Box(0, 255, (12, 10, 3), np.uint8)
 MIXED = {
     "arm": spaces.Dict(

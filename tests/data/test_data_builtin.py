@@ -201,7 +201,11 @@ def test_sepsis_log_matches_the_model_and_loads_with_masks(minari_root):
 
 
 @pytest.mark.parametrize(
-    ("name", "steps"), [("pointmaze/umaze-v0", 300), ("pointmaze/medium-v0", 600)]
+    ("name", "steps"),
+    [
+        ("pointmaze/umaze-v0", 300),
+        pytest.param("pointmaze/medium-v0", 600, marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.filterwarnings("default")  # what an optional package says on import is its own affair
 def test_pointmaze_controller_reaches_goal_after_goal(minari_root, name, steps):

@@ -160,7 +160,7 @@ def test_the_next_shard_is_read_by_a_thread_before_it_is_needed(equal, monkeypat
 # -- state -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("batches", [0, 3, 5, 11, 35, 62])
+@pytest.mark.parametrize("batches", [0, 3, 5, 62])
 def test_a_loaded_state_continues_with_the_same_bits(unequal, batches):
     """In the middle of a replacement's turn, at its end, and in later passes."""
     settings = {"loaded": 2, "replace_every": 5}

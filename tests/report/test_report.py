@@ -265,11 +265,8 @@ def test_runs_that_differ_only_in_seed_are_one_group(make_run):
         make_run("c", [3.0], seed=1),
         make_run("d", [4.0]),
     ]
-    groups, usual, other = (
-        group_runs(runs),
-        "expectile 0.7, hidden 256x256",
-        "expectile 0.9, hidden 8x8",
-    )
+    groups = group_runs(runs)
+    usual, other = "expectile 0.7, hidden 256x256", "expectile 0.9, hidden 8x8"
     assert names(groups) == [["a", "c"], ["b"], ["d"]]
     assert labels(groups) == [usual, other, "d"]
     each = [f"{usual}, seed 0", f"{other}, seed 0", f"{usual}, seed 1", "d"]

@@ -41,6 +41,7 @@ from iql_torchrl.losses import DDPGBC, AdvantageWeighted, Expectile, Sparse
 from iql_torchrl.report.figures import draw
 from iql_torchrl.report.tables import write_csv
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
 scalars = st.none() | st.booleans() | st.integers(-(2**60), 2**60) | st.floats(allow_nan=False)
 plain = st.recursive(
     scalars | st.text(),
@@ -165,10 +166,12 @@ def run_of(data=None, step=(), folder=None, **buffer):
     return make_trainer(step, 6, replay_buffer=buffer, folder=folder)
 
 
-@pytest.fixture
-def saved(tmp_path):
-    run_of(folder=tmp_path / "run").train()
-    return newest(tmp_path / "run" / "checkpoints")
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A checkpoint that no test changes."""
+    folder = tmp_path_factory.mktemp("saved") / "run"
+    run_of(folder=folder).train()
+    return newest(folder / "checkpoints")
 
 
 def changed_table():

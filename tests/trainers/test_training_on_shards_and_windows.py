@@ -20,7 +20,6 @@ from iql_torchrl.data import ShardedDataset, load_shards
 from iql_torchrl.data.windows import WindowStorage
 from iql_torchrl.files import CheckpointError
 from iql_torchrl.networks import Chunk, with_history
-from iql_torchrl.trainers import run_folder
 from iql_torchrl.trainers.checkpoints import check_same_data, data_state
 
 SETTINGS = {"loaded": 2, "replace_every": 3}
@@ -217,8 +216,8 @@ def test_the_trainer_makes_the_windows_of_the_agents_policy(monkeypatch):
 # -- chunks
 
 
-def test_a_run_on_chunks_continues_bit_for_bit(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_folder, "draw", lambda *args, **kwargs: None)  # it takes a second
+@pytest.mark.usefixtures("no_pictures")
+def test_a_run_on_chunks_continues_bit_for_bit(tmp_path):
     more = {"history": 2, "history_encoder": "stack", "num_samples": 3}
 
     def run(updates, folder=None):
