@@ -147,12 +147,8 @@ def rewrite(**changes):
     return change
 
 
-def a_list(path):
-    path.write_text('["?"]')
-
-
-def older_table(path):
-    path.write_text('{"fingerprint": {"format": 2}}')
+def text(content):
+    return lambda path: path.write_text(content)
 
 
 def older_shards(path):
@@ -162,12 +158,12 @@ def older_shards(path):
 
 DAMAGE = [
     (cut, "built.json", "built.json | cannot be read"),
-    (a_list, "built.json", "built.json | cannot be read"),
+    (text('["?"]'), "built.json", "built.json | cannot be read"),
     (rewrite(observation_space=None), "built.json", "built.json | cannot be read"),
     (rewrite(format=2), "built.json", "built by another version of this package; build it again"),
     (rewrite(reference_scores=[1.0, 1.0]), "built.json", "the second greater"),
     (rewrite(shards=[]), "built.json", "0 transitions in place of 200"),
-    (older_table, "built.json", "built by another version of this package; build it again"),
+    (text('{"fingerprint": {"format": 2}}'), "built.json", "built by another version of this pack"),
     (drop, "episodes.npz", "episodes.npz is missing"),
     (cut, "episodes.npz", "incomplete or damaged"),
     (drop, "shard-00000", "shard-00000/observation.memmap is missing"),

@@ -13,6 +13,7 @@ import pytest
 import torch
 from small_agents import config as small_config
 from small_agents import log
+from small_logs import counted
 from small_trainers import Numbers, make_step, make_trainer, same_weights, table, weight
 from tensordict import TensorDict
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
@@ -440,14 +441,7 @@ def test_what_a_killed_process_left_is_deleted(tmp_path):
 
 def test_config_json_tells_data_apart(tmp_path):
     """The same rows have the same digest; another reward scaling and other ends have others."""
-    rows = {
-        "observation": np.arange(8.0)[:, None],
-        "next_observation": np.arange(1.0, 9.0)[:, None],
-        "action": np.linspace(-1, 1, 8)[:, None],
-        "reward": np.arange(8.0),
-        "terminated": np.arange(8) % 4 == 3,
-        "truncated": np.zeros(8, bool),
-    }
+    rows = counted(4, 4, terminated=[0, 1])
     lost = rows | {"terminated": rows["truncated"], "truncated": rows["terminated"]}
     config = IQLConfig(updates=1, hidden=(4,), batch_size=4, reward="raw")
     logs = {"a": (rows, 1.0), "b": (rows, 1.0), "scale": (rows, 2.0), "ends": (lost, 1.0)}

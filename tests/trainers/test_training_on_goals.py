@@ -11,6 +11,7 @@ import torch
 from goal_maze import LARGE, SMALL, Maze, walks
 from scipy import stats
 from small_agents import Walk, config
+from small_agents import log as vector_log
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 
@@ -33,14 +34,8 @@ def log():
     return walks(SMALL, episodes=40, steps=25)
 
 
-def vectors(rows=60):
-    rng = np.random.default_rng(0)
-    return load_dataset({
-        "observation": rng.normal(size=(rows, 3)).astype(np.float32),
-        "action": rng.uniform(-1, 1, (rows, 2)).astype(np.float32),
-        "terminated": np.zeros(rows, bool),
-        "truncated": np.arange(rows) % 10 == 9,
-    }, columns={"reward": None})  # fmt: skip
+def vectors():
+    return load_dataset(vector_log(60), columns={"reward": None})
 
 
 # -- the losses
