@@ -12,7 +12,7 @@ from small_logs import numbered, refused
 from tensordict.nn import TensorDictModule
 
 from iql_torchrl import IQLConfig, evaluate
-from iql_torchrl.data import DatasetError, RewardMap, load_dataset, normalised_score
+from iql_torchrl.data import RewardMap, load_dataset, normalised_score
 
 LOG = numbered([10] * 20)
 
@@ -42,8 +42,7 @@ def test_split_shares_scale_and_no_episode():
     assert second.reward_map == RewardMap(2.0, 1.0)
     again, _ = whole.split(0.75, seed=0)
     assert torch.equal(again.transitions["action"], first.transitions["action"])
-    with pytest.raises(DatasetError, match="empty"):
-        whole.split(0.001, seed=0)
+    refused("empty", 0.001, whole.split, seed=0)
 
 
 def test_the_range_of_goals_that_a_function_gives():

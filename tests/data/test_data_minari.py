@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import warnings
+from unittest.mock import Mock
 
 import gymnasium as gym
 import minari
@@ -217,9 +218,7 @@ def test_a_mistyped_id_lists_neighbours(minari_root):
 def test_only_names_that_are_not_built_in_are_asked_for_on_the_network(
     wrong, minari_root, monkeypatch
 ):
-    def offline(*_, **__):
-        raise ConnectionError("no route\nto host")
-
+    offline = Mock(side_effect=ConnectionError("no route\nto host"))
     monkeypatch.setattr("minari.storage.hosting.download_dataset", offline)
     refused("not among the local |no route to host", "pendulum/absent-v0")
     monkeypatch.setattr("minari.storage.hosting.download_dataset", None)  # is not called

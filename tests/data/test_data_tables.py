@@ -13,12 +13,7 @@ from small_logs import UNEQUAL as LENGTHS
 from small_logs import assert_counted, counted, first, flip, refused, save, step_table
 
 from iql_torchrl.data import load_dataset
-from iql_torchrl.data.readers.arrays import (
-    UnreadableColumn,
-    group_numbered,
-    open_npz,
-    text_seconds,
-)
+from iql_torchrl.data.readers.arrays import UnreadableColumn, group_numbered, open_npz, text_seconds
 from iql_torchrl.data.readers.csv_files import open_csv
 from iql_torchrl.data.readers.json_files import open_json, open_npy
 from iql_torchrl.data.readers.options import ReadOptions

@@ -3,6 +3,7 @@
 import fcntl
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import gymnasium as gym
 import numpy as np
@@ -96,11 +97,8 @@ def test_what_a_killed_build_left_is_removed_by_the_next_one(log, tmp_path):
 
 
 def test_nothing_is_removed_without_the_lock(log, tmp_path, monkeypatch):
-    def no_locks(*_: Any) -> None:
-        raise OSError(95, "Operation not supported")
-
     (tmp_path / ".table-abcd_123" / "new").mkdir(parents=True)
-    monkeypatch.setattr(fcntl, "flock", no_locks)
+    monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError(95, "Operation not supported")))
     load_dataset(log, memmap=tmp_path / "table")
     assert (tmp_path / ".table-abcd_123").exists()
 

@@ -10,6 +10,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import gymnasium as gym
 import numpy as np
@@ -265,9 +266,7 @@ def test_other_folders_are_never_overwritten(archive, tmp_path):
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_a_disk_that_gets_full_is_named_with_its_space(archive, tmp_path, monkeypatch, number):
-    def full(*_):
-        raise OSError(number, os.strerror(number))
-
+    full = Mock(side_effect=OSError(number, os.strerror(number)))
     monkeypatch.setattr("iql_torchrl.data.build.DiskTables.append", full)
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=123_456))
     space = f"{200 * ROW_BYTES:,} bytes|123,456 are free"

@@ -13,12 +13,7 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 from torch.distributions import Categorical
 from torchrl.envs.utils import exploration_type
-from torchrl.modules import (
-    MaskedCategorical,
-    NormalParamExtractor,
-    ProbabilisticActor,
-    TanhNormal,
-)
+from torchrl.modules import MaskedCategorical, NormalParamExtractor, ProbabilisticActor, TanhNormal
 
 from iql_torchrl.evaluation.rollout import evaluate
 from iql_torchrl.evaluation.statistics import bootstrap_interval, wilson_interval
@@ -62,18 +57,11 @@ def _forget_environments():
     Seeded.opened = []
 
 
-class Constant(nn.Module):
-    def __init__(self, value):
-        super().__init__()
-        self.value = torch.as_tensor(value)
-
-    def forward(self, observation):
-        batch = observation.shape[0]
-        return self.value.expand(batch, *self.value.shape)
-
-
-def constant(value, in_keys=("observation",)):
-    return TensorDictModule(Constant(value), in_keys=list(in_keys), out_keys=["action"])
+def constant(value):
+    value = torch.as_tensor(value)
+    return TensorDictModule(
+        lambda seen: value.expand(len(seen), *value.shape), ["observation"], ["action"]
+    )
 
 
 HALF = (0.5, -0.25)
@@ -154,20 +142,13 @@ def test_a_time_limit_and_max_steps_end_an_episode_and_count_it():
 # ---- what the policy reads -----------------------------------------------------------------
 
 
-def dict_space():
-    return spaces.Dict(
-        {
-            "observation": spaces.Box(-10, 10, (2,), dtype=np.float64),
-            "desired_goal": spaces.Box(-10, 10, (1,), dtype=np.float64),
-        }
-    )
-
-
 def dict_env():
     def observe(env):
         return {"observation": np.array([env.seed, env.count]), "desired_goal": np.array([0.25])}
 
-    return Seeded(space=dict_space(), observe=observe)
+    sizes = {"observation": 2, "desired_goal": 1}
+    boxes = {name: spaces.Box(-10, 10, (size,), np.float64) for name, size in sizes.items()}
+    return Seeded(space=spaces.Dict(boxes), observe=observe)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -243,14 +244,10 @@ def test_both_objectives_have_their_numbers_in_a_checkpoint_without_gaps():
         run_of().load_state_dict(state)
 
 
-def use_another_discount(trainer):
-    trainer.loss_module.make_value_estimator(gamma=0.5)
-
-
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (use_another_discount, r"gamma was 0\.99 and is 0\.5"),
+        (lambda t: t.loss_module.make_value_estimator(gamma=0.5), r"gamma was 0\.99 and is 0\.5"),
         (lambda t: setattr(t.step.target_updater, "eps", 0.5), r"updater was 0\.1 and is 0\.5"),
         (lambda t: setattr(t.step, "precision", "bfloat16"), "precision was 'float32' and is"),
     ],
@@ -559,10 +556,7 @@ def test_training_names_the_checkpoint_and_the_last_one_survives(tmp_path, full_
 
 def test_components_and_copies_name_their_file(tmp_path, full_disk, monkeypatch):
     path = write_components(tmp_path / "a.torchrl", {"part": {"x": 1}})
-
-    def unwritable(*paths):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
+    unwritable = Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
     monkeypatch.setattr(os, "link", unwritable)
     monkeypatch.setattr("shutil.copyfile", unwritable)
     with names(tmp_path / "best.torchrl"):

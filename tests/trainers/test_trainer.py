@@ -185,8 +185,6 @@ SIGNALS = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: SystemExit}
 FOLDER = "trainer.resume().train()"
 NOTHING = "Nothing was saved, because the trainer has no folder=. In this process, continue with: "
 FILE = "trainer.load_from_file('a.torchrl').train()"
-
-
 AGAIN = {"folder": "run", "resume_command": "make again"}
 
 

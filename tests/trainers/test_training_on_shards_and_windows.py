@@ -67,7 +67,8 @@ def test_the_trainer_makes_the_replay_of_its_agent(log, tmp_path):
 def test_all_shards_give_the_batches_and_updates_of_the_log_in_memory(log):
     """The same rows in the same order, so the same weights, by hand from the whole table."""
     run = trainer(log, 5, loaded=5)
-    places = torch.cat([_rows(log, number) for number in run.replay_buffer.loaded_shards()])
+    rows = torch.arange(68).split([shard.rows for shard in log.shards])
+    places = torch.cat([rows[number] for number in run.replay_buffer.loaded_shards()])
     run.train()
     step = make_agent(config(), log).step
     table = load_dataset(numbered(LENGTHS), **SPACES).transitions.exclude("collector")
@@ -75,11 +76,6 @@ def test_all_shards_give_the_batches_and_updates_of_the_log_in_memory(log):
     for _ in range(5):
         step(table[places[torch.randint(68, (16,), generator=generator)]])
     assert same_weights(run.step, step)
-
-
-def _rows(log: ShardedDataset, number: int) -> torch.Tensor:
-    start = sum(shard.rows for shard in log.shards[:number])
-    return torch.arange(start, start + log.shards[number].rows)
 
 
 @pytest.mark.slow
