@@ -16,6 +16,7 @@ from torchrl.data import Bounded
 from torchrl.modules import ValueOperator
 
 from iql_torchrl import networks, policies
+from iql_torchrl.trainers import run_folder
 from iql_torchrl.update import captured
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share the cores
@@ -27,6 +28,19 @@ OBS, ACT = 5, 3
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Runs draw no curves, which takes a third of a second each time."""
+    monkeypatch.setattr(run_folder, "draw", lambda *args, **kwargs: None)
+
+
+@pytest.fixture
+def minari_root(tmp_path, monkeypatch):
+    """An empty folder of Minari's datasets."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    return tmp_path
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import gymnasium
 import numpy as np
 import torch
 from gymnasium import spaces
@@ -40,6 +41,25 @@ def log(rows: int = 40, observation=None, action=None, **more):
         "truncated": ends,
         **more,
     }
+
+
+class Walk(gymnasium.Env):
+    """A few steps of any spaces; observations are ``observe(step)``, rewards ``pay(step, action)``."""
+
+    def __init__(self, observation_space, action_space, observe, pay, steps=4):
+        self.observation_space, self.action_space = observation_space, action_space
+        self.observe, self.pay, self.steps = observe, pay, steps
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.number = 0
+        return self.observe(0), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), action
+        reward = self.pay(self.number, action)
+        self.number += 1
+        return self.observe(self.number), reward, False, self.number == self.steps, {}
 
 
 def config(**options) -> IQLConfig:

@@ -1,7 +1,5 @@
 """make_agent: parts that fit the data, on one device, from one seed."""
 
-from __future__ import annotations
-
 import copy
 import io
 import json

@@ -1,7 +1,5 @@
 """Undiscounted values: right where every episode terminates, and a warning elsewhere."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """Exported programs: plain torch or onnxruntime runs them, and they act as the agent does."""
 
-from __future__ import annotations
-
 import json
 import logging
 import subprocess
@@ -85,10 +83,6 @@ def dict_agent():
     return make_agent(config(policy="mixture"), load_dataset(log(observation=parts())))
 
 
-def category_agent():
-    return make_agent(config(), load_dataset(log(observation=np.arange(40) % 5)))
-
-
 # by name: an agent
 KINDS = {
     "gaussian": box_agent,
@@ -100,7 +94,7 @@ KINDS = {
     "categorical": lambda: discrete_agent(start=5),
     "masked": lambda: discrete_agent(start=5, masked=True),
     "dict": dict_agent,
-    "category": category_agent,
+    "category": lambda: make_agent(config(), load_dataset(log(observation=np.arange(40) % 5))),
     "chunks": lambda: box_agent(action_chunk=3, replan_every=2),
 }
 SEVERAL = {"policy": "flow", "num_samples": 5, "flow_steps": 4, "activation": "gelu"}
@@ -149,15 +143,28 @@ for name, (arguments, expected) in cases.items():
 """
 
 
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """Gives the folder with the programs of agents of these kinds; each is exported once."""
+    folder = tmp_path_factory.mktemp("exported")
+
+    def export(*names):
+        for path in (folder / f"{name}.pt2" for name in names):
+            if not path.exists():
+                assert {**KINDS, **MORE}[path.stem]().export(path) == path
+        return folder
+
+    return export
+
+
 @pytest.mark.parametrize("kinds", [KINDS, pytest.param(MORE, marks=pytest.mark.slow)])
-def test_programs_run_where_only_torch_is_installed(kinds, tmp_path):
-    cases = {}
+def test_programs_run_where_only_torch_is_installed(kinds, exported):
+    cases, folder = {}, exported(*kinds)
     for name in kinds:
-        agent, arguments, actions = case(name)
-        assert agent.export(tmp_path / f"{name}.pt2") == tmp_path / f"{name}.pt2"
+        _, arguments, actions = case(name)
         cases[name] = [torch.as_tensor(each) for each in arguments], torch.as_tensor(actions)
-    torch.save(cases, tmp_path / "cases.pt")
-    ran = run_with_only_torch(COMPARE, tmp_path)
+    torch.save(cases, folder / "cases.pt")
+    ran = run_with_only_torch(COMPARE, folder)
     assert ran == [f"ran {name}" for name in kinds]
 
 
@@ -210,7 +217,7 @@ def test_the_program_is_the_network_by_hand(program, capfd):
     assert chosen.tolist() == (logits.argmax(1) + 5).tolist()
 
 
-@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("channels", [1, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_cameras_act_as_their_agent(program, channels):
     """One observation alone, and several."""
     agent, seen = camera_agent(channels)
@@ -251,7 +258,7 @@ for name, arguments in torch.load("refused.pt", weights_only=True):
 
 
 @pytest.mark.slow
-def test_programs_refuse_what_the_agent_refuses(tmp_path):
+def test_programs_refuse_what_the_agent_refuses(exported):
     """Each case was answered, or ended in an error of torch's own kernels."""
     x, mask = torch.tensor(observations()), torch.tensor(masks())
     hole, forbidden = x.clone(), mask.clone()
@@ -275,19 +282,18 @@ def test_programs_refuse_what_the_agent_refuses(tmp_path):
         ("category", (torch.tensor([1.0]),), "dtype mismatch"),
         ("dict", (torch.zeros(2, 1), hole[:, :2][3:5]), "goal must hold finite numbers."),
     ]
-    for name in ("gaussian", "masked", "category", "dict"):
-        KINDS[name]().export(tmp_path / f"{name}.pt2")
-    torch.save([case[:2] for case in cases], tmp_path / "refused.pt")
-    lines = run_with_only_torch(REFUSED, tmp_path)
+    folder = exported("gaussian", "masked", "category", "dict")
+    torch.save([case[:2] for case in cases], folder / "refused.pt")
+    lines = run_with_only_torch(REFUSED, folder)
     assert len(lines) == len(cases)
     for line, (name, _, message) in zip(lines, cases, strict=True):
         assert line.startswith(f"{name} | ")
         assert message in line
 
 
-def test_without_the_comparison_of_shapes_values_are_still_checked(tmp_path):
+def test_without_the_comparison_of_shapes_values_are_still_checked(exported):
     agent = box_agent()
-    loaded = torch.export.load(agent.export(tmp_path / "policy.pt2"))
+    loaded = torch.export.load(exported("gaussian") / "gaussian.pt2")
     assert [r.lower for r in loaded.range_constraints.values()] == [1]
     program = loaded.module()
     program.validate_inputs = False
@@ -308,11 +314,10 @@ def test_weights_that_are_not_numbers_are_not_exported(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_description_of_inputs_and_output(tmp_path):
-    notes = {}
-    for name in ("masked", "dict", "double", "category", "chunks"):
-        KINDS[name]().export(tmp_path / f"{name}.pt2")
-        notes[name] = json.loads((tmp_path / f"{name}.json").read_text())
+def test_the_description_of_inputs_and_output(exported):
+    names = ("masked", "dict", "double", "category", "chunks")
+    folder = exported(*names)
+    notes = {name: json.loads((folder / f"{name}.json").read_text()) for name in names}
     observed = {"name": "observation", "key": ["observation"], "shape": ["B", 3]}
     mask = {"name": "action_mask", "key": ["action_mask"], "shape": ["B", 4], "dtype": "bool"}
     assert notes["masked"]["inputs"] == [
@@ -333,7 +338,7 @@ def test_the_description_of_inputs_and_output(tmp_path):
     assert notes["category"]["inputs"][0]["values"] == "integers in [0, 4]"
     assert "RuntimeError" in notes["double"]["use"]
     assert notes["double"]["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
-    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".json"] * 5 + [".pt2"] * 5
+    assert sorted(p.name for p in folder.glob("dict*")) == ["dict.json", "dict.pt2"]
 
 
 def test_the_agent_and_the_callers_state_do_not_change(tmp_path):
@@ -477,10 +482,6 @@ def own_call(linear, picture, kind):
     return 10 * linear(torch.cat([x, nn.functional.one_hot(kind, 3).to(x)], -1)).double()
 
 
-def joined(_, *parts):
-    return torch.cat([part.float() for part in parts], -1)[:, :2]
-
-
 def test_an_actor_of_the_users_own(tmp_path):
     space = spaces.Dict(
         {
@@ -584,7 +585,8 @@ def test_whole_numbers_have_limits_of_their_own(tmp_path):
     )
     task = Task(space, spaces.Box(-9, 9, (2,)))
     keys = [("observation", name) for name in space.spaces]
-    path = export_policy(actor_of(Pure(joined), keys), task, tmp_path / "p.pt2")
+    joined = Pure(lambda _, *parts: torch.cat([part.float() for part in parts], -1)[:, :2])
+    path = export_policy(actor_of(joined, keys), task, tmp_path / "p.pt2")
     program = torch.export.load(path).module()
     right = [torch.tensor([[0, 1]]), torch.tensor([[2, 4]]), torch.tensor([[-3, 3]])]
     right.append(torch.tensor([[0, 255]], dtype=torch.uint8))

@@ -1,7 +1,5 @@
 """Agents on the Hub: uploaded to and loaded from one in memory, and from folders."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib
 import json

@@ -1,7 +1,5 @@
 """Agents for observations that are more than one vector: nested, mixed, images, the last several."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import partial
 
@@ -10,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from small_agents import following, log
+from small_agents import Walk, following, log
 from tensordict import TensorDict
 from torch import nn
 
@@ -33,6 +31,7 @@ from iql_torchrl.population import IQLPopulation
 from iql_torchrl.selection import fitted_q_evaluation
 from iql_torchrl.trainers import OfflineTrainer
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
 CAMERA = spaces.Box(0, 255, (12, 10, 3), np.uint8)
 MIXED = {
     "arm": spaces.Dict(
@@ -255,72 +254,40 @@ def test_runs_of_a_population_share_an_encoder_without_parameters():
     assert np.isfinite(scores.initial_values).all()
 
 
-class Grid(gym.Env):
-    """Actions of shape (2, 2); the reward is the entry in the second row and first column."""
-
-    observation_space = spaces.Box(-1, 1, (3,), np.float32)
-
-    def __init__(self) -> None:
-        high = np.array([[1, 2], [3, 4]], np.float32)
-        self.action_space = spaces.Box(-np.ones((2, 2), np.float32), high, dtype=np.float32)
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        return np.zeros(3, np.float32), {}
-
-    def step(self, action):
-        assert action.shape == (2, 2)
-        return np.zeros(3, np.float32), float(action[1, 0]), False, True, {}
+HIGH = np.array([[1, 2], [3, 4]], np.float32)
 
 
-def test_shaped_actions_are_flattened_in_data_and_environment():
-    generator = np.random.default_rng(0)
-    actions = generator.uniform(-1, 1, (40, 2, 2)).astype(np.float32)
+@pytest.mark.parametrize(
+    ("space", "place"),
+    [(spaces.Box(-np.ones((2, 2), np.float32), HIGH), (1, 0)), (spaces.Box(0, 2, ()), ())],
+)
+def test_actions_of_another_shape_are_flattened_in_data_and_environment(space, place):
+    space.seed(0)
+    actions = np.stack([space.sample() for _ in range(40)])
     columns = log(action=actions, terminated=np.zeros(40, bool), truncated=np.ones(40, bool))
-    columns |= {"reward": actions[:, 1, 0], "next_observation": -columns["observation"]}
-    shaped = load_dataset(columns, env=Grid)
+    columns |= {
+        "reward": actions[(slice(None), *place)],
+        "next_observation": -columns["observation"],
+    }
+    zeros = np.zeros(3, np.float32)
+    seen, pay = spaces.Box(-1, 1, (3,)), lambda step, action: float(action[place])
+    make_env = partial(Walk, seen, space, lambda step: zeros, pay, steps=1)
+    shaped = load_dataset(columns, env=make_env)
+    flat = shaped.flatten_actions()
+    np.testing.assert_array_equal(flat.transitions["action"].numpy(), actions.reshape(40, -1))
+    assert flat.action_space == spaces.Box(space.low.ravel(), space.high.ravel())
+    agent = make_agent(config(), flat)
+    agent.step(flat.replay_buffer(8, seed=0).sample())
+    action = agent.act(zeros).reshape(space.shape)[place]
+    result = evaluate(agent.policy, flat.make_env, episodes=1, seed=0)
+    np.testing.assert_allclose(result.returns[0], action, rtol=1e-6)
     with pytest.raises(ValueError, match=r"pass dataset\.flatten_actions\(\)"):
         make_agent(config(), shaped)
-    flat = shaped.flatten_actions()
-    np.testing.assert_array_equal(flat.transitions["action"][:, 2].numpy(), actions[:, 1, 0])
-    np.testing.assert_array_equal(flat.action_space.high, [1, 2, 3, 4])
-    agent = make_agent(config(), flat)
-    agent.step(flat.replay_buffer(8, seed=0).sample())
-    action = agent.act(np.zeros(3, np.float32))
-    result = evaluate(agent.policy, flat.make_env, episodes=1, seed=0)
-    np.testing.assert_allclose(result.returns[0], action[2], rtol=1e-6)
+
+
+def test_discrete_actions_are_not_flattened():
     with pytest.raises(ValueError, match="flatten_actions is for a Box"):
         dataset_of(discrete=True).flatten_actions()
-
-
-class Throttle(gym.Env):
-    """An action is one number without a dimension, and the reward."""
-
-    observation_space = spaces.Box(-1, 1, (3,), np.float32)
-    action_space = spaces.Box(0, 2, (), np.float32)
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        return np.zeros(3, np.float32), {}
-
-    def step(self, action):
-        assert np.shape(action) == ()
-        assert action in self.action_space
-        return np.zeros(3, np.float32), float(action), False, True, {}
-
-
-def test_actions_without_a_dimension_are_flattened_in_data_and_environment():
-    actions = np.random.default_rng(0).uniform(0, 2, 40).astype(np.float32)
-    columns = log(action=actions, terminated=np.zeros(40, bool), truncated=np.ones(40, bool))
-    columns |= {"reward": actions, "next_observation": -columns["observation"]}
-    scalar = load_dataset(columns, env=Throttle)
-    flat = scalar.flatten_actions()
-    np.testing.assert_array_equal(flat.transitions["action"].numpy(), actions[:, None])
-    assert flat.action_space == spaces.Box(0, 2, (1,), np.float32)
-    agent = make_agent(config(), flat)
-    agent.step(flat.replay_buffer(8, seed=0).sample())
-    result = evaluate(agent.policy, flat.make_env, episodes=1, seed=0)
-    np.testing.assert_allclose(result.returns, agent.act(np.zeros(3, np.float32)), rtol=1e-6)
 
 
 def stack_env(shape, kind):
@@ -382,8 +349,9 @@ def test_images_under_bfloat16():
     assert all(leaf.dtype == torch.float32 for leaf in encoder.parameters())
 
 
-@pytest.mark.parametrize("standardise", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("dtype", "standardise"), [(torch.float32, True), (torch.float32, False), (torch.float64, True)]
+)
 @pytest.mark.parametrize(
     "space",
     [

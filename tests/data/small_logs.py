@@ -10,11 +10,14 @@ import pytest
 import torch
 from extras import needs
 
-from iql_torchrl.data import DatasetError, build_shards, load_dataset
+from iql_torchrl.data import DatasetError, DatasetWarning, build_shards, load_dataset
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared data folder")
 LENGTHS = [7, 3, 12, 5, 5, 9, 2, 8, 6, 11]
+UNEQUAL = (4, 2, 5)
+#: Rows of the transitions of ``UNEQUAL`` where the second episode terminates, and of those after them.
+KEPT, FOLLOWING = [0, 1, 2, 4, 5, 6, 7, 8, 9], [1, 2, 3, 5, 5, 7, 8, 9, 10]
 SPACES = {
     "observation_space": gym.spaces.Box(-np.inf, np.inf, (3,), np.float32),
     "action_space": gym.spaces.Box(-1, 1, (2,), np.float32),
@@ -45,6 +48,14 @@ def counted(*lengths, terminated=(), observe=pair):
         "terminated": ends & ended,
         "truncated": ends & ~ended,
     }
+
+
+def step_table(**columns):
+    """One row a step, as lists; the second of three episodes terminates. A column None is left out."""
+    rows = counted(*UNEQUAL, terminated=[1])
+    rows = {key: rows[key].tolist() for key in ("observation", "action", "reward", "terminated")}
+    rows |= {"episode_index": np.repeat(np.arange(3), UNEQUAL).tolist(), **columns}
+    return {key: values for key, values in rows.items() if values is not None}
 
 
 def drift(lengths, width=3, seed=0, *, successors=True):
@@ -210,12 +221,17 @@ def rows_of_all(log):
     return torch.cat(parts)
 
 
+def loaded(data, **options):
+    """The dataset and the sentences of its warnings."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", DatasetWarning)
+        dataset = load_dataset(data, **options)
+    return dataset, [str(w.message) for w in caught]
+
+
 def warned(data, **options):
     """The warnings of ``load_dataset``."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        load_dataset(data, **options)
-    return [str(w.message) for w in caught]
+    return loaded(data, **options)[1]
 
 
 def refused(words, source, read=load_dataset, **options):

@@ -6,25 +6,27 @@ import numpy as np
 import pytest
 import torch
 from extras import needs
-from small_logs import assert_counted, counted, first, png, refused, save, save_parquet
+from small_logs import (
+    FOLLOWING,
+    KEPT,
+    assert_counted,
+    counted,
+    first,
+    png,
+    refused,
+    save,
+    save_parquet,
+    step_table,
+)
+from small_logs import UNEQUAL as LENGTHS
 
 from iql_torchrl.data import load_dataset
 
 pa = needs("pyarrow")
 
-LENGTHS = (4, 2, 5)
-KEPT, FOLLOWING = [0, 1, 2, 4, 5, 6, 7, 8, 9], [1, 2, 3, 5, 5, 7, 8, 9, 10]
 DONES = {"terminated": "dones"}
 PICTURES = (np.arange(11 * 4 * 5 * 3) % 251).astype(np.uint8).reshape(11, 4, 5, 3)
 STORED = [png(picture) for picture in PICTURES]
-
-
-def steps(**columns):
-    """One row a step; the second episode terminates. A column None is left out."""
-    rows = counted(*LENGTHS, terminated=[1])
-    rows = {key: rows[key].tolist() for key in ("observation", "action", "reward", "terminated")}
-    rows |= {"episode_index": np.repeat(np.arange(3), LENGTHS).tolist(), **columns}
-    return {key: values for key, values in rows.items() if values is not None}
 
 
 def episodes(*, after_the_last=False, **columns):
@@ -63,7 +65,7 @@ def assert_pictures(rows, key="observation"):
 
 
 def test_rows_of_steps_and_of_episodes(tmp_path):
-    dataset = load_dataset(save(tmp_path / "log.parquet", steps()))
+    dataset = load_dataset(save(tmp_path / "log.parquet", step_table()))
     check(dataset)
     assert first(dataset, "action") == counted(*LENGTHS)["action"][KEPT, 0].tolist()
     path = save(tmp_path / "log.parquet", episodes())
@@ -73,12 +75,12 @@ def test_rows_of_steps_and_of_episodes(tmp_path):
 
 def test_folders_are_read_in_the_order_of_numbers_and_again_when_a_file_changes(tmp_path):
     for number in range(11):
-        part = {key: values[number : number + 1] for key, values in steps().items()}
+        part = {key: values[number : number + 1] for key, values in step_table().items()}
         save(tmp_path / "log" / f"part-{number}.parquet", part)
     check(load_dataset(tmp_path / "log"))
     for _ in range(2):
         check(load_dataset(str(tmp_path / "log"), memmap=tmp_path / "table"))
-    part = {key: values[:1] for key, values in steps(reward=[50.0]).items()}
+    part = {key: values[:1] for key, values in step_table(reward=[50.0]).items()}
     save(tmp_path / "log" / "part-0.parquet", part)
     dataset = load_dataset(tmp_path / "log", memmap=tmp_path / "table")
     assert first(dataset, ("next", "reward"))[:2] == [50, 1]
@@ -93,12 +95,12 @@ def test_any_division_into_files_row_groups_and_batches(
     monkeypatch.setattr("iql_torchrl.data.build.CHUNK_BYTES", 4 * batch_bytes)
     monkeypatch.setattr("iql_torchrl.data.readers.arrow.PART_BYTES", batch_bytes)
     for number, rows in enumerate((slice(7), slice(7, 8), slice(8, 11))):
-        part = {key: values[rows] for key, values in steps().items()}
+        part = {key: values[rows] for key, values in step_table().items()}
         save_parquet(tmp_path / "a" / f"{number}.parquet", part, row_group_size=row_group)
     check(load_dataset(tmp_path / "a"))
     path = save_parquet(tmp_path / "b.parquet", episodes(), row_group_size=row_group)
     check(load_dataset(path, columns=DONES))
-    other = steps(observation=[*STORED[:10], png(PICTURES[0][:2])])
+    other = step_table(observation=[*STORED[:10], png(PICTURES[0][:2])])
     path = save_parquet(tmp_path / "c.parquet", other, row_group_size=row_group)
     refused("(2, 5, 3)|row 10|(4, 5, 3)", path)
 
@@ -120,7 +122,7 @@ def test_single_marks_and_other_columns_of_episodes(tmp_path):
 
 
 def test_structs_lists_of_structs_and_names_with_dots_are_groups(tmp_path):
-    rows = steps(reward=None, **{"next.reward": steps()["reward"]})
+    rows = step_table(reward=None, **{"next.reward": step_table()["reward"]})
     rows["observation"] = [{"state": s, "touch": [s[0] + 0.5]} for s in rows["observation"]]
     path = save(tmp_path / "log.parquet", rows)
     for columns in ({}, {"reward": "next.reward"}):
@@ -145,7 +147,7 @@ def test_pictures_stay_uint8(tmp_path, kind):
         stored = [{"bytes": None, "path": f"{number}.png"} for number in range(11)]
     elif kind == "lists":
         stored = pa.array(PICTURES.tolist(), pa.list_(pa.list_(pa.list_(pa.uint8()))))
-    path = save(tmp_path / "log.parquet", steps(observation=stored))
+    path = save(tmp_path / "log.parquet", step_table(observation=stored))
     assert_pictures(load_dataset(path).transitions)
 
 
@@ -158,23 +160,23 @@ def short_episode(key):
 WIDE = [[1.0, 2.0]] * 5 + [[1.0, 2.0, 3.0]] + [[1.0, 2.0]] * 5
 NARROW = [[[0.5]] * 4, [[0.5]] * 2, [[0.5]] * 4 + [[0.5, 1.0]]]
 BAD = [
-    (steps(reward=None), {}, "no column for reward|episode_index"),
-    (steps(), {"reward": "r"}, "columns maps reward to 'r'"),
-    (steps(observation=WIDE), {}, "lists of 2 and of 3 values|row 5"),
-    (steps(observation=[[1.0]] * 5 + [[1.0, 2.0]] * 6), {}, "observation|of 1 and of 2|row 5"),
-    (steps(reward=[None, *[1] * 10]), {}, "reward|1 empty values|row 0"),
-    (steps(action=[[5]] * 10 + [None]), {}, "action|empty|row 10"),
-    (steps(action=[[5]] * 9 + [[None], [5]]), {}, "action|empty|row 9"),
-    (steps(reward=[None, *[1.0] * 10]), {}, "reward is NaN or infinite|row 0"),
-    (steps(action=[[0.5], None] + [[0.5]] * 9), {}, "action is NaN or infinite|row 1"),
-    (steps(truncated=[None] * 11), {}, "truncated has values of the Arrow type null"),
-    (steps(observation=[*STORED[:10], b"PNG"]), {}, "damaged picture|row 10"),
-    (steps(observation=[{"bytes": None, "path": "no.png"}] * 11), {}, "no.png|row 0"),
-    (steps(observation=[png(np.full((2, 2), 300, np.uint16))] * 11), {}, "uint16|row 0"),
+    (step_table(reward=None), {}, "no column for reward|episode_index"),
+    (step_table(), {"reward": "r"}, "columns maps reward to 'r'"),
+    (step_table(observation=WIDE), {}, "lists of 2 and of 3 values|row 5"),
+    (step_table(observation=[[1.0]] * 5 + [[1.0, 2.0]] * 6), {}, "observation|of 1 and of 2|row 5"),
+    (step_table(reward=[None, *[1] * 10]), {}, "reward|1 empty values|row 0"),
+    (step_table(action=[[5]] * 10 + [None]), {}, "action|empty|row 10"),
+    (step_table(action=[[5]] * 9 + [[None], [5]]), {}, "action|empty|row 9"),
+    (step_table(reward=[None, *[1.0] * 10]), {}, "reward is NaN or infinite|row 0"),
+    (step_table(action=[[0.5], None] + [[0.5]] * 9), {}, "action is NaN or infinite|row 1"),
+    (step_table(truncated=[None] * 11), {}, "truncated has values of the Arrow type null"),
+    (step_table(observation=[*STORED[:10], b"PNG"]), {}, "damaged picture|row 10"),
+    (step_table(observation=[{"bytes": None, "path": "no.png"}] * 11), {}, "no.png|row 0"),
+    (step_table(observation=[png(np.full((2, 2), 300, np.uint16))] * 11), {}, "uint16|row 0"),
     (short_episode("actions"), DONES, "actions|4 steps|row 2|5"),
     (short_episode("observations"), DONES, "observations|row 2"),
     (episodes(actions=NARROW), DONES, "actions|of 1 and of 2|row 10"),
-    ({key: [] for key in steps()}, {}, "has no rows"),
+    ({key: [] for key in step_table()}, {}, "has no rows"),
 ]  # fmt: skip
 
 
@@ -188,16 +190,16 @@ def test_bad_tables_are_refused_with_their_place(rows, columns, words, tmp_path)
 def test_damaged_and_different_files_are_named(tmp_path):
     path = tmp_path / "log.parquet"
     refused("log.parquet: no such file", path)
-    whole = save_parquet(path, steps(), write_page_checksum=True).read_bytes()
+    whole = save_parquet(path, step_table(), write_page_checksum=True).read_bytes()
     for content in (b"", whole[:-200], whole[:60] + b"\xff" * 9 + whole[69:]):
         path.write_bytes(content)
         refused("log.parquet: not a complete Parquet file", path)
     (tmp_path / "empty").mkdir()
     refused("a folder of Parquet files, of LeRobot", tmp_path / "empty")
     for name, other, words in (
-        ("a", steps(), ""),
-        ("b", steps(reward=[1] * 11), "b.parquet: |differ| in reward: int64, double before"),
-        ("b", steps(reward=None), "b.parquet: its columns differ| in reward"),
+        ("a", step_table(), ""),
+        ("b", step_table(reward=[1] * 11), "b.parquet: |differ| in reward: int64, double before"),
+        ("b", step_table(reward=None), "b.parquet: its columns differ| in reward"),
     ):
         save(tmp_path / "two" / f"{name}.parquet", other)
         if words:
@@ -230,7 +232,7 @@ def test_columns_in_names_of_folders_are_read(tmp_path):
 )
 def test_splits_of_one_folder_are_not_joined(tmp_path, names, splits):
     for name in names:
-        save(tmp_path / f"{name}.parquet", steps())
+        save(tmp_path / f"{name}.parquet", step_table())
     if splits is None:
         assert len(load_dataset(tmp_path)) == len(KEPT) * len(names)
     else:
@@ -254,7 +256,7 @@ def test_memory_stays_bounded(tmp_path, monkeypatch):
 def parts(folder, **columns):
     """A folder of two files of ``steps``: of a list, the first value belongs to the first file."""
     for number, rows in enumerate((slice(4), slice(4, 11))):
-        part = {key: values[rows] for key, values in steps().items()}
+        part = {key: values[rows] for key, values in step_table().items()}
         for name, kinds in columns.items():
             values = part.get(name, [0] * len(part["reward"]))
             part[name] = pa.array(values).cast(kinds[number]) if kinds[number] else None
@@ -328,7 +330,7 @@ def test_ids_of_steps_divide_rows_of_several_episodes(tmp_path):
 def test_what_to_install(tmp_path, monkeypatch):
     (tmp_path / "saved").mkdir()
     (tmp_path / "saved" / "state.json").write_text("{}")
-    path = save(tmp_path / "log.parquet", steps())
+    path = save(tmp_path / "log.parquet", step_table())
     monkeypatch.setitem(sys.modules, "datasets", None)
     refused("needs the package datasets |iql_torchrl[readers]", tmp_path / "saved")
     for name in ("arrow", "parquet"):
@@ -346,7 +348,7 @@ def package():
 
 
 def test_datasets_have_the_values_of_the_packages_own_rows(package):
-    table = package.Dataset.from_dict(steps())
+    table = package.Dataset.from_dict(step_table())
     check(load_dataset(table))
     check(load_dataset(package.Dataset.from_dict(episodes()), columns=DONES))
     table = table.select(range(10, -1, -1)).select(range(4))
@@ -364,7 +366,7 @@ def test_features_of_arrays_and_pictures(package, tmp_path):
     )  # fmt: skip
     maps = np.random.default_rng(0).normal(size=(11, 2, 3)).astype(np.float32)
     both = [{"top": top, "map": values} for top, values in zip(STORED, maps, strict=True)]
-    table = package.Dataset.from_dict(steps(observation=both), features=features)
+    table = package.Dataset.from_dict(step_table(observation=both), features=features)
     table.to_parquet(tmp_path / "log.parquet")
     for source in (table, tmp_path / "log.parquet"):
         rows = load_dataset(source).transitions
@@ -373,7 +375,7 @@ def test_features_of_arrays_and_pictures(package, tmp_path):
 
 
 def test_saved_folders_splits_and_streams(package, tmp_path):
-    table = package.Dataset.from_dict(steps())
+    table = package.Dataset.from_dict(step_table())
     table.save_to_disk(tmp_path / "alone")
     check(load_dataset(tmp_path / "alone"))
     check(load_dataset(str(tmp_path / "alone"), memmap=tmp_path / "table"))

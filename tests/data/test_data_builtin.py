@@ -26,12 +26,6 @@ from iql_torchrl.evaluation.rollout import evaluate
 PENDULUM, ICU = "pendulum/mixed-v0", "icu-sepsis/clinician-v0"
 
 
-@pytest.fixture
-def root(tmp_path, monkeypatch):
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
-    return tmp_path
-
-
 def made(name, episodes):
     """The stored dataset, every step of which ``load_dataset`` reads, and what is read."""
     assert make_dataset(name, episodes=episodes, progress=False) == name
@@ -49,11 +43,11 @@ def mean_return(env, controller, episodes=100):
     return np.mean(returns)
 
 
-def test_pendulum_is_a_real_minari_dataset_whose_seeds_and_actions_replay_it(root):
+def test_pendulum_is_a_real_minari_dataset_whose_seeds_and_actions_replay_it(minari_root):
     stored, dataset = made(PENDULUM, 40)
-    assert os.environ["MINARI_DATASETS_PATH"] == str(root)
+    assert os.environ["MINARI_DATASETS_PATH"] == str(minari_root)
     assert list(minari.list_local_datasets()) == [PENDULUM]
-    assert sorted(path.name for path in root.iterdir()) == ["pendulum"]
+    assert sorted(path.name for path in minari_root.iterdir()) == ["pendulum"]
     metadata = stored.storage.metadata
     assert (stored.total_episodes, stored.total_steps) == (40, 8000)
     assert metadata["description"] == BUILTIN[PENDULUM].description
@@ -93,11 +87,13 @@ def test_the_seed_decides_the_log(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("error", [RuntimeError("disk full"), KeyboardInterrupt()])
-def test_what_is_interrupted_leaves_nothing_that_minari_lists(root, monkeypatch, tmp_path, error):
+def test_what_is_interrupted_leaves_nothing_that_minari_lists(
+    minari_root, monkeypatch, tmp_path, error
+):
     killed = tmp_path.with_name(f"{tmp_path.name}-killed")
 
     def interrupted(*_):
-        shutil.copytree(root, killed)  # what a process leaves that is killed here
+        shutil.copytree(minari_root, killed)  # what a process leaves that is killed here
         raise error
 
     storage = "minari.dataset._storages.hdf5_storage.HDF5Storage.update_episodes"
@@ -105,8 +101,8 @@ def test_what_is_interrupted_leaves_nothing_that_minari_lists(root, monkeypatch,
         patch.setattr(storage, interrupted)
         with pytest.raises(type(error)):
             make_dataset(PENDULUM, episodes=1, progress=False)
-    assert list(root.iterdir()) == []
-    assert os.environ["MINARI_DATASETS_PATH"] == str(root)
+    assert list(minari_root.iterdir()) == []
+    assert os.environ["MINARI_DATASETS_PATH"] == str(minari_root)
     assert list(killed.iterdir()) != []
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(killed))
     assert minari.list_local_datasets() == {}
@@ -114,13 +110,13 @@ def test_what_is_interrupted_leaves_nothing_that_minari_lists(root, monkeypatch,
     assert list(minari.list_local_datasets()) == [PENDULUM]
 
 
-def test_a_dataset_made_meanwhile_is_kept(root, monkeypatch):
+def test_a_dataset_made_meanwhile_is_kept(minari_root, monkeypatch):
     real = minari.create_dataset_from_buffers
 
     def with_another(**options):
         monkeypatch.setattr(minari, "create_dataset_from_buffers", real)
         with monkeypatch.context() as patch:
-            patch.setenv("MINARI_DATASETS_PATH", str(root))
+            patch.setenv("MINARI_DATASETS_PATH", str(minari_root))
             make_dataset(PENDULUM, episodes=2, progress=False)
         return real(**options)
 
@@ -135,7 +131,7 @@ def test_a_dataset_made_meanwhile_is_kept(root, monkeypatch):
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_a_progress_bar_is_for_terminals(root, monkeypatch, terminal):
+def test_a_progress_bar_is_for_terminals(minari_root, monkeypatch, terminal):
     text = io.StringIO()
     text.isatty = lambda: terminal
     monkeypatch.setattr(sys, "stderr", text)
@@ -143,7 +139,7 @@ def test_a_progress_bar_is_for_terminals(root, monkeypatch, terminal):
     assert ("pendulum/mixed-v0" in text.getvalue()) == terminal
 
 
-def test_misuse_is_named(root):
+def test_misuse_is_named(minari_root):
     with pytest.raises(ValueError, match=r"no built-in dataset 'pendulum'; .*pendulum/mix"):
         make_dataset("pendulum")
     with pytest.raises(ValueError, match="no built-in dataset"):
@@ -157,18 +153,18 @@ def test_misuse_is_named(root):
 @pytest.mark.parametrize(
     ("name", "module"), [("pointmaze/umaze-v0", "gymnasium_robotics"), (ICU, "icu_sepsis")]
 )
-def test_a_missing_package_is_named_with_its_remedy(root, monkeypatch, name, module):
+def test_a_missing_package_is_named_with_its_remedy(minari_root, monkeypatch, name, module):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=rf"{module}.*pip install .iql_torchrl\[datasets\]"):
         make_dataset(name, episodes=1, progress=False)
-    assert list(root.iterdir()) == []
+    assert list(minari_root.iterdir()) == []
 
 
-def test_sepsis_log_matches_the_model_and_loads_with_masks(root):
+def test_sepsis_log_matches_the_model_and_loads_with_masks(minari_root):
     needs("icu_sepsis")
     env = gymnasium.make("Sepsis/ICU-Sepsis-v2", disable_env_checker=True)
     tables, dynamics = SepsisTables(env), env.unwrapped.dynamics
-    stored, dataset = made(ICU, 1000)
+    stored, dataset = made(ICU, 250)
     for number, episode in enumerate(stored.iterate_episodes()):
         states, actions = episode.observations, episode.actions
         assert len(states) == len(actions) + 1
@@ -205,10 +201,14 @@ def test_sepsis_log_matches_the_model_and_loads_with_masks(root):
 
 
 @pytest.mark.parametrize(
-    ("name", "steps"), [("pointmaze/umaze-v0", 300), ("pointmaze/medium-v0", 600)]
+    ("name", "steps"),
+    [
+        ("pointmaze/umaze-v0", 300),
+        pytest.param("pointmaze/medium-v0", 600, marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.filterwarnings("default")  # what an optional package says on import is its own affair
-def test_pointmaze_controller_reaches_goal_after_goal(root, name, steps):
+def test_pointmaze_controller_reaches_goal_after_goal(minari_root, name, steps):
     needs("gymnasium_robotics")
     stored, dataset = made(name, 3)
     for episode in stored.iterate_episodes():
@@ -252,7 +252,7 @@ def test_describe_reads_the_columns_that_are_named(tmp_path, monkeypatch, capsys
     assert "'reward' has no '='; expected KEY=NAME" in capsys.readouterr().err
 
 
-def test_command_line_lists_makes_and_describes(root, monkeypatch, capsys):
+def test_command_line_lists_makes_and_describes(minari_root, monkeypatch, capsys):
     short = {PENDULUM: replace(BUILTIN[PENDULUM], episodes=4)}
     assert main(["list"]) == 0
     listed = capsys.readouterr().out
@@ -276,7 +276,7 @@ def test_command_line_lists_makes_and_describes(root, monkeypatch, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(BUILTIN))
-def test_full_size(root, name):
+def test_full_size(minari_root, name):
     ensure_dataset(name, progress=False)
     dataset = load_dataset(name)
     assert len(dataset.episode_returns) == BUILTIN[name].episodes

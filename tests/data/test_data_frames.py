@@ -7,22 +7,15 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from extras import needs
-from small_logs import assert_counted, counted, refused
+from small_logs import UNEQUAL as LENGTHS
+from small_logs import assert_counted, counted, refused, step_table
 
 from iql_torchrl.data import load_dataset
-from iql_torchrl.data.readers.arrays import UnreadableColumn, group_numbered
+from iql_torchrl.data.readers.arrays import UnreadableColumn
 from iql_torchrl.data.readers.frames import open_frame
 
 pa, pd = needs("pyarrow"), needs("pandas")
-LENGTHS = (4, 2, 5)
 KEYS = ("observation", "action", "reward", "terminated")
-
-
-def steps(**columns):
-    """One row a step as Python lists; the second episode terminates."""
-    rows = counted(*LENGTHS, terminated=[1])
-    rows = {key: rows[key].tolist() for key in KEYS}
-    return rows | {"episode": np.repeat([7, 8, 9], LENGTHS).tolist()} | columns
 
 
 def read(source):
@@ -45,9 +38,9 @@ def table(kind, rows):
 
 @pytest.mark.parametrize("kind", ["pandas", "polars", "lazy", "duckdb", "pyarrow", "batches"])
 def test_tables_in_memory_are_read_as_files_are(kind):
-    dataset = load_dataset(table(kind, steps()))
+    dataset = load_dataset(table(kind, step_table()))
     assert_counted(dataset, LENGTHS, [1])
-    assert dataset.name == type(table(kind, steps())).__name__
+    assert dataset.name == type(table(kind, step_table())).__name__
 
 
 @pytest.mark.parametrize("arrow", [True, False])
@@ -91,12 +84,12 @@ def test_columns_of_pandas(arrow, monkeypatch):
 
 
 def test_names_and_index_of_pandas():
-    frame = pd.DataFrame(steps(), index=range(50, 61))
+    frame = pd.DataFrame(step_table(), index=range(50, 61))
     assert_counted(load_dataset(frame), LENGTHS, [1])  # an index without a name is not a column
-    assert_counted(load_dataset(frame.set_index("episode")), LENGTHS, [1])
+    assert_counted(load_dataset(frame.set_index("episode_index")), LENGTHS, [1])
     frame.columns = pd.MultiIndex.from_tuples([("a", name) for name in frame.columns])
-    assert set(read(frame)) == {f"a/{name}" for name in steps()}
-    twice = pd.concat([pd.DataFrame(steps()), pd.DataFrame({"reward": [0.0] * 11})], axis=1)
+    assert set(read(frame)) == {f"a/{name}" for name in step_table()}
+    twice = pd.concat([pd.DataFrame(step_table()), pd.DataFrame({"reward": [0.0] * 11})], axis=1)
     refused("DataFrame: the column 'reward' occurs twice", twice)
 
 
@@ -132,7 +125,7 @@ def test_missing_values_matter_only_where_they_are_used():
         refused(
             f"DataFrame: {name} has 1 empty values, first at row 1", columns[name], lambda c: c[:]
         )
-    assert_counted(load_dataset(pd.DataFrame(steps(note=[None] * 10 + ["a"]))), LENGTHS, [1])
+    assert_counted(load_dataset(pd.DataFrame(step_table(note=[None] * 10 + ["a"]))), LENGTHS, [1])
 
 
 def test_types_of_databases():
@@ -158,21 +151,12 @@ def test_types_of_databases():
 
 
 def test_mixed_columns_and_other_objects():
-    frame = pd.DataFrame(steps(mixed=[1, "a"] + [None] * 9, other=[object()] * 11))
+    frame = pd.DataFrame(step_table(mixed=[1, "a"] + [None] * 9, other=[object()] * 11))
     assert_counted(load_dataset(frame), LENGTHS, [1])
     refused("DataFrame: mixed cannot be read|several kinds", read(frame)["mixed"], lambda c: c[:])
-    refused("Series: is not a table", pd.DataFrame(steps())["reward"])
+    refused("Series: is not a table", pd.DataFrame(step_table())["reward"])
     refused("int cannot be read|or a DataFrame", 3)
     duckdb = pytest.importorskip("duckdb")
     twice = duckdb.sql("SELECT 1 AS a, 2 AS a").to_arrow_table()
     if twice.column_names == ["a", "a"]:
         refused("2 columns are named a", read(twice)["a"], lambda c: c[:])
-
-
-def test_numbered_columns_of_a_frame():
-    rows = steps()
-    observation = np.array(rows.pop("observation"))
-    frame = pd.DataFrame(rows | {f"observation.{n}": observation[:, n] for n in (1, 0)})
-    assert set(read(frame)) >= {"observation.0", "observation.1"}
-    grouped = group_numbered(read(frame), "frame")
-    assert np.array_equal(grouped["observation"][:], observation)

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 from extras import needs
-from small_logs import assert_counted, counted, first, marked, png, refused, save
+from small_logs import FOLLOWING, KEPT, assert_counted, counted, first, marked, png, refused, save
+from small_logs import UNEQUAL as LENGTHS
 
 from iql_torchrl.data import load_dataset
 
 pa, pq = needs("pyarrow"), needs("pyarrow.parquet")
 
-LENGTHS, BEGINS = (4, 2, 5), (0, 4, 6)
-KEPT, FOLLOWING = [0, 1, 2, 4, 5, 6, 7, 8, 9], [1, 2, 3, 5, 5, 7, 8, 9, 10]
+BEGINS = (0, 4, 6)
 TOP = "observation.images.top"
 STEP, EPISODE = counted(*LENGTHS)["reward"].astype(int), np.repeat(np.arange(3), LENGTHS)
 #: Frame n of episode t, ``(11, 16, 24, 3)``: the first half of the columns has the red value 20 n.
@@ -222,10 +222,6 @@ def lose_a_frame(folder):
     video(folder.joinpath(*SECOND), np.delete(frames, 2, 0), np.delete(milliseconds, 2))
 
 
-def delay_a_frame(folder):
-    video(folder.joinpath(*SECOND), FRAMES[6:], [0, 100, 227, 300, 400])
-
-
 def lose_timestamps(folder):
     """An H.264 stream without a container."""
     video(folder / "stream.h264", FRAMES[6:], codec="libx264rgb")
@@ -261,14 +257,6 @@ def lose_a_step(folder):
     info(total_frames=10)(folder)
 
 
-def shorten_video(folder):
-    video(folder / "videos" / TOP / "chunk-000" / "file-001.mp4", FRAMES[6:9])
-
-
-def shrink_video(folder):
-    video(folder / "videos" / TOP / "chunk-000" / "file-001.mp4", FRAMES[6:, :8])
-
-
 def describe_wrongly(folder):
     path = folder / "meta" / "episodes.jsonl"
     path.write_text(path.read_text().replace('"length": 5', '"length": 6'))
@@ -298,18 +286,24 @@ BAD = [
     ),
     (edited(damage("meta", "info.json")), "info.json|not complete JSON"),
     (edited(lambda f: (f / "meta" / "info.json").write_text("[]")), "info.json|has a list"),
-    (edited(shrink_video, videos=True), "frames of shape (8, 24, 3)|the first video (16, 24, 3)"),
+    (
+        edited(lambda f: video(f.joinpath(*SECOND), FRAMES[6:, :8]), videos=True),
+        "frames of shape (8, 24, 3)|the first video (16, 24, 3)",
+    ),
     (edited(lambda f: f.joinpath(*FIRST).unlink(), videos=True), "file-000.mp4|episode 0|missing"),
     (edited(damage(*FIRST), videos=True), "file-000.mp4|cannot be decoded"),
     (
-        edited(shorten_video, videos=True),
+        edited(lambda f: video(f.joinpath(*SECOND), FRAMES[6:9]), videos=True),
         "file-001.mp4: has no frame at 0.3 s, the time of row 9 (episode 2)|nearest one is at 0.2 s",
     ),
     (
         edited(lose_a_frame, videos=True),
         "file-001.mp4: has no frame at 0.2 s, the time of row 8 (episode 2)|within 0.025 s",
     ),
-    (edited(delay_a_frame, videos=True), "no frame at 0.2 s|nearest one is at 0.227 s"),
+    (
+        edited(lambda f: video(f.joinpath(*SECOND), FRAMES[6:], [0, 100, 227, 300, 400]), videos=True),
+        "no frame at 0.2 s|nearest one is at 0.227 s",
+    ),
     (edited(lose_timestamps, videos=True), "file-001.mp4: has frames without timestamps"),
     (
         edited(lambda f: times(f, timestamp=[0.0, 0.1, 0.1, 0.2, 0.3]), videos=True),

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import warnings
+from unittest.mock import Mock
 
 import gymnasium as gym
 import minari
@@ -24,12 +25,6 @@ from iql_torchrl.data import DatasetError, DatasetWarning, load_dataset
 
 BOX, ACTION = Box(-np.inf, np.inf, (3,), np.float64), Box(-1, 1, (2,), np.float32)
 GOALS = Dict({"observation": BOX, "goal": Box(-9, 9, (2,), np.float64)})
-
-
-@pytest.fixture
-def root(tmp_path, monkeypatch):
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
-    return tmp_path
 
 
 def sampled(space, rows):
@@ -67,9 +62,9 @@ endings = st.sampled_from(["terminated", "truncated", "both", "neither"])
     nested=st.booleans(),
 )
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
-def test_every_transition_arrives_exactly_once(root, episodes, nested):
+def test_every_transition_arrives_exactly_once(minari_root, episodes, nested):
     space = GOALS if nested else BOX
-    shutil.rmtree(root / "made", ignore_errors=True)
+    shutil.rmtree(minari_root / "made", ignore_errors=True)
     stored = write("made/any-v0", [episode(*each, space) for each in episodes], space)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DatasetWarning)
@@ -87,7 +82,7 @@ def test_every_transition_arrives_exactly_once(root, episodes, nested):
     ],
 )
 @pytest.mark.parametrize("storage", ["hdf5", "arrow", "parquet"])
-def test_spaces_and_storages(root, storage, observations, actions):
+def test_spaces_and_storages(minari_root, storage, observations, actions):
     if storage != "hdf5":
         needs("pyarrow")
     elif observations.shape == (4, 4) and minari.__version__ == "0.5.3":
@@ -122,9 +117,9 @@ class GoalEnv(gym.Env):
 
 
 @pytest.mark.parametrize("names", [["goal", "observation"], ["observation", "goal"], ["goal"]])
-def test_the_environment_joins_leaves_as_the_rows_do(root, names):
+def test_the_environment_joins_leaves_as_the_rows_do(minari_root, names):
     stored = write("made/goals-v0", [episode(5, "truncated", GOALS)], GOALS)
-    options = {"env": GoalEnv, "concatenate": names, "memmap": root / "table"}
+    options = {"env": GoalEnv, "concatenate": names, "memmap": minari_root / "table"}
     dataset = load_dataset("made/goals-v0", **options)
     rows = torch.tensor(np.concatenate([stored[0].observations[name] for name in names], 1)).float()
     assert torch.equal(dataset.transitions["observation"], rows[:-1])
@@ -148,7 +143,7 @@ def test_the_environment_joins_leaves_as_the_rows_do(root, names):
 
 
 @pytest.mark.parametrize("place", ["observation", "leaves", "info"])
-def test_masks_and_log_probabilities(root, place):
+def test_masks_and_log_probabilities(minari_root, place):
     actions, mask = Discrete(3), np.ones((6, 3), np.int8)
     mask[1, 0] = 0
     space = Dict({"state": Discrete(9), "action_mask": MultiBinary(3)})
@@ -170,7 +165,7 @@ def test_masks_and_log_probabilities(root, place):
     assert rows["action_log_prob"].tolist() == [-1, -2, -3, -4, -5]
 
 
-def test_several_are_joined_and_differences_named(root):
+def test_several_are_joined_and_differences_named(minari_root):
     write("made/a-v0", [episode(4), episode(2)])
     write("made/b-v0", [episode(3)])
     write("made/c-v0", [episode(3, "truncated", GOALS)], GOALS)
@@ -181,7 +176,7 @@ def test_several_are_joined_and_differences_named(root):
     refused("made/a-v0: the dataset has no episodes", none)
 
 
-def test_limit_keeps_complete_episodes(root):
+def test_limit_keeps_complete_episodes(minari_root):
     write("made/a-v0", [episode(n) for n in (4, 5, 6)])
     for limit in (9, 14):
         assert load_dataset("made/a-v0", limit=limit).episode_lengths.tolist() == [4, 5]
@@ -191,7 +186,7 @@ def test_limit_keeps_complete_episodes(root):
     assert load_dataset(["made/a-v0", "made/a-v0"], limit=20).episode_lengths.sum() == 19
 
 
-def test_another_selection_of_episodes_is_another_table(root):
+def test_another_selection_of_episodes_is_another_table(minari_root):
     whole = write("made/a-v0", [episode(n) for n in (2, 3, 4)])
     one, other = (whole.filter_episodes(lambda e, a=a: e.id != a) for a in (2, 0))
     for source, lengths in (
@@ -201,11 +196,11 @@ def test_another_selection_of_episodes_is_another_table(root):
         (whole, [2, 3, 4]),
         ([one], [2, 3]),
     ):
-        dataset = load_dataset(source, memmap=root / "table")
+        dataset = load_dataset(source, memmap=minari_root / "table")
         assert dataset.episode_lengths.tolist() == lengths
 
 
-def test_terminations_at_one_fixed_length_are_reported(root):
+def test_terminations_at_one_fixed_length_are_reported(minari_root):
     write("equal-v0", [episode(6, "terminated") for _ in range(4)])
     (note,) = [note for note in load_dataset("equal-v0").notes if "time limit" in note]
     assert re.search("all 4 terminations.* come at step 6 of .*pass columns=", note)
@@ -213,17 +208,17 @@ def test_terminations_at_one_fixed_length_are_reported(root):
     load_dataset("cut-v0")
 
 
-def test_a_mistyped_id_lists_neighbours(root):
+def test_a_mistyped_id_lists_neighbours(minari_root):
     write("pendulum/mixed-v0", [episode(2)])
     for wrong in ("pendulum/mixd-v0", "pendulum/mixed", "absent/log-v0"):
         refused("pendulum/mixed-v0", wrong, download=False)
 
 
 @pytest.mark.parametrize("wrong", ["pendulum/mixed-v0", "pendulum/mixd-v0", "pendulum/mixed-v1"])
-def test_only_names_that_are_not_built_in_are_asked_for_on_the_network(wrong, root, monkeypatch):
-    def offline(*_, **__):
-        raise ConnectionError("no route\nto host")
-
+def test_only_names_that_are_not_built_in_are_asked_for_on_the_network(
+    wrong, minari_root, monkeypatch
+):
+    offline = Mock(side_effect=ConnectionError("no route\nto host"))
     monkeypatch.setattr("minari.storage.hosting.download_dataset", offline)
     refused("not among the local |no route to host", "pendulum/absent-v0")
     monkeypatch.setattr("minari.storage.hosting.download_dataset", None)  # is not called
@@ -243,17 +238,17 @@ def test_only_names_that_are_not_built_in_are_asked_for_on_the_network(wrong, ro
         ({"columns": {"action_mask": "infos/legal"}}, "a mask needs Discrete actions"),
     ],
 )
-def test_what_is_for_tables_and_masks_are_refused(root, options, words):
+def test_what_is_for_tables_and_masks_are_refused(minari_root, options, words):
     infos = {"legal": np.ones((4, 2), np.int8)} if "infos" in str(options) else {}
     write("made/a-v0", [episode(3, infos=infos)])
     refused(words, "made/a-v0", **options)
-    (root / "made/a-v0/data/metadata.json").write_text("{")
+    (minari_root / "made/a-v0/data/metadata.json").write_text("{")
     refused("made/a-v0: the local copy cannot be read", "made/a-v0")
 
 
-def test_truncated_files_and_lengths_that_disagree_are_named(root):
+def test_truncated_files_and_lengths_that_disagree_are_named(minari_root):
     write("made/a-v0", [episode(400)])
-    file = root / "made/a-v0/data/main_data.hdf5"
+    file = minari_root / "made/a-v0/data/main_data.hdf5"
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     refused("main_data.hdf5", "made/a-v0")
     made = episode(5)
@@ -262,7 +257,7 @@ def test_truncated_files_and_lengths_that_disagree_are_named(root):
     refused("episode 1 has 5 rows of observations, expected 6", "made/b-v0")
 
 
-def test_the_environment_and_scores_are_recovered(root):
+def test_the_environment_and_scores_are_recovered(minari_root):
     env = gym.make("Pendulum-v1")
     made = episode(5, "truncated", env.observation_space, env.action_space)
     scores = {"ref_min_score": -1000.0, "ref_max_score": -100.0}
@@ -283,7 +278,7 @@ def test_the_environment_and_scores_are_recovered(root):
         dataset.normalised_score(0.0)
 
 
-def test_a_table_of_joined_datasets_is_reused(root):
+def test_a_table_of_joined_datasets_is_reused(minari_root):
     """Columns again, they are other objects with the same files and the same selection."""
     for name in ("one", "two"):
         write(f"made/{name}-v0", [episode(3), episode(5)])
@@ -291,10 +286,10 @@ def test_a_table_of_joined_datasets_is_reused(root):
     def load(*indices):
         parts = [minari.load_dataset(f"made/{name}-v0") for name in ("one", "two")]
         parts[1] = parts[1].filter_episodes(lambda each: each.id in indices)
-        return load_dataset([parts], memmap=root / "table")
+        return load_dataset([parts], memmap=minari_root / "table")
 
     assert load(0).episode_lengths.tolist() == [3, 5, 3]
     assert load(1).episode_lengths.tolist() == [3, 5, 5]
-    built = (root / "table" / "built.json").stat()
+    built = (minari_root / "table" / "built.json").stat()
     assert load(1).episode_lengths.tolist() == [3, 5, 5]
-    assert os.path.samestat(built, (root / "table" / "built.json").stat())
+    assert os.path.samestat(built, (minari_root / "table" / "built.json").stat())

@@ -13,6 +13,7 @@ import torch
 from extras import needs
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Text, Tuple
 from minari.data_collector import EpisodeBuffer
+from small_agents import Walk
 from small_logs import refused
 from tensordict.nn import TensorDictModule
 
@@ -28,13 +29,7 @@ PLACE, SPEED = Box(-99, 99, (2,), np.float32), Box(-9, 9, (3,), np.float32)
 MISSION = Dict(
     {"arm": Dict({"place": PLACE, "speed": SPEED}), "direction": Discrete(4), "mission": Text(9)}
 )
-MOVE, GRIP = Box(-2, 2, (2,), np.float32), Box(0, 1, (1,), np.float32)
-
-
-@pytest.fixture
-def root(tmp_path, monkeypatch):
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
-    return tmp_path
+MOVE, GRIP, TURN = Box(-2, 2, (2,), np.float32), Box(0, 1, (1,), np.float32), Discrete(3)
 
 
 def counted(shape, number, rows):
@@ -52,7 +47,11 @@ def mission(number, rows):
     }
 
 
-def write(name, observe, observation_space, actions, action_space, env=None, **options):
+def three(number, rows):
+    return (number + np.arange(rows)) % 3
+
+
+def write(name, observe=mission, space=MISSION, actions=three, action_space=TURN, **options):
     """Two truncated episodes of ``STEPS``, of what ``observe`` and ``actions`` give for each."""
     ends = np.arange(STEPS) == STEPS - 1
     buffers = [
@@ -65,28 +64,8 @@ def write(name, observe, observation_space, actions, action_space, env=None, **o
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Minari asks for authors and permalinks.
         return minari.create_dataset_from_buffers(
-            name, buffers, env, observation_space=observation_space, action_space=action_space,
-            **options,
-        )  # fmt: skip
-
-
-class Walk(gym.Env):
-    """Four steps of any spaces; observations are ``observe(step)``, rewards ``pay(step, action)``."""
-
-    def __init__(self, observation_space, action_space, observe, pay):
-        self.observation_space, self.action_space = observation_space, action_space
-        self.observe, self.pay = observe, pay
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.number = 0
-        return self.observe(0), {}
-
-    def step(self, action):
-        assert self.action_space.contains(action), action
-        reward = self.pay(self.number, action)
-        self.number += 1
-        return self.observe(self.number), reward, False, self.number == STEPS, {}
+            name, buffers, observation_space=space, action_space=action_space, **options
+        )
 
 
 class Words(gym.Space):
@@ -101,23 +80,21 @@ def at_step(values, step):
     return values[step]
 
 
-def mission_env():
-    space = Dict({**MISSION.spaces, "mission": Words()})
-    return Walk(
-        space, Discrete(3), lambda t: at_step(mission(0, STEPS + 1), t), lambda t, a: float(a)
-    )
+def env_of(observe, space, action_space=TURN, pay=float):
+    """Makes environments that repeat the observations of the first episode."""
+    seen, reward = observe(0, STEPS + 1), lambda step, action: float(pay(action))
+    return lambda: Walk(space, action_space, lambda step: at_step(seen, step), reward)
 
 
-def three(number, rows):
-    return (number + np.arange(rows)) % 3
+mission_env = env_of(mission, Dict({**MISSION.spaces, "mission": Words()}))
 
 
 @pytest.mark.parametrize("storage", ["hdf5", "arrow"])
-def test_columns_of_minari(root, storage):
+def test_columns_of_minari(minari_root, storage):
     """Every column by hand: 2 episodes of 4 steps, of 5 observations."""
     if storage != "hdf5":
         needs("pyarrow")
-    stored = write("made/m-v0", mission, MISSION, three, Discrete(3), data_format=storage)
+    stored = write("made/m-v0", data_format=storage)
     opened = open_minari(stored, ReadOptions())
     values = {name: np.asarray(column[:]) for name, column in opened.columns.items()}
     leaves = ("arm/place", "arm/speed", "direction")
@@ -145,8 +122,8 @@ def test_columns_of_minari(root, storage):
     )
 
 
-def test_a_selection_and_any_order_of_slices(root):
-    stored = write("made/m-v0", mission, MISSION, three, Discrete(3))
+def test_a_selection_and_any_order_of_slices(minari_root):
+    stored = write("made/m-v0")
     opened = open_minari(stored.filter_episodes(lambda e: e.id == 1), ReadOptions())
     column = opened.columns["observation/direction"]
     assert column[2:4].tolist() == [3, 0]
@@ -156,8 +133,8 @@ def test_a_selection_and_any_order_of_slices(root):
     assert [column[n : n + 1].item() for n in (7, 0, 4, 3)] == [1, 1, 2, 0]
 
 
-def test_texts_are_left_out_of_rows_and_environment(root):
-    write("made/m-v0", mission, MISSION, three, Discrete(3))
+def test_texts_are_left_out_of_rows_and_environment(minari_root):
+    write("made/m-v0")
     dataset = load_dataset("made/m-v0", env=mission_env)
     assert list(dataset.observation_space.spaces) == ["arm", "direction"]
     assert dataset.transitions["observation", "direction"].tolist() == [0, 1, 2, 3, 1, 2, 3, 0]
@@ -187,8 +164,8 @@ def test_texts_are_left_out_of_rows_and_environment(root):
         (["direction"], [""], "'arm/place', 'arm/speed', 'mission'"),
     ],
 )
-def test_leaves_are_chosen(root, chosen, kept, left):
-    write("made/m-v0", mission, MISSION, three, Discrete(3))
+def test_leaves_are_chosen(minari_root, chosen, kept, left):
+    write("made/m-v0")
     dataset = load_dataset("made/m-v0", env=mission_env, columns={"observation": chosen})
     observed = dataset.transitions.select("observation", ("next", "observation"))
     keys = {tuple(filter(None, ("observation", *leaf.split("/")))) for leaf in kept}
@@ -207,8 +184,8 @@ def test_leaves_are_chosen(root, chosen, kept, left):
 
 
 @pytest.mark.parametrize("columns", [{}, {"observation": ["arm", "direction"]}])
-def test_leaves_are_joined(root, columns):
-    write("made/m-v0", mission, MISSION, three, Discrete(3))
+def test_leaves_are_joined(minari_root, columns):
+    write("made/m-v0")
     joined = ["arm/speed", "arm/place"]
     dataset = load_dataset("made/m-v0", env=mission_env, columns=columns, concatenate=joined)
     row = [1, 1.25, 1.5, 1, 1.25]
@@ -230,23 +207,23 @@ def test_leaves_are_joined(root, columns):
         ({"reward": "r"}, "only observation, action_mask, action_log_prob can be named"),
     ],
 )
-def test_leaves_that_cannot_be_chosen(root, columns, words):
-    write("made/m-v0", mission, MISSION, three, Discrete(3))
+def test_leaves_that_cannot_be_chosen(minari_root, columns, words):
+    write("made/m-v0")
     refused(words, "made/m-v0", columns=columns)
 
 
-def test_an_observation_of_text_alone_is_refused(root):
-    write("made/m-v0", lambda n, rows: ["left"] * rows, Text(9), three, Discrete(3))
+def test_an_observation_of_text_alone_is_refused(minari_root):
+    write("made/m-v0", lambda n, rows: ["left"] * rows, Text(9))
     refused("the observation is Text|no leaf with a tensor form", "made/m-v0")
 
 
-def test_the_record_of_a_saved_dataset_keeps_the_leaves(root):
-    write("made/m-v0", mission, MISSION, three, Discrete(3))
+def test_the_record_of_a_saved_dataset_keeps_the_leaves(minari_root):
+    write("made/m-v0")
     options = {"env": mission_env, "columns": {"observation": ["direction"]}}
     for _ in range(2):  # built, then reused
-        dataset = load_dataset("made/m-v0", memmap=root / "table", **options)
+        dataset = load_dataset("made/m-v0", memmap=minari_root / "table", **options)
         assert dataset.make_env().observation_space == Discrete(4)
-    alone = load_dataset(root / "table", env=mission_env)
+    alone = load_dataset(minari_root / "table", env=mission_env)
     assert alone.adaptation == Adaptation(("direction",))
     assert alone.make_env().observation_space == Discrete(4)
     changed = Adaptation(("a/b",), ("c",), "mask", flat_action=True)
@@ -258,18 +235,12 @@ def pair(number, rows):
 
 
 @pytest.mark.parametrize("storage", ["hdf5", "arrow"])
-def test_tuples_become_dicts(root, storage):
+def test_tuples_become_dicts(minari_root, storage):
     if storage != "hdf5":
         needs("pyarrow")
     space = Tuple([PLACE, Discrete(5, start=3)])
-    write("made/t-v0", pair, space, three, Discrete(3), data_format=storage)
-
-    def make():
-        return Walk(
-            space, Discrete(3), lambda t: at_step(pair(0, STEPS + 1), t), lambda t, a: float(a)
-        )
-
-    dataset = load_dataset("made/t-v0", env=make)
+    write("made/t-v0", pair, space, data_format=storage)
+    dataset = load_dataset("made/t-v0", env=env_of(pair, space))
     assert dataset.observation_space == Dict({"0": PLACE, "1": Discrete(5, start=3)})
     assert dataset.transitions["observation", "1"].tolist() == [0, 1, 2, 3, 1, 2, 3, 4]
     assert dataset.transitions["next", "observation", "0"][4].tolist() == [11, 11.25]
@@ -278,7 +249,7 @@ def test_tuples_become_dicts(root, storage):
     policy = TensorDictModule(lambda n: n.clamp(max=1), [("observation", "1")], ["action"])
     played = evaluate(policy, dataset.make_env, episodes=1, seed=0)
     assert played.returns.tolist() == [3.0]
-    place = load_dataset("made/t-v0", env=make, columns={"observation": "0"})
+    place = load_dataset("made/t-v0", env=env_of(pair, space), columns={"observation": "0"})
     assert place.observation_space == PLACE
     assert place.make_env().reset()[0].tolist() == [0, 0.25]
 
@@ -295,18 +266,14 @@ def place(number, rows):
     return counted((2,), number, rows)
 
 
-def test_dicts_of_boxes_are_one_vector_of_actions(root):
+def test_dicts_of_boxes_are_one_vector_of_actions(minari_root):
     """Leaves are in the order of their names, also where the environment has another order."""
     space = Dict({"move": MOVE, "grip": GRIP})
     write("made/a-v0", place, PLACE, moves, space)
     other = Dict(collections.OrderedDict(move=MOVE, grip=GRIP))
     assert list(other.spaces) == ["move", "grip"]
-
-    def make():
-        pay = lambda t, a: float(100 * a["grip"][0] + 10 * a["move"][0] + a["move"][1])  # noqa: E731
-        return Walk(PLACE, other, lambda t: place(0, STEPS + 1)[t], pay)
-
-    dataset = load_dataset("made/a-v0", env=make)
+    pay = lambda a: 100 * a["grip"][0] + 10 * a["move"][0] + a["move"][1]  # noqa: E731
+    dataset = load_dataset("made/a-v0", env=env_of(place, PLACE, other, pay))
     assert dataset.action_space == Box(np.float32([0, -2, -2]), np.float32([1, 2, 2]))
     expected = torch.tensor([[0, -1, 1], [0.1, -1, 1], [0.2, -1, 1], [0.3, -1, 1]])
     assert torch.equal(dataset.transitions["action"], torch.cat([expected, expected]))
@@ -324,40 +291,29 @@ def test_dicts_of_boxes_are_one_vector_of_actions(root):
     assert pickle.loads(pickle.dumps(Adaptation(flat_action=True))) == dataset.adaptation
 
 
-def test_tuples_of_categories_are_one_vector(root):
+def test_tuples_of_categories_are_one_vector(minari_root):
     space = Tuple([Discrete(3), MultiDiscrete([2, 4], start=[5, 0])])
 
     def chosen(number, rows):
         return three(number, rows), np.stack([5 + np.arange(rows) % 2, 3 - np.arange(rows)], 1)
 
     write("made/a-v0", place, PLACE, chosen, space)
-
-    def make():
-        pay = lambda t, a: float(100 * a[0] + 10 * a[1][0] + a[1][1])  # noqa: E731
-        return Walk(PLACE, space, lambda t: place(0, STEPS + 1)[t], pay)
-
-    dataset = load_dataset("made/a-v0", env=make)
+    pay = lambda a: 100 * a[0] + 10 * a[1][0] + a[1][1]  # noqa: E731
+    dataset = load_dataset("made/a-v0", env=env_of(place, PLACE, space, pay))
     assert dataset.action_space == MultiDiscrete([3, 2, 4], start=[0, 5, 0])
-    assert dataset.transitions["action"][:4].tolist() == [
-        [0, 0, 3],
-        [1, 1, 2],
-        [2, 0, 1],
-        [0, 1, 0],
-    ]
+    expected = [[0, 0, 3], [1, 1, 2], [2, 0, 1], [0, 1, 0]]
+    assert dataset.transitions["action"][:4].tolist() == expected
     index = torch.tensor([2, 1, 3])  # the action 2, (6, 3) pays 263
     policy = TensorDictModule(lambda x: index.expand(len(x), 3), ["observation"], ["action"])
     played = evaluate(policy, dataset.make_env, episodes=1, seed=0)
     assert played.returns.tolist() == [4 * 263.0]
 
 
-def test_one_category_in_a_dict_stays_discrete(root):
+def test_one_category_in_a_dict_stays_discrete(minari_root):
     space = Dict({"turn": Discrete(3, start=1)})
     write("made/a-v0", place, PLACE, lambda n, rows: {"turn": three(n, rows) + 1}, space)
-
-    def make():
-        return Walk(PLACE, space, lambda t: place(0, STEPS + 1)[t], lambda t, a: float(a["turn"]))
-
-    dataset = load_dataset("made/a-v0", env=make)
+    make_env = env_of(place, PLACE, space, lambda action: action["turn"])
+    dataset = load_dataset("made/a-v0", env=make_env)
     assert dataset.action_space == Discrete(3, start=1)
     assert dataset.transitions["action"].tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
     agent = make_agent(IQLConfig(hidden=(8,)), dataset)
@@ -366,7 +322,7 @@ def test_one_category_in_a_dict_stays_discrete(root):
     assert evaluate(last, dataset.make_env, episodes=1, seed=0).returns.tolist() == [12.0]
 
 
-def test_a_mixture_of_actions_is_refused(root):
+def test_a_mixture_of_actions_is_refused(minari_root):
     space = Dict({"turn": Discrete(3), "move": MOVE})
 
     def chosen(number, rows):
@@ -376,7 +332,7 @@ def test_a_mixture_of_actions_is_refused(root):
     refused("move (Box of shape (2,)|turn (Discrete(3))|TransformAction", "made/a-v0")
 
 
-def test_a_mask_in_the_observation_is_given_by_the_environment(root):
+def test_a_mask_in_the_observation_is_given_by_the_environment(minari_root):
     """The agent of such a dataset acts with the masks that its environments give."""
     space = Dict({"state": PLACE, "action_mask": MultiBinary(3)})
 
@@ -385,13 +341,8 @@ def test_a_mask_in_the_observation_is_given_by_the_environment(root):
         masks[np.arange(rows), three(number, rows)] = 1
         return {"state": place(number, rows), "action_mask": masks}
 
-    write("made/a-v0", observe, space, three, Discrete(3))
-
-    def make():
-        observed = observe(0, STEPS + 1)
-        return Walk(space, Discrete(3), lambda t: at_step(observed, t), lambda t, a: float(a))
-
-    dataset = load_dataset("made/a-v0", env=make)
+    write("made/a-v0", observe, space)
+    dataset = load_dataset("made/a-v0", env=env_of(observe, space))
     assert dataset.observation_space == PLACE
     assert dataset.transitions["action_mask"].long().argmax(1).tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
     observation, info = dataset.make_env().reset()

@@ -9,20 +9,14 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from extras import needs
-from small_logs import assert_counted, counted, first, flip, refused, save
+from small_logs import UNEQUAL as LENGTHS
+from small_logs import assert_counted, counted, first, flip, refused, save, step_table
 
 from iql_torchrl.data import load_dataset
-from iql_torchrl.data.readers.arrays import (
-    UnreadableColumn,
-    group_numbered,
-    open_npz,
-    text_seconds,
-)
+from iql_torchrl.data.readers.arrays import UnreadableColumn, group_numbered, open_npz, text_seconds
 from iql_torchrl.data.readers.csv_files import open_csv
 from iql_torchrl.data.readers.json_files import open_json, open_npy
 from iql_torchrl.data.readers.options import ReadOptions
-
-LENGTHS = (4, 2, 5)
 
 
 @pytest.fixture(params=["pyarrow", "csv"])
@@ -110,7 +104,7 @@ def test_csv_files_of_spreadsheets(tmp_path, reader):
     """Semicolons with decimal commas, tabs, the byte order mark, and the line ``sep=``."""
     path = tmp_path / "log.csv"
     german = "\r\n".join(lines(";", lambda x: str(x).replace(".", ","), lambda x: str(x).upper()))
-    for text in (german, "\ufeff" + german, "sep=;\r\n" + german):
+    for text in (german, "\ufeff" + german, "sep=;\r\n" + german, german.replace(";", "; ")):
         path.write_bytes(text.encode())
         assert_lines(path)
         assert open_csv(path).notes == (
@@ -155,7 +149,7 @@ def test_csv_files_that_are_refused(tmp_path, reader):
     for text, words in (
         ("", "log.csv: is empty; expected a first line of names"),
         ("\n\n", "log.csv: is empty"),
-        ("a,b\n", "log.csv: has names and no rows"),
+        ("a,b\n", "log.csv: has names and no rows; expected one row per step"),
         (
             "0.5,1,True\n0.25,2,False\n",
             "its first line is 0.5, 1, True; expected names|observation.0",
@@ -242,13 +236,8 @@ def test_numbered_columns_are_grouped_where_they_can_be():
 
 
 def objects():
-    rows = counted(*LENGTHS, terminated=[1])
-    episode = np.repeat([7, 8, 9], LENGTHS)
-    return [
-        {key: rows[key][row].tolist() for key in ("observation", "action", "reward", "terminated")}
-        | {"episode": int(episode[row]), "note": "a"}
-        for row in range(sum(LENGTHS))
-    ]
+    rows = step_table(note=["a"] * sum(LENGTHS))
+    return [dict(zip(rows, row, strict=True)) for row in zip(*rows.values(), strict=True)]
 
 
 def test_json_of_one_object_a_step(tmp_path):
@@ -394,7 +383,9 @@ def test_actions_of_json_and_csv_are_integers(tmp_path):
     needs("pyarrow")
     rows = [row | {"reward": n, "observation": [n, -n]} for n, row in enumerate(objects())]
     path = tmp_path / "log.jsonl"
-    path.write_text("\n".join(json.dumps({**row, "action": row["episode"] % 2}) for row in rows))
+    path.write_text(
+        "\n".join(json.dumps({**row, "action": row["episode_index"] % 2}) for row in rows)
+    )
     space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)
     dataset = load_dataset(path, observation_space=space)
     assert dataset.action_space == gym.spaces.Discrete(2)

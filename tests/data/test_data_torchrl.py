@@ -13,7 +13,7 @@ import pytest
 import torch
 from gymnasium.spaces import Box
 from minari.data_collector import EpisodeBuffer
-from small_logs import first, marked, refused, save
+from small_logs import first, loaded, marked, refused, save
 from tensordict import TensorDict
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer, VideoClipRef, datasets
 from torchrl.data.datasets import atari_dqn, d4rl, openx
@@ -25,10 +25,7 @@ ZEROS = "rows hold zeros"
 
 def check(source, observed, ends, *words, following=None, key=("observation",), **options):
     """What is read of a source whose observations count on, with one warning for each of ``words``."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        dataset = load_dataset(source, **options)
-    texts = [str(w.message) for w in caught]
+    dataset, texts = loaded(source, **options)
     assert len(texts) == len(words), texts
     assert all(word in text for word, text in zip(words, texts, strict=True)), texts
     assert first(dataset, key) == observed
@@ -61,8 +58,7 @@ def test_marks_before_a_step_are_not_those_after_it_and_padded_steps_left_out(ke
     check(source, [1, 2, 3, 4, 11, 12, 13], ([3], [6]))
 
 
-def test_minaris_table_of_zeros_is_refused_and_one_with_values_read(tmp_path, monkeypatch):
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+def test_minaris_table_of_zeros_is_refused_and_one_with_values_read(empty_folder):
     episodes = [
         EpisodeBuffer(
             observations=list(np.arange(6, dtype=np.float32)[:, None] + 1 + 100 * number),
@@ -77,7 +73,7 @@ def test_minaris_table_of_zeros_is_refused_and_one_with_values_read(tmp_path, mo
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # no code permalink, author or e-mail
         minari.create_dataset_from_buffers("toy/steps-v0", buffer=episodes, **spaces)
-    cls, options = datasets.MinariExperienceReplay, {"batch_size": 2, "root": tmp_path / "torchrl"}
+    cls, options = datasets.MinariExperienceReplay, {"batch_size": 2, "root": empty_folder / "t"}
     made = cls("toy/steps-v0", load_from_local_minari=True, **options)
     for buffer in (made, cls("toy/steps-v0", download=False, **options)):
         # The fault: Minari's own observations begin 1, 2, 3.

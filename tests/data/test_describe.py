@@ -1,7 +1,5 @@
 """``python -m iql_torchrl.data describe`` and its picture: what a newcomer sees of a dataset."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 import warnings
@@ -11,7 +9,7 @@ import matplotlib
 import numpy as np
 import pytest
 from matplotlib.text import Text
-from small_logs import counted, save
+from small_logs import counted, drift, save
 
 from iql_torchrl.config import cli
 from iql_torchrl.data import DatasetWarning, load_dataset
@@ -22,24 +20,10 @@ LENGTH, EPISODES = 20, 12
 pytestmark = pytest.mark.filterwarnings("ignore::iql_torchrl.data.DatasetWarning")
 
 
-def wave(*, shift=0, end="truncated", following=True, noise=0.0):
-    """Slow sines from random phases; the flags of the ends are ``shift`` rows late."""
-    draw = np.random.default_rng(0)
-    phase = np.repeat(draw.uniform(0, 6, EPISODES), LENGTH + 1).reshape(EPISODES, -1)
-    angle = phase + 0.05 * np.arange(LENGTH + 1)
-    states = np.stack([np.cos(angle), np.sin(angle)], 2) + noise * draw.normal(
-        size=(*angle.shape, 2)
-    )
-    rows = EPISODES * LENGTH
-    ends = np.roll(np.arange(rows) % LENGTH == LENGTH - 1, shift)
-    data = {
-        "observation": states[:, :-1].reshape(rows, 2), "action": draw.uniform(-1, 1, (rows, 1)),
-        "reward": draw.normal(size=rows), "next_observation": states[:, 1:].reshape(rows, 2),
-        "terminated": ends & (end == "terminated"), "truncated": ends & (end == "truncated"),
-    }  # fmt: skip
-    if not following:
-        del data["next_observation"]
-    return {k: v.astype(np.float32) if v.dtype == np.float64 else v for k, v in data.items()}
+def walk(*, shift=0, end="truncated", following=True):
+    """Random walks from random places; the flags of the ends are ``shift`` rows late."""
+    data, ends = drift([LENGTH] * EPISODES, width=2, successors=following)
+    return data | {"action": data["action"][:, :1], end: np.roll(ends, shift)}
 
 
 def texts(figure):
@@ -61,24 +45,29 @@ def heights(axes):
     return [bar.get_height() for bar in axes.patches if bar.get_height()]
 
 
-@pytest.mark.parametrize("end", ["terminated", "truncated"])
-@pytest.mark.parametrize("following", [True, False])
-def test_a_shifted_flag_is_seen(end, following):
+@pytest.mark.parametrize(
+    ("end", "following", "shifts"),
+    [
+        ("terminated", True, (0, 1, 2, -1)), ("truncated", False, (0, 1, 2, -1)),
+        ("terminated", False, (0, 1)), ("truncated", True, (0, 1)),
+    ],
+)  # fmt: skip
+def test_a_shifted_flag_is_seen(end, following, shifts):
     said = {
         0: "Right: the largest steps are those across the boundaries",
         1: "1 row before the boundaries: the flags are probably 1 row too late",
         2: "2 rows before the boundaries: the flags are probably 2 rows too late",
         -1: "1 row after the boundaries: the flags are probably 1 row too early",
     }
-    for shift, text in said.items():
-        dataset = load_dataset(wave(shift=shift, end=end, following=following))
+    for shift in shifts:
+        dataset = load_dataset(walk(shift=shift, end=end, following=following))
         figure = dataset_figure(dataset)
-        assert text in texts(figure)
+        assert said[shift] in texts(figure)
         assert bool(discontinuities(figure)) == (shift != 0), "a red area is in the curves"
 
 
 def test_missing_flags_are_seen():
-    data = wave(following=False)
+    data = walk(following=False)
     data["truncated"] &= np.arange(len(data["truncated"])) % (2 * LENGTH) >= LENGTH
     figure = dataset_figure(load_dataset(data))
     curves = panel(figure, "The same, enlarged")
@@ -130,19 +119,19 @@ def test_histograms_count_and_keep_the_raw_reward():
 
 
 def test_a_huge_reward_leaves_the_others_visible():
-    data = wave()
+    data = walk()
     data["reward"][7] = 1e12
     rewards = panel(dataset_figure(load_dataset(data)), "Rewards")
     assert rewards.get_xscale() == "symlog"
     assert len(heights(rewards)) > 4
     data["reward"] = (np.arange(240) % 80 == 79).astype(np.float32)  # 3 of 240
     assert panel(dataset_figure(load_dataset(data)), "Rewards").get_yscale() == "log"
-    rewards = panel(dataset_figure(load_dataset(wave())), "Rewards")
+    rewards = panel(dataset_figure(load_dataset(walk())), "Rewards")
     assert (rewards.get_xscale(), rewards.get_yscale()) == ("linear", "linear")
 
 
 def test_actions_against_their_bounds():
-    data = wave()
+    data = walk()
     data["action"] = np.tile(np.float32([[0.0, -2.0]]), (len(data["reward"]), 1))
     data["action"][:5] = [1.0, 4.0]
     space = gym.spaces.Box(np.float32([-1, -2]), np.float32([1, 4]), dtype=np.float32)
@@ -157,7 +146,7 @@ def test_actions_against_their_bounds():
 
 
 def test_discrete_actions_with_masks():
-    data = wave()
+    data = walk()
     rows = len(data["reward"])
     data["action"] = np.arange(rows) % 2
     data["action_mask"] = np.stack([np.ones(rows), np.ones(rows), np.arange(rows) < 7], 1)
@@ -168,7 +157,7 @@ def test_discrete_actions_with_masks():
 
 
 def test_pictures_across_a_boundary():
-    data = wave(following=False)
+    data = walk(following=False)
     rows = len(data["reward"])
     data["observation"] = np.zeros((rows, 8, 8, 3), np.uint8) + np.arange(rows)[:, None, None, None]
     data["observation"] = data["observation"].astype(np.uint8)
@@ -181,7 +170,7 @@ def test_pictures_across_a_boundary():
 
 
 def test_dicts_categories_and_one_row():
-    data = wave()
+    data = walk()
     data = {k: v[:1] for k, v in data.items()}
     nested = {"arm": data["observation"], "gripper": np.array([1])}
     data |= {"observation": nested, "next_observation": nested, "truncated": np.array([True])}
@@ -198,7 +187,7 @@ MAGIC = {".png": b"\x89PNG", ".pdf": b"%PDF", ".svg": b"<?xml"}
 def test_the_file_is_complete_or_the_old_one(tmp_path, monkeypatch, suffix):
     before = dict(matplotlib.rcParams)
     monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)
-    dataset, path = load_dataset(wave()), tmp_path / f"report{suffix}"
+    dataset, path = load_dataset(walk()), tmp_path / f"report{suffix}"
     draw(dataset, path, ["warning: 5 $ cost x_1$", "note: \u4e2d"])
     assert path.read_bytes().startswith(MAGIC[suffix])
     assert "matplotlib.pyplot" not in sys.modules
@@ -215,23 +204,15 @@ def test_the_file_is_complete_or_the_old_one(tmp_path, monkeypatch, suffix):
 
 
 def test_long_names_are_separated_from_their_values(tmp_path, capsys):
-    data = wave()
-    data["observation"] = {"camera_positions": data["observation"]}
-    if "next_observation" in data:
-        data["next_observation"] = {"camera_positions": data["next_observation"]}
-    path = tmp_path / "log.npz"
-    flat = {
-        (f"{key}/camera_positions" if isinstance(values, dict) else key): np.asarray(
-            values["camera_positions"] if isinstance(values, dict) else values
-        )
-        for key, values in data.items()
-    }
-    assert main(["describe", str(save(path, flat))]) == 0
+    data = walk()
+    for key in ("observation", "next_observation"):
+        data[f"{key}/camera_positions"] = data.pop(key)
+    assert main(["describe", str(save(tmp_path / "log.npz", data))]) == 0
     assert "space of observation/camera_positions Box of shape" in capsys.readouterr().out
 
 
 def test_describe_prints_spaces_warnings_once_and_writes_the_picture(tmp_path, capsys):
-    path = save(tmp_path / "log.npz", wave(shift=1))
+    path = save(tmp_path / "log.npz", walk(shift=1))
     report = tmp_path / "report.png"
     with warnings.catch_warnings(record=True) as caught:
         assert main(["describe", str(path), "--output", str(report)]) == 0
@@ -257,7 +238,7 @@ def test_describe_prints_spaces_warnings_once_and_writes_the_picture(tmp_path, c
     ],
 )
 def test_a_picture_that_cannot_be_written_is_refused_first(tmp_path, capsys, name, message):
-    path = save(tmp_path / "log.npz", wave())
+    path = save(tmp_path / "log.npz", walk())
     assert main(["describe", str(path), "--output", str(tmp_path / name)]) == 1
     out, err = capsys.readouterr()
     assert out == ""
@@ -289,7 +270,7 @@ def test_a_file_of_another_format_exists(tmp_path, capsys):
 
 
 def test_clip_actions(tmp_path, capsys):
-    data = wave() | {"observation": np.zeros((240, 3)), "next_observation": np.zeros((240, 3))}
+    data = walk() | {"observation": np.zeros((240, 3)), "next_observation": np.zeros((240, 3))}
     data["action"][3] = 2.5
     path = save(tmp_path / "log.npz", data)
     command = ["describe", str(path), "--env", "Pendulum-v1"]
@@ -300,7 +281,7 @@ def test_clip_actions(tmp_path, capsys):
 
 
 def test_build_prints_warnings_once(tmp_path, capsys):
-    path = save(tmp_path / "log.npz", wave(shift=1))
+    path = save(tmp_path / "log.npz", walk(shift=1))
     for options in ([], ["--shards", "2"]):
         folder = tmp_path / f"built{len(options)}"
         assert main(["build", str(path), str(folder), *options]) == 0
@@ -353,7 +334,7 @@ def test_warnings_of_a_script_have_no_source_line(capsys):
 
 @pytest.mark.slow
 def test_a_process_prints_no_source_line(tmp_path):
-    path = save(tmp_path / "log.npz", wave(shift=1))
+    path = save(tmp_path / "log.npz", walk(shift=1))
     command = [sys.executable, "-m", "iql_torchrl.data", "describe", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
     assert "DatasetWarning" not in done.stderr

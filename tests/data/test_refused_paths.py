@@ -1,38 +1,28 @@
 """Paths that cannot be written, what a killed build leaves, and integers in text files."""
 
-from __future__ import annotations
-
 import fcntl
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from small_logs import numbered, save
 
 from iql_torchrl import IQLConfig, OfflineTrainer, load_dataset, make_agent
-from iql_torchrl.data import DatasetError, OfflineDataset, build_shards
+from iql_torchrl.data import DatasetError, build_shards
 
-ROWS = 60
 WHOLE = gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)
 PUSH = gym.spaces.Box(-1, 1, (1,), np.float32)
 
 
 @pytest.fixture
 def log(tmp_path: Path) -> Path:
-    draw = np.random.default_rng(0).uniform(-1, 1, (ROWS, 4)).astype(np.float32)
-    np.savez(
-        tmp_path / "log.npz", observations=draw[:, :3], actions=draw[:, 3:], rewards=draw[:, 0],
-        terminals=np.arange(ROWS) % 10 == 9,
-    )  # fmt: skip
     (tmp_path / "link").symlink_to(tmp_path / "nowhere" / "deep")
     (tmp_path / "folder.pt2").mkdir()
-    return tmp_path / "log.npz"
-
-
-def loaded(log: Path, **options: Any) -> OfflineDataset:
-    return load_dataset(log, columns={"truncated": None}, **options)
+    return save(tmp_path / "log.npz", numbered([10] * 6))
 
 
 def refused(argument: str, path: Path, what: str) -> str:
@@ -53,25 +43,25 @@ def test_a_table_that_cannot_be_written_there(log, tmp_path, place, what):
     path = tmp_path / place
     for options in ({}, {"reward": "minus_one"}):
         with pytest.raises(DatasetError, match=refused("memmap", path, what)):
-            load_dataset(log, columns={"truncated": None}, memmap=path, **options)
+            load_dataset(log, memmap=path, **options)
     with pytest.raises(DatasetError, match=refused("folder", path, what)):
-        build_shards(log, path, 2, columns={"truncated": None})
+        build_shards(log, path, 2)
 
 
 @pytest.mark.parametrize(("place", "what"), PLACES)
 def test_runs_and_programs_that_cannot_be_written_there(log, tmp_path, place, what):
-    agent = make_agent(IQLConfig(hidden=(4,), updates=1), loaded(log))
+    agent = make_agent(IQLConfig(hidden=(4,), updates=1), load_dataset(log))
     path = tmp_path / place
     if place != LONG:  # the name of a folder may be that long
         with pytest.raises(ValueError, match=refused("folder", path, what)):
-            OfflineTrainer(agent=agent, dataset=loaded(log), folder=path).train()
+            OfflineTrainer(agent=agent, dataset=load_dataset(log), folder=path).train()
     path = path.with_name(f"{path.name}.pt2") if place == LONG else path / "policy.pt2"
     with pytest.raises(ValueError, match=refused("path", path, what)):
         agent.export(path)
 
 
 def test_a_program_never_replaces_a_folder(log, tmp_path):
-    agent = make_agent(IQLConfig(hidden=(4,)), loaded(log))
+    agent = make_agent(IQLConfig(hidden=(4,)), load_dataset(log))
     with pytest.raises(
         ValueError, match=r"path is .*folder\.pt2, which is a folder; choose the name"
     ):
@@ -80,20 +70,19 @@ def test_a_program_never_replaces_a_folder(log, tmp_path):
 
 def test_a_folder_without_the_right_to_write(log, tmp_path, monkeypatch):
     """The tests may run as a user who may write everywhere."""
-    loaded(log, memmap=tmp_path / "built")
+    load_dataset(log, memmap=tmp_path / "built")
 
     def refuse(*_: Any, **options: Any) -> None:
         raise PermissionError(13, "Permission denied", str(options["dir"]))
 
     monkeypatch.setattr("tempfile.NamedTemporaryFile", refuse)
-    options = {"columns": {"truncated": None}}
     with pytest.raises(
         DatasetError, match=refused("memmap", tmp_path / "new", "Permission denied")
     ):
-        load_dataset(log, memmap=tmp_path / "new", **options)
-    assert len(loaded(log, memmap=tmp_path / "built")) == ROWS  # nothing is written
+        load_dataset(log, memmap=tmp_path / "new")
+    assert len(load_dataset(log, memmap=tmp_path / "built")) == 60  # nothing is written
     with pytest.raises(DatasetError, match=refused("memmap", tmp_path / "built", "Permission")):
-        load_dataset(log, memmap=tmp_path / "built", reward="minus_one", **options)
+        load_dataset(log, memmap=tmp_path / "built", reward="minus_one")
 
 
 # -- what a killed build leaves
@@ -103,17 +92,14 @@ def test_what_a_killed_build_left_is_removed_by_the_next_one(log, tmp_path):
     names = (".table-abcd_123", ".table-two-abcd_123", ".table-abcd", ".other-abcd_123")
     for name in names:
         (tmp_path / name / "new").mkdir(parents=True)
-    loaded(log, memmap=tmp_path / "table")
+    load_dataset(log, memmap=tmp_path / "table")
     assert [name for name in names if (tmp_path / name).exists()] == list(names[1:])
 
 
 def test_nothing_is_removed_without_the_lock(log, tmp_path, monkeypatch):
-    def no_locks(*_: Any) -> None:
-        raise OSError(95, "Operation not supported")
-
     (tmp_path / ".table-abcd_123" / "new").mkdir(parents=True)
-    monkeypatch.setattr(fcntl, "flock", no_locks)
-    loaded(log, memmap=tmp_path / "table")
+    monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError(95, "Operation not supported")))
+    load_dataset(log, memmap=tmp_path / "table")
     assert (tmp_path / ".table-abcd_123").exists()
 
 

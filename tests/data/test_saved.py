@@ -10,6 +10,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import gymnasium as gym
 import numpy as np
@@ -147,12 +148,8 @@ def rewrite(**changes):
     return change
 
 
-def a_list(path):
-    path.write_text('["?"]')
-
-
-def older_table(path):
-    path.write_text('{"fingerprint": {"format": 2}}')
+def text(content):
+    return lambda path: path.write_text(content)
 
 
 def older_shards(path):
@@ -162,12 +159,12 @@ def older_shards(path):
 
 DAMAGE = [
     (cut, "built.json", "built.json | cannot be read"),
-    (a_list, "built.json", "built.json | cannot be read"),
+    (text('["?"]'), "built.json", "built.json | cannot be read"),
     (rewrite(observation_space=None), "built.json", "built.json | cannot be read"),
     (rewrite(format=2), "built.json", "built by another version of this package; build it again"),
     (rewrite(reference_scores=[1.0, 1.0]), "built.json", "the second greater"),
     (rewrite(shards=[]), "built.json", "0 transitions in place of 200"),
-    (older_table, "built.json", "built by another version of this package; build it again"),
+    (text('{"fingerprint": {"format": 2}}'), "built.json", "built by another version of this pack"),
     (drop, "episodes.npz", "episodes.npz is missing"),
     (cut, "episodes.npz", "incomplete or damaged"),
     (drop, "shard-00000", "shard-00000/observation.memmap is missing"),
@@ -269,9 +266,7 @@ def test_other_folders_are_never_overwritten(archive, tmp_path):
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_a_disk_that_gets_full_is_named_with_its_space(archive, tmp_path, monkeypatch, number):
-    def full(*_):
-        raise OSError(number, os.strerror(number))
-
+    full = Mock(side_effect=OSError(number, os.strerror(number)))
     monkeypatch.setattr("iql_torchrl.data.build.DiskTables.append", full)
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=123_456))
     space = f"{200 * ROW_BYTES:,} bytes|123,456 are free"

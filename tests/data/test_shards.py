@@ -3,6 +3,7 @@
 import itertools
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import gymnasium as gym
 import numpy as np
@@ -277,12 +278,9 @@ def test_an_address_that_cannot_be_reached_is_named(three, monkeypatch, memory):
     refused("memory://logs: built.json is missing", "memory://logs", load_shards)
     refused("nosuch://log: cannot be read |Protocol not known", "nosuch://log", load_shards)
     dataset = load_shards("memory://logs/shards")
-
-    def no_route(*_):
-        raise ConnectionError("no route to host")
-
     for name in ("cat_file", "get_file"):
-        monkeypatch.setattr(type(memory), name, no_route)
+        refuse = Mock(side_effect=ConnectionError("no route to host"))
+        monkeypatch.setattr(type(memory), name, refuse)
     words = "memory://logs/shards: cannot be read (ConnectionError: no route to host); check"
     refused(words, "memory://logs/shards", load_shards)
     refused(words, 8, dataset.replay_buffer)

@@ -1,7 +1,5 @@
 """The command lines of a Markdown page, read by the parsers of the scripts that they call."""
 
-from __future__ import annotations
-
 import argparse
 import functools
 import inspect
@@ -41,8 +39,8 @@ def commands(text: str) -> list[list[str]]:
     return [words for words in lines if words]
 
 
-def check(words: list[str]) -> str | None:
-    """Read one command; returns our script or module that it calls, None for another program.
+def check(words: list[str]) -> None:
+    """Read one command if it calls one of our scripts or modules, pip or torchrun.
 
     Raises ``SystemExit`` (with the parser's message on stderr) or ``ValueError`` on a command line
     that would be refused.
@@ -50,26 +48,25 @@ def check(words: list[str]) -> str | None:
     while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
         words = words[1:]
     if not words:
-        return None
+        return
     program, words = Path(words[0]).name, words[1:]
+    if program.startswith("python") and words[0] == "-m":
+        program, words = words[1], words[2:]
+    calls = {"pip": _pip, "torchrun": _torchrun, "torch.distributed.run": _torchrun}
     if program.startswith("python"):
-        if words[:2] == ["-m", "torch.distributed.run"]:
-            return _torchrun(words[2:])
-        if words[:2] == ["-m", "pip"]:
-            return _pip(words[2:])
-        if words[0] == "-m":
-            return _module(words[1], words[2:])
-        return _script(words[0], words[1:])
-    calls = {"torchrun": _torchrun, "pip": _pip}
-    return calls[program](words) if program in calls else None
+        _script(words[0], words[1:])
+    elif program.startswith("iql_torchrl"):
+        _module(program, words)
+    elif program in calls:
+        calls[program](words)
 
 
-def _torchrun(words: list[str]) -> str | None:
+def _torchrun(words: list[str]) -> None:
     line = get_args_parser().parse_args(words)
-    return _script(line.training_script, line.training_script_args)
+    _script(line.training_script, line.training_script_args)
 
 
-def _pip(words: list[str]) -> str | None:
+def _pip(words: list[str]) -> None:
     """An extra that is installed must exist."""
     text = (ROOT / "pyproject.toml").read_text()
     extras = text.partition("[project.optional-dependencies]")[2].partition("\n[")[0]
@@ -77,30 +74,25 @@ def _pip(words: list[str]) -> str | None:
         for name in names.split(","):
             if not re.search(rf"^{name} = ", extras, re.MULTILINE):
                 raise ValueError(f"pip install: there is no extra {name}")
-    return None
 
 
-def _module(name: str, words: list[str]) -> str | None:
-    if not name.startswith("iql_torchrl"):
-        return None
+def _module(name: str, words: list[str]) -> None:
     sys.modules.pop(f"{name}.__main__", None)  # runpy warns where a test has imported it
     _parse([name, *words], functools.partial(runpy.run_module, name, run_name="__main__"))
-    return name
 
 
-def _script(name: str, words: list[str]) -> str | None:
+def _script(name: str, words: list[str]) -> None:
     if not name.startswith(OWN):
-        return None
+        return
     path = ROOT / name
     if not re.search(r"\b(?:tyro|argparse|cli)\b", path.read_text()):
         if words:
             raise ValueError(f"{name} has no options; {words} are given")
-        return name
+        return
     with mock.patch.object(sys, "path", [str(path.parent), *sys.path]):
         _parse(
             [str(path), *words], functools.partial(runpy.run_path, str(path), run_name="__main__")
         )
-    return name
 
 
 def _parse(argv: list[str], start: Callable[[], object]) -> None:

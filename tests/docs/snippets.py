@@ -10,8 +10,6 @@ The blocks of a part run in their order. A comment on the line before a block ch
 Blocks of ``py`` are not run: code of other libraries, on the page ``docs/coming_from.md`` alone.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import re

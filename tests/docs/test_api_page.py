@@ -1,7 +1,5 @@
 """The page of the API lists what scripts use, and everything on it exists and has a contract."""
 
-from __future__ import annotations
-
 import ast
 import importlib
 import inspect
@@ -16,11 +14,7 @@ from iql_torchrl import losses
 
 LISTED = re.findall(r"^   ([\w.]+)$", (ROOT / "docs" / "api.md").read_text(), flags=re.MULTILINE)
 #: Shown by a table or a comment where they are defined, not by a docstring.
-PLAIN_DATA = (
-    "PRESETS",
-    "data.REFERENCE_RETURNS",
-    "data.builtin.BUILTIN",
-)
+PLAIN_DATA = ("PRESETS", "data.REFERENCE_RETURNS", "data.builtin.BUILTIN")
 ALIASES = ("policies.flow", "policies.best_of")
 
 

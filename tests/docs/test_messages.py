@@ -1,7 +1,5 @@
 """The messages that the tables of the pages explain are messages of the package."""
 
-from __future__ import annotations
-
 import ast
 import re
 

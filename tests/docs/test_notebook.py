@@ -1,7 +1,5 @@
 """The notebooks run as they are, in an empty folder; marked ``slow`` (two minutes on two cores)."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

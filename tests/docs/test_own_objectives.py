@@ -1,7 +1,5 @@
 """The objectives that the pages define compute their formulas, train, and anneal."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from snippets import ROOT, read_parts, run_block

@@ -1,7 +1,5 @@
 """Links, files and pictures of the Markdown pages exist; the site builds; the main page is short."""
 
-from __future__ import annotations
-
 import ast
 import re
 import struct

@@ -1,7 +1,5 @@
 """The Python blocks of the Markdown pages run as printed and print what the pages show."""
 
-from __future__ import annotations
-
 import os
 import shutil
 

@@ -3,8 +3,6 @@
 Each pattern has its exceptions: files that use the word in another meaning.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

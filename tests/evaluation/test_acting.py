@@ -1,11 +1,20 @@
 """Agent.act: from an observation of the environment to an action for env.step."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch
-from small_agents import HIGH, LOW, MEAN, SCALE, box_agent, by_hand, config, discrete_agent, log
+from small_agents import (
+    HIGH,
+    LOW,
+    MEAN,
+    box_agent,
+    by_hand,
+    config,
+    discrete_agent,
+    log,
+    masks,
+    observations,
+)
 
 from iql_torchrl import evaluate, load_dataset, make_agent
 
@@ -13,16 +22,16 @@ from iql_torchrl import evaluate, load_dataset, make_agent
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_one_observation_gives_one_action_and_a_batch_a_batch(dtype):
     agent = box_agent(dtype)
-    observations = np.random.default_rng(1).normal(size=(5, 3)) * SCALE + MEAN
-    expected = (HIGH + LOW) / 2 + (HIGH - LOW) / 2 * np.tanh(by_hand(agent, observations))
-    batch = agent.act(observations)
+    seen = observations(5)
+    expected = (HIGH + LOW) / 2 + (HIGH - LOW) / 2 * np.tanh(by_hand(agent, seen))
+    batch = agent.act(seen.astype(np.float64))
     assert batch.dtype == dtype
     np.testing.assert_allclose(batch, expected, atol=2e-6)
-    for observation, action in zip(observations, expected, strict=True):
-        single = agent.act(observation.astype(np.float32))
+    for observation, action in zip(seen, expected, strict=True):
+        single = agent.act(observation)
         assert agent.task.action_space.contains(single)
         np.testing.assert_allclose(single, action, atol=2e-6)
-    np.testing.assert_allclose(agent.act(list(observations[0])), expected[0], atol=2e-6)
+    np.testing.assert_allclose(agent.act(list(seen[0])), expected[0], atol=2e-6)
 
 
 def test_an_episode_by_hand_is_evaluates():
@@ -39,33 +48,29 @@ def test_an_episode_by_hand_is_evaluates():
 
 
 def test_discrete_actions_count_from_the_spaces_start():
-    agent = discrete_agent(start=7)
-    observations = np.random.default_rng(1).normal(size=(20, 3)) * SCALE + MEAN
-    expected = by_hand(agent, observations).argmax(1) + 7
+    agent, seen = discrete_agent(start=7), observations(20)
+    expected = by_hand(agent, seen).argmax(1) + 7
     assert len(set(expected)) > 1
-    batch = agent.act(observations)
+    batch = agent.act(seen)
     assert batch.dtype == np.int64
     assert batch.tolist() == expected.tolist()
-    single = agent.act(observations[0])
+    single = agent.act(seen[0])
     assert agent.task.action_space.contains(single)
     assert np.shape(single) == ()
     assert single == expected[0]
     agent.task.action_space.dtype = np.dtype(np.int32)
-    assert agent.act(observations).dtype == agent.act(observations[0]).dtype == np.int32
+    assert agent.act(seen).dtype == agent.act(seen[0]).dtype == np.int32
 
 
 def test_a_mask_forbids():
-    agent = discrete_agent(masked=True, start=1)
-    observations = np.random.default_rng(1).normal(size=(20, 3)) * SCALE + MEAN
-    logits = by_hand(agent, observations)
-    masks = np.random.default_rng(2).random((20, 4)) < 0.5
-    masks[np.arange(20), np.arange(20) % 4] = True
-    expected = np.where(masks, logits, -np.inf).argmax(1) + 1
+    agent, seen, allowed = discrete_agent(masked=True, start=1), observations(20), masks(20)
+    logits = by_hand(agent, seen)
+    expected = np.where(allowed, logits, -np.inf).argmax(1) + 1
     assert (expected != logits.argmax(1) + 1).any()
-    assert agent.act(observations, action_mask=masks).tolist() == expected.tolist()
-    assert agent.act(observations[3], action_mask=masks[3].astype(np.int8)) == expected[3]
-    sampled = agent.act(observations, action_mask=masks, deterministic=False, seed=0)
-    assert masks[np.arange(20), sampled - 1].all()
+    assert agent.act(seen, action_mask=allowed).tolist() == expected.tolist()
+    assert agent.act(seen[3], action_mask=allowed[3].astype(np.int8)) == expected[3]
+    sampled = agent.act(seen, action_mask=allowed, deterministic=False, seed=0)
+    assert allowed[np.arange(20), sampled - 1].all()
 
 
 def test_dict_observations():

@@ -1,7 +1,5 @@
 """Evaluations in a process of their own: the same numbers, and no process left behind."""
 
-from __future__ import annotations
-
 import gc
 import importlib
 import io
@@ -304,9 +302,9 @@ def alive(pid):
         return False
 
 
-def run(script, folder):
+def run(script, folder, before=""):
     """Runs ``SCRIPT + script``; its exit code and output. Its pipes may stay open."""
-    (folder / "script.py").write_text(SCRIPT + script)
+    (folder / "script.py").write_text(before + SCRIPT + script)
     command = [sys.executable, "-W", "error", str(folder / "script.py"), str(folder)]
     (folder / "elsewhere").mkdir()
     with (folder / "output").open("w") as output:
@@ -372,23 +370,13 @@ def test_a_script_that_ends_without_closing(end, codes, tmp_path):
     assert time.monotonic() - began < 55, "it does not wait for the 60 seconds of a step"
 
 
-EARLY = (
-    """
-import tempfile
-first = tempfile.TemporaryDirectory()  # its finalizer makes weakref register with atexit
-"""
-    + SCRIPT
-)
-
-
 @pytest.mark.slow
 def test_an_interpreter_that_exits_ends_the_process_whatever_was_registered_before(tmp_path):
     """multiprocessing waits at exit for its processes, so it must be ended before."""
-    (tmp_path / "script.py").write_text(f"{EARLY}\nprint(returns(1))\n")
-    command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path)]
-    ended = subprocess.run(command, timeout=100, capture_output=True, text=True)
-    assert ended.returncode == 0
-    assert ended.stdout.splitlines()[0] == "the script runs"
+    early = "import weakref\nweakref.finalize(weakref.finalize, int)  # registers with atexit\n"
+    code, lines = run("print(returns(1))\n", tmp_path, before=early)
+    assert code == 0
+    assert lines[0] == "the script runs"
 
 
 @pytest.mark.slow
@@ -423,18 +411,14 @@ def sent(thing):
     return run_task(serialize_call(lambda: thing)), len(serialize("thing", thing))
 
 
-def same_env(one, other):
-    starts = [env.reset(seed=3)[0] for env in (one, other)]
-    assert one.observation_space == other.observation_space
-    np.testing.assert_array_equal(*starts)
-
-
 def sent_alone(dataset):
     """What makes the environments of a dataset, as it arrives: without the data."""
     make, size = sent(dataset.make_env)
     assert size < 10_000
-    same_env(make(), dataset.make_env())
-    assert make() is not make()
+    one, other = make(), dataset.make_env()
+    assert one.observation_space == other.observation_space
+    np.testing.assert_array_equal(one.reset(seed=3)[0], other.reset(seed=3)[0])
+    assert make() is not one
     return make
 
 

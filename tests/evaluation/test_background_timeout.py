@@ -1,7 +1,5 @@
 """Evaluations that hang: ended after ``timeout``, and no reason to wait when training is stopped."""
 
-from __future__ import annotations
-
 import csv
 import functools
 import os

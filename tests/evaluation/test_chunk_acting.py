@@ -1,7 +1,5 @@
 """Policies with chunks: evaluate, act, Acting and TorchRL's wrapper execute their actions."""
 
-from __future__ import annotations
-
 import gymnasium
 import numpy as np
 import pytest

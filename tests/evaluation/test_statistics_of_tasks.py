@@ -1,7 +1,5 @@
 """Interquartile mean and probability of improvement over tasks, and their stratified intervals."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np
@@ -84,43 +82,3 @@ def test_tasks_are_resampled_separately_and_what_has_no_interval():
         assert all(map(math.isnan, stratified_interval(interquartile_mean, bad, seed=0)))
     with pytest.raises(ValueError, match="3 arrays; expected as many"):
         probability_of_improvement(*FIRST, SECOND[0])
-
-
-def test_points_equal_those_of_rliable():
-    metrics = pytest.importorskip("rliable.metrics")
-    one, other = np.stack(random_tasks(0), 1), np.stack(random_tasks(1, runs=7), 1)
-    assert interquartile_mean(*one.T) == pytest.approx(metrics.aggregate_iqm(one))
-    expected = metrics.probability_of_improvement(one, other)
-    assert probability_of_improvement(*one.T, *other.T) == pytest.approx(expected)
-    ties = np.round(one), np.round(other)
-    expected = metrics.probability_of_improvement(*ties)
-    assert probability_of_improvement(*ties[0].T, *ties[1].T) == pytest.approx(expected)
-
-
-@pytest.mark.filterwarnings("ignore:random_state is deprecated:FutureWarning")  # by arch
-def test_intervals_agree_with_those_of_rliable():
-    """Needs ``rliable==1.2.0``, ``arch<8`` and ``pandas<3``.
-
-    arch 7.2 cannot be imported with pandas 3 (a TypeError), and rliable 1.2 passes an argument that
-    arch 8 does not have.
-    """
-    try:
-        from rliable import library, metrics
-    except Exception as error:
-        pytest.skip(f"rliable.library cannot be imported: {error}")
-    one, other = np.stack(random_tasks(0), 1), np.stack(random_tasks(1), 1)
-    scores = {"iqm": one, "improvement": (one, other)}
-    state = np.random.RandomState(0)
-    for name, metric, samples in (
-        ("iqm", metrics.aggregate_iqm, [*one.T]),
-        ("improvement", metrics.probability_of_improvement, [*one.T, *other.T]),
-    ):
-        ours = interquartile_mean if name == "iqm" else probability_of_improvement
-        _, intervals = library.get_interval_estimates(
-            {name: scores[name]}, metric, reps=10_000, random_state=state
-        )
-        expected = intervals[name].ravel()
-        width = expected[1] - expected[0]
-        assert stratified_interval(ours, samples, seed=0) == pytest.approx(
-            expected, abs=0.05 * width
-        )

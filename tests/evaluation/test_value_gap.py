@@ -1,13 +1,11 @@
 """``value_gap`` by hand, against brute force, and in the rows of a trainer."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from small_agents import box_agent, config, discrete_agent, log
+from small_agents import box_agent, config, discrete_agent, log, trained
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torchrl.envs.utils import ExplorationType, set_exploration_type
@@ -61,10 +59,7 @@ def brute_force(agent, rows):
 
 
 def test_best_of_against_brute_force():
-    agent, dataset = box_agent(**BEST), load_dataset(log())
-    buffer = dataset.replay_buffer(16, seed=0)
-    for _ in range(3):
-        agent.step(buffer.sample())
+    agent, dataset = trained(**BEST), load_dataset(log())
     chosen, logged = brute_force(agent, dataset.transitions)
     gap = value_gap(agent.policy, dataset.transitions)
     np.testing.assert_allclose(np.sort(gap.chosen), np.sort(chosen), rtol=1e-5, atol=1e-6)

@@ -1,7 +1,5 @@
 """Videos: every frame of the episodes that evaluate runs, in a file that can be read again."""
 
-from __future__ import annotations
-
 import gymnasium
 import numpy as np
 import pytest
@@ -19,7 +17,7 @@ class Shades(gymnasium.Env):
     metadata = {"render_modes": ["rgb_array"], "render_fps": 12}  # noqa: RUF012
     observation_space = spaces.Box(-1.0, 1.0, (1,))
     action_space = spaces.Box(-1.0, 1.0, (1,))
-    opened: list[Shades] = []  # noqa: RUF012
+    opened = []  # noqa: RUF012
 
     def __init__(self, render_mode="rgb_array", size=(33, 47), fail_at=None):
         self.render_mode, self.size, self.fail_at, self.closed = render_mode, size, fail_at, False

@@ -1,7 +1,5 @@
 """The examples as modules, and called as a user calls them."""
 
-from __future__ import annotations
-
 import csv
 import importlib.util
 import inspect

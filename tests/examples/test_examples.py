@@ -1,6 +1,4 @@
-"""``iql_offline.py`` and ``custom_actor.py`` as a user runs them, and what they refuse."""
-
-from __future__ import annotations
+"""``iql_offline.py``, ``train.py`` and ``custom_actor.py`` as a user runs them; what they refuse."""
 
 import json
 import os
@@ -14,7 +12,7 @@ import pytest
 import torch
 from example_scripts import EXAMPLES, load, run, table, write_log
 
-from iql_torchrl import IQLStep
+from iql_torchrl import Agent, IQLStep
 from iql_torchrl.data.builtin import make_dataset
 
 pytestmark = pytest.mark.usefixtures("empty_folder")
@@ -126,6 +124,24 @@ def test_custom_actor_refuses_numbers_out_of_range(wrong, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         runpy.run_path(str(EXAMPLES / "custom_actor.py"), run_name="__main__")
     assert "--updates is a number of at least 1, --seed of at least 0." in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("small_pendulum")
+def test_the_short_script_trains_evaluates_and_keeps_earlier_runs(capsys):
+    main = load("train").main
+    means = [main(updates=20, episodes=2) for _ in range(2)]
+    assert means[0] == means[1], "the same seed gives the same result"
+    assert -2000 < means[0] < 0
+    assert f"IQL: {means[0]:.1f}, standard error " in capsys.readouterr().out
+    for folder in (Path("runs/train"), Path("runs/train-2")):
+        assert (folder / "metrics.csv").read_text().startswith("update,")
+        assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+        assert Agent.load(folder).config.updates == 20
+
+
+@pytest.mark.parametrize(("name", "lines"), [("train", 31), ("plain_iql", 115)])
+def test_short_scripts_fit_on_a_screen(name, lines):
+    assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) <= lines
 
 
 @pytest.mark.usefixtures("small_pendulum")

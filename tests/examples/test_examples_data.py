@@ -1,7 +1,5 @@
 """The sepsis and maze examples: the maze's relabelled log by hand, and runs with tiny settings."""
 
-from __future__ import annotations
-
 import re
 import sys
 from pathlib import Path

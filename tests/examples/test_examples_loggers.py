@@ -1,10 +1,9 @@
 """``iql_offline.py --logger``: a run for each method, finished, with all numbers; or a sentence."""
 
-from __future__ import annotations
-
 import struct
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from example_scripts import run, table
@@ -138,9 +137,7 @@ def test_trackio_has_a_run_for_each_method_with_its_losses(monkeypatch, tmp_path
 
 
 def test_a_logger_that_cannot_start_is_a_sentence(monkeypatch, capfd):
-    def refuse(*arguments, **options):
-        raise PermissionError("the server said no")
-
+    refuse = Mock(side_effect=PermissionError("the server said no"))
     monkeypatch.setattr("torchrl.record.loggers.get_logger", refuse)
     assert run("iql_offline", *TINY, "--logger", "csv") == 2
     assert "error: --logger csv could not be started: the server said no" in capfd.readouterr().err

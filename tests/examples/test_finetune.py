@@ -1,7 +1,5 @@
 """Offline, then online: the rows that the collector adds to the dataset; that learning continues."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import gymnasium
@@ -9,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from example_scripts import load, run, table
-from small_agents import following
+from small_agents import log
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from iql_torchrl import PRESETS, load_dataset, make_agent
@@ -171,14 +169,8 @@ def test_dropout_rests_while_acting(pendulum):
 def test_discrete_actions():
     generator = np.random.default_rng(0)
     observation = generator.normal(size=(20, 4)).astype(np.float32)
-    columns = {
-        "observation": observation,
-        "next_observation": following(observation, np.arange(20) % 10 == 9),
-        "action": generator.integers(2, size=20),
-        "reward": generator.normal(size=20),
-        "terminated": np.arange(20) % 10 == 9,
-        "truncated": np.zeros(20, bool),
-    }
+    flags = {"terminated": np.arange(20) % 10 == 9, "truncated": np.zeros(20, bool)}
+    columns = log(20, observation, generator.integers(2, size=20), **flags)
     online = collect(load_dataset(columns, env="CartPole-v1"), 40)
     assert online["action"].dtype == torch.int64
     assert online["action"].shape == (40,)

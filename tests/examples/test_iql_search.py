@@ -1,7 +1,5 @@
 """The search example: proposals follow the estimates, and the last comparison has fresh episodes."""
 
-from __future__ import annotations
-
 import json
 import math
 import sys

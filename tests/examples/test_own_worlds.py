@@ -1,7 +1,5 @@
 """The examples that make their own worlds: these by hand, and runs with tiny settings."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,17 +1,14 @@
 """The example in plain torch makes the same update as ``IQLStep``, and runs by itself."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch
-from conftest import make_batch
-from example_scripts import EXAMPLES, load
+from conftest import make_batch, make_networks
+from example_scripts import load
 from torchrl.data import Bounded
-from torchrl.modules import ValueOperator
 from torchrl.objectives import SoftUpdate
 
-from iql_torchrl import IQLLoss, IQLStep, networks, policies
+from iql_torchrl import IQLLoss, IQLStep, policies
 from iql_torchrl.data.builtin import make_dataset
 
 example = load("plain_iql")
@@ -30,14 +27,9 @@ def dtype(request):
 def make_step() -> IQLStep:
     bound = torch.full((ACTION,), BOUND)
     spec = Bounded(-bound, bound, (ACTION,), dtype=bound.dtype)
-
-    def critic():
-        net = networks.Critic(STATE, ACTION, hidden=HIDDEN)
-        return ValueOperator(net, in_keys=["observation", "action"])
-
     actor = policies.gaussian(STATE, spec, hidden=HIDDEN)
-    value = ValueOperator(networks.StateValue(STATE, hidden=HIDDEN), in_keys=["observation"])
-    loss = IQLLoss(actor, critic, value, expectile=0.7, temperature=3.0, max_weight=100.0)
+    parts = make_networks(STATE, ACTION, hidden=HIDDEN, policy=actor)
+    loss = IQLLoss(*parts, expectile=0.7, temperature=3.0, max_weight=100.0)
     loss.make_value_estimator(gamma=0.99)
     optimizer = torch.optim.Adam(loss.parameters(), lr=1e-3)
     return IQLStep(loss, optimizer, SoftUpdate(loss, tau=0.005), order="sequential")
@@ -94,7 +86,3 @@ def test_it_runs_by_itself_and_prints_a_result(empty_folder, capsys):
     returned = example.main(updates=10, episodes=2)
     assert -2000 < returned < 0
     assert f"mean return {returned:.1f} (the dataset: -" in capsys.readouterr().out
-
-
-def test_it_fits_on_a_screen():
-    assert len((EXAMPLES / "plain_iql.py").read_text().splitlines()) <= 115

@@ -1,7 +1,5 @@
 """Small steps and trainers: the same initial weights and the same batches, each time."""
 
-from __future__ import annotations
-
 import torch
 from conftest import make_batch, make_networks
 from torch import optim

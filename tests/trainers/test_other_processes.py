@@ -1,13 +1,12 @@
 """Training beside other processes: one at a time in a folder, killed ones, late evaluations."""
 
-from __future__ import annotations
-
 import json
 import signal
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import filelock
 import gymnasium as gym
@@ -86,9 +85,7 @@ def test_a_second_training_is_refused_until_the_first_is_killed_or_failed(
 
 
 def test_a_file_system_without_locks_is_warned_about(tmp_path, monkeypatch):
-    def acquire(self, *args, **kwargs):
-        raise NotImplementedError("no flock here")
-
+    acquire = Mock(side_effect=NotImplementedError("no flock here"))
     monkeypatch.setattr(filelock.FileLock, "acquire", acquire)
     with pytest.warns(RuntimeWarning, match="cannot be locked .no flock here"):
         make_trainer(folder=tmp_path).train()

@@ -4,8 +4,6 @@ Real loggers of TorchRL's, read back with their own tools. W&B, MLflow and Track
 ``tests/examples/test_examples_loggers.py``.
 """
 
-from __future__ import annotations
-
 import csv
 import math
 import os
@@ -114,14 +112,18 @@ def test_files_of_loggers(tmp_path, kind):
         assert read(name) == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize("name", ["loss_actor", "loss_value"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_loss_that_is_not_finite_stops_the_run(value):
+def test_a_loss_that_is_not_finite_stops_the_run(value, name):
+    """A policy whose density is infinite gets a hint."""
     progress = Progress()
-    progress.tally(TensorDict({"loss_value": torch.tensor(1.0), "entropy": torch.tensor(value)}))
-    assert progress.new_row(1)["loss_value"] == 1.0  # only losses must be finite
-    progress.tally(TensorDict({"loss_value": torch.tensor(value), "entropy": torch.tensor(0.0)}))
-    with pytest.raises(FloatingPointError, match=r"loss_value became .* before update 2"):
+    progress.tally(TensorDict({name: torch.tensor(1.0), "entropy": torch.tensor(value)}))
+    assert progress.new_row(1)[name] == 1.0  # only losses must be finite
+    progress.tally(TensorDict({name: torch.tensor(value), "entropy": torch.tensor(0.0)}))
+    with pytest.raises(FloatingPointError, match=rf"{name} became .* before update 2") as error:
         progress.new_row(2)
+    assert "max_grad_norm" in str(error.value)
+    assert ("density" in str(error.value)) == (name == "loss_actor")
 
 
 def test_an_equal_score_is_no_better_one():
@@ -147,12 +149,3 @@ def test_slow_updates_are_noticed_once(monkeypatch, threads):
         trainer.updates_per_second = 90.0
         trainer._notice_slowness()
     assert ["OMP_NUM_THREADS=1" in text for text in said] == [True] * (threads != "1")
-
-
-@pytest.mark.parametrize("name", ["loss_actor", "loss_value"])
-def test_a_policy_whose_density_is_infinite_gets_a_hint(name):
-    progress = Progress()
-    progress.tally(TensorDict({name: torch.tensor(math.nan)}, []))
-    with pytest.raises(FloatingPointError, match="max_grad_norm") as error:
-        progress.new_row(2)
-    assert ("density" in str(error.value)) == (name == "loss_actor")

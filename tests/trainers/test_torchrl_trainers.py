@@ -1,7 +1,5 @@
 """TorchRL's hooks on our trainer, and our loss and step in TorchRL's trainers."""
 
-from __future__ import annotations
-
 import math
 import warnings
 

@@ -1,7 +1,5 @@
 """Training and evaluation with goals: losses, values and success in a maze, resuming, populations."""
 
-from __future__ import annotations
-
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -12,7 +10,8 @@ import pytest
 import torch
 from goal_maze import LARGE, SMALL, Maze, walks
 from scipy import stats
-from small_agents import config
+from small_agents import Walk, config
+from small_agents import log as vector_log
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 
@@ -35,14 +34,8 @@ def log():
     return walks(SMALL, episodes=40, steps=25)
 
 
-def vectors(rows=60):
-    rng = np.random.default_rng(0)
-    return load_dataset({
-        "observation": rng.normal(size=(rows, 3)).astype(np.float32),
-        "action": rng.uniform(-1, 1, (rows, 2)).astype(np.float32),
-        "terminated": np.zeros(rows, bool),
-        "truncated": np.arange(rows) % 10 == 9,
-    }, columns={"reward": None})  # fmt: skip
+def vectors():
+    return load_dataset(vector_log(60), columns={"reward": None})
 
 
 # -- the losses
@@ -132,7 +125,7 @@ def test_curves_have_no_line_of_the_logs_return(log, tmp_path):
 def test_an_agent_with_a_history_trains_and_acts():
     data = vectors().relabelled([0, 1])
     data = replace(
-        data, env=partial(GoalEnv, Still(), data.relabelling, data.observation_space["goal"])
+        data, env=partial(GoalEnv, still(), data.relabelling, data.observation_space["goal"])
     )
     agent = make_agent(config(history=2, history_encoder="stack", updates=2), data)
     OfflineTrainer(agent=agent, dataset=data, progress_bar=False).train()
@@ -140,19 +133,10 @@ def test_an_agent_with_a_history_trains_and_acts():
     assert evaluate(agent.policy, data.make_env, episodes=1, seed=0, goals=goals).lengths == [3]
 
 
-class Still(gym.Env):
+def still(kind=Walk):
     """Observes zeros for three steps."""
-
-    observation_space = gym.spaces.Box(-np.inf, np.inf, (3,), np.float32)
-    action_space = gym.spaces.Box(-1, 1, (2,), np.float32)
-
-    def reset(self, *, seed=None, options=None):
-        self.steps = 0
-        return np.zeros(3, np.float32), {}
-
-    def step(self, action):
-        self.steps += 1
-        return np.zeros(3, np.float32), 5.0, False, self.steps == 3, {}
+    seen, actions = gym.spaces.Box(-np.inf, np.inf, (3,)), gym.spaces.Box(-1, 1, (2,))
+    return kind(seen, actions, lambda step: np.zeros(3, np.float32), lambda *_: 5.0, steps=3)
 
 
 def test_runs_of_a_population_are_those_trained_alone():
@@ -206,7 +190,7 @@ def test_success_of_each_goal_by_hand():
         _ = result.goal_success_rates
 
 
-class Reporting(Still):
+class Reporting(Walk):
     """As OGBench: ``info`` has an observation of the goal, and success."""
 
     def reset(self, *, seed=None, options=None):
@@ -215,12 +199,12 @@ class Reporting(Still):
 
     def step(self, action):
         *rest, _ = super().step(action)
-        return *rest, {"success": float(self.steps == 2)}
+        return *rest, {"success": float(self.number == 2)}
 
 
 def test_goals_and_success_of_the_environment_itself():
     data = vectors().relabelled([0, 1], rewards=(1, 0))
-    env = GoalEnv(Reporting(), data.relabelling, data.observation_space["goal"])
+    env = GoalEnv(still(Reporting), data.relabelling, data.observation_space["goal"])
     observation, _ = env.reset(options={"task_id": 4})
     assert observation["goal"].tolist() == [4, 4]
     assert env.observation_space.contains(observation)

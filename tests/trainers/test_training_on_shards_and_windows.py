@@ -1,7 +1,5 @@
 """The trainer on a dataset in shards, and on windows: resuming, refusals, equal ranks, digests."""
 
-from __future__ import annotations
-
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from small_agents import config
-from small_logs import SPACES, in_shards, numbered
+from small_logs import LENGTHS, SPACES, in_shards, numbered
+from small_trainers import same_weights
 from test_sequences import ENCODERS, Last, step_of
 from test_sequences import log as sequences
 
@@ -21,10 +20,8 @@ from iql_torchrl.data import ShardedDataset, load_shards
 from iql_torchrl.data.windows import WindowStorage
 from iql_torchrl.files import CheckpointError
 from iql_torchrl.networks import Chunk, with_history
-from iql_torchrl.trainers import run_folder
 from iql_torchrl.trainers.checkpoints import check_same_data, data_state
 
-LENGTHS = [7, 3, 12, 5, 5, 9, 2, 8, 6, 11]
 SETTINGS = {"loaded": 2, "replace_every": 3}
 
 
@@ -41,11 +38,6 @@ def trainer(
         agent=agent, step=form(agent.step), dataset=log, total_updates=total, folder=folder,
         replay_buffer=log.replay_buffer(16, seed=0, **(SETTINGS | settings)), progress_bar=False,
     )  # fmt: skip
-
-
-def same_weights(first, second) -> bool:
-    pairs = zip(first.loss.state_dict().values(), second.loss.state_dict().values(), strict=True)
-    return all(torch.equal(one, other) for one, other in pairs)
 
 
 @pytest.mark.parametrize("stop", [4, 6, 17])
@@ -75,7 +67,8 @@ def test_the_trainer_makes_the_replay_of_its_agent(log, tmp_path):
 def test_all_shards_give_the_batches_and_updates_of_the_log_in_memory(log):
     """The same rows in the same order, so the same weights, by hand from the whole table."""
     run = trainer(log, 5, loaded=5)
-    places = torch.cat([_rows(log, number) for number in run.replay_buffer.loaded_shards()])
+    rows = torch.arange(68).split([shard.rows for shard in log.shards])
+    places = torch.cat([rows[number] for number in run.replay_buffer.loaded_shards()])
     run.train()
     step = make_agent(config(), log).step
     table = load_dataset(numbered(LENGTHS), **SPACES).transitions.exclude("collector")
@@ -83,11 +76,6 @@ def test_all_shards_give_the_batches_and_updates_of_the_log_in_memory(log):
     for _ in range(5):
         step(table[places[torch.randint(68, (16,), generator=generator)]])
     assert same_weights(run.step, step)
-
-
-def _rows(log: ShardedDataset, number: int) -> torch.Tensor:
-    start = sum(shard.rows for shard in log.shards[:number])
-    return torch.arange(start, start + log.shards[number].rows)
 
 
 @pytest.mark.slow
@@ -102,14 +90,10 @@ def test_what_cannot_read_shards_says_so(log):
     agent = make_agent(config(), log)
     with pytest.raises(TypeError, match=r"replay is a ShardedReplay, .* Use compiled\(step\)"):
         captured(agent.step, log.replay_buffer(16))
-    history = make_agent(config(history=2), log)
-    with pytest.raises(ValueError, match=r"history=2 and log.npz is in shards, from which windows"):
-        OfflineTrainer(agent=history, dataset=log, progress_bar=False)
-    chunks = make_agent(config(action_chunk=2), log)
-    with pytest.raises(
-        ValueError, match=r"action_chunk=2 and log.npz is in shards, from which windows"
-    ):
-        OfflineTrainer(agent=chunks, dataset=log, progress_bar=False)
+    for name in ("history", "action_chunk"):
+        agent = make_agent(config(**{name: 2}), log)
+        with pytest.raises(ValueError, match=f"{name}=2 and log.npz is in shards, from which wind"):
+            OfflineTrainer(agent=agent, dataset=log, progress_bar=False)
 
 
 def test_a_checkpoint_of_other_shards_rewards_or_settings_is_refused(log, tmp_path):
@@ -228,8 +212,8 @@ def test_the_trainer_makes_the_windows_of_the_agents_policy(monkeypatch):
 # -- chunks
 
 
-def test_a_run_on_chunks_continues_bit_for_bit(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_folder, "draw", lambda *args, **kwargs: None)  # it takes a second
+@pytest.mark.usefixtures("no_pictures")
+def test_a_run_on_chunks_continues_bit_for_bit(tmp_path):
     more = {"history": 2, "history_encoder": "stack", "num_samples": 3}
 
     def run(updates, folder=None):
