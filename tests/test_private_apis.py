@@ -52,18 +52,15 @@ private_apis.find = watched
 import iql_torchrl  # every private name is missing
 assert sys.modules["iql_torchrl.private_apis"] is private_apis
 
-from test_step import make_batch, make_loss, snapshot
-from torch import optim
-from torchrl.objectives import SoftUpdate
+from test_step import make_batch, make_step, snapshot
 
 def train():
     torch.manual_seed(0)
-    loss = make_loss()
-    loss.average_actor(0.9)
-    step = iql_torchrl.IQLStep(loss, optim.Adam(loss.parameters(), lr=1e-2), SoftUpdate(loss, tau=0.1))
+    step = make_step()
+    step.loss.average_actor(0.9)
     for _ in range(20):
         step(make_batch())
-    return snapshot(loss)
+    return snapshot(step.loss)
 
 weights = train()
 assert weights
@@ -75,7 +72,8 @@ assert not asked, asked
 
 def test_neither_import_nor_eager_updates_ask_for_a_private_name():
     here = Path(__file__).parent
-    paths = [str(here), str(here / "update"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    folders = [str(here / name) for name in ("", "losses", "update")]
+    paths = [*folders, *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", HIDING],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import small_mdp
 import torch
 from gymnasium import spaces
 from one_device import Copies
@@ -20,6 +21,7 @@ from small_mdp import (
     first_states,
     greedy_policy,
     plain_returns,
+    policy_of,
     random_mdp,
     random_policies,
     steps_log,
@@ -48,7 +50,7 @@ BOTH = pytest.mark.parametrize("model", ["table", "network"])
 
 
 def candidates(policies=POLICIES):
-    return {f"p{number}": actor(policy) for number, policy in enumerate(policies)}
+    return small_mdp.candidates(policies)
 
 
 def evaluated(who, train, held_out, model="network", **options):
@@ -200,20 +202,6 @@ def cut_log(model, seed, episodes=200):
         episodes, options, observation=observation, action=action, reward=1 + action,
         next_observation=following, terminated=action == 0, truncated=action == 1,
     )  # fmt: skip
-
-
-class Apply(nn.Module):
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, observation):
-        return self.function(observation)
-
-
-def policy_of(function):
-    """A policy without a distribution, whose action is ``function`` of the observation."""
-    return TensorDictModule(Apply(function), in_keys=["observation"], out_keys=["action"])
 
 
 @BOTH

@@ -513,13 +513,8 @@ def test_table_and_files(ranked, tmp_path):
     ],
 )
 def test_what_cannot_be_is_refused(parts, candidates, fitted, changed, message):
-    given = {
-        "candidates": candidates,
-        "train": parts[0],
-        "held_out": parts[1],
-        "discount": DISCOUNT,
-    }
-    given |= {"fitted_q": fitted} | changed
+    given = {"candidates": candidates, "train": parts[0], "held_out": parts[1], "fitted_q": fitted}
+    given |= {"discount": DISCOUNT} | changed
     given["held_out"] = given["held_out"] or parts[1].split(0.5, 0)[0]
     with pytest.raises(ValueError, match=message):
         rank_policies(**given)
