@@ -30,11 +30,16 @@ def test_a_missing_name_is_an_error_that_names_feature_version_and_another_way(m
 
 
 HIDING = """
-import importlib.util, sys
+import importlib.util, os, sys
+from multiprocessing.resource_tracker import _resource_tracker
 import torch
 
 # imports the package, whose modules are dropped
 spec = importlib.util.find_spec("iql_torchrl.private_apis")
+assert not torch.cuda.is_initialized()
+assert "tyro" not in sys.modules
+assert _resource_tracker._pid is None, "a process was started"
+assert not os.listdir("."), os.listdir(".")
 source = spec.origin
 for name in [name for name in sys.modules if name.split(".")[0] == "iql_torchrl"]:
     del sys.modules[name]
@@ -70,14 +75,14 @@ assert not asked, asked
 """
 
 
-def test_neither_import_nor_eager_updates_ask_for_a_private_name():
+def test_an_import_does_nothing_else_and_it_and_eager_updates_ask_for_no_private_name(tmp_path):
+    """It writes nothing, starts no process and touches no device."""
     here = Path(__file__).parent
-    folders = [str(here / name) for name in ("", "losses", "update")]
-    paths = [*folders, *filter(None, [os.environ.get("PYTHONPATH")])]
+    folders = [here, here / "losses", here / "update", here.parent]
+    settings = {"PYTHONPATH": os.pathsep.join(map(str, folders)), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", HIDING],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
-        cwd=here.parent, capture_output=True, text=True,
+        env=os.environ | settings, cwd=tmp_path, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert not done.returncode, done.stderr[-3000:]
 

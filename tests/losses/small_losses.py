@@ -9,6 +9,7 @@ from conftest import ACT, OBS, make_batch, make_networks
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn, optim
+from torch.utils._pytree import tree_flatten
 from torchrl.data import Bounded, Categorical
 from torchrl.objectives import SoftUpdate
 
@@ -131,6 +132,15 @@ def assert_same_optimizers(optimizer, other, **tolerances) -> None:
 
 def assert_same_metrics(found, expected, **tolerances) -> None:
     torch.testing.assert_close(dict(found.items()), dict(expected.items()), **tolerances)
+
+
+def assert_same_leaves(first, second) -> None:
+    """Equal structures of containers, and in them equal tensors and other values."""
+    (leaves, structure), (others, other_structure) = map(tree_flatten, (first, second))
+    assert structure == other_structure
+    for one, other in zip(leaves, others, strict=True):
+        assert type(one) is type(other)
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
 
 
 def assert_same_updates(loss, other, updates=3, **options) -> None:

@@ -60,7 +60,6 @@ def test_traced_steps_call_them_and_notice_others(form):
     forms = Forms(loss, make_batch(64, dtype=torch.float64), [form], max_grad_norm=1.0)
     for objective, weight in (
         (huber, linear),
-        (as_expectile, linear),
         (as_expectile, as_exponential),
         (huber, "exponential"),
     ):

@@ -279,7 +279,7 @@ def test_other_optimizers_make_eager_updates(kind, monkeypatch):
     Pair(optimizer=make, schedule=by_group).run(8)
 
 
-@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.usefixtures("untraced")
 def test_of_a_compiled_step():
     pair = Pair()
     pair.call = captured(compiled(pair.steps[1]), pair.call.replay, updates=5)
@@ -468,7 +468,7 @@ def test_trains_in_a_trainer_and_goes_on_where_it_stopped(tmp_path, kind):
 def test_many_in_one_process_and_nothing_is_kept_of_them():
     alive, gone = [], []
     with torch._dynamo.config.patch(recompile_limit=1, accumulated_recompile_limit=1):
-        for _ in range(3):
+        for _ in range(2):
             pair = Pair(updates=1)
             pair.call()
             alive.append(pair)

@@ -93,18 +93,12 @@ def captured_in_order(step, batches, monkeypatch):
     return lambda batch: call()
 
 
-FORMS = ("eager", "compiled, traced", "captured, traced", "compiled", "captured")
-CASES = [
-    (file, form)
-    if form == "eager" or ("traced" in form and file == FILES[form.startswith("compiled")])
-    else pytest.param(file, form, marks=pytest.mark.slow)
-    for form in FORMS
-    for file in FILES
-]
-
-
-@pytest.mark.parametrize(("file", "form"), CASES)
-def test_replays_the_official_updates(file, form, monkeypatch, request):
+@pytest.mark.parametrize(
+    "form", ["eager", *(pytest.param(f, marks=pytest.mark.slow) for f in ("compiled", "captured"))]
+)
+@pytest.mark.parametrize("file", FILES)
+def test_replays_the_official_updates(file, form, monkeypatch):
+    """Traced updates are compared with eager ones in test_compilation.py and test_capture.py too."""
     data = np.load(file)
     config = ast.literal_eval(str(data["config"]))
     loss = build(data, config)
@@ -122,12 +116,11 @@ def test_replays_the_official_updates(file, form, monkeypatch, request):
         scheduler = LambdaLR(optimizer, [cosine, lambda _: 1.0, lambda _: 1.0])
     step = IQLStep(loss, optimizer, SoftUpdate(loss, tau=config["tau"]), lr_scheduler=scheduler)
     batches = [recorded_batch(data, i) for i in range(config["steps"])]
-    if "traced" in form:  # the program as Dynamo made it, without Inductor
-        request.getfixturevalue("uncompiled")
-    torch._dynamo.reset()  # the shapes of another test's networks are none of this one's
-    if form.startswith("compiled"):
-        step = compiled(step, backend="aot_eager") if "traced" in form else compiled(step)
-    elif form.startswith("captured"):
+    if form != "eager":
+        torch._dynamo.reset()  # the shapes of another test's networks are none of this one's
+    if form == "compiled":
+        step = compiled(step)
+    elif form == "captured":
         step = captured_in_order(step, batches, monkeypatch)
 
     depth = len(config["hidden"]) + 1
