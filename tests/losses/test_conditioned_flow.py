@@ -1,4 +1,4 @@
-"""``losses.ConditionedFlow`` and guidance: exact fields, by hand, sweeps."""
+"""``losses.ConditionedFlow`` and guidance: exact fields, and by hand."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import ACT, OBS, make_batch, make_networks
-from gymnasium import spaces
 from scipy import stats
 from scipy.integrate import solve_ivp
 from small_agents import box_agent, observations, saved, trained
@@ -18,12 +17,10 @@ from tensordict import TensorDict
 from torch import nn
 from torchrl.data import Bounded
 
-from iql_torchrl import IQLConfig, IQLLoss, load_dataset, make_agent, policies, rank_policies
+from iql_torchrl import IQLConfig, IQLLoss, policies
 from iql_torchrl import functional as F
 from iql_torchrl.agent import Agent
-from iql_torchrl.evaluation import value_gap
-from iql_torchrl.losses import ConditionedFlow, LossCritics
-from iql_torchrl.selection import ranking
+from iql_torchrl.losses import ConditionedFlow
 
 # -- a bandit with known advantages: three arms, each a Gaussian around its action -----------------
 
@@ -247,43 +244,6 @@ def test_an_export_has_the_guidance_of_its_policy(tmp_path, suffix):
             found = torch.export.load(path).module()(torch.from_numpy(seen))
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
     assert (paths[0.0][1] != paths[3.0][1]).any()
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_values_of_w_are_ranked_without_retraining(monkeypatch):
-    """Reward -a**2: the conditioned flow is made to act at -0.8 (unknown) and at 0 (c = 1)."""
-    draw = np.random.default_rng(0)
-    observation, action = (draw.uniform(-1, 1, (1200, 1)).astype(np.float32) for _ in range(2))
-    ends = {"terminated": np.ones(1200, bool), "truncated": np.zeros(1200, bool)}
-    columns = {"observation": observation, "action": action, "reward": -(action[:, 0] ** 2), **ends}
-    space = spaces.Box(-1.0, 1.0, (1,), np.float32)
-    train, held_out = load_dataset(columns, action_space=space).split(0.5, 0)
-    agent = make_agent(IQLConfig(hidden=(8,), reward="raw", **CONDITIONED), train)
-    agent.actor.head.mlp = Towards()
-    members = {f"w = {w}": policies.guided(agent.policy, w) for w in (0.0, 0.5, 1.0)}
-    evaluate = ranking.fitted_q_evaluation
-    quick = {"updates": 600, "hidden": (32,), "model": "network", "batch_size": 256}
-    monkeypatch.setattr(
-        ranking, "fitted_q_evaluation", lambda *args, **options: evaluate(*args, **options | quick)
-    )
-    result = rank_policies(members, train, held_out, discount=0.9, deterministic=True)
-    found = {row["candidate"]: row["value"] for row in result.rows}
-    assert found == pytest.approx({"w = 0.0": -0.64, "w = 0.5": -0.16, "w = 1.0": 0}, abs=0.12)
-    critics = LossCritics(agent.loss)
-    for w, member in zip((0.0, 0.5, 1.0), members.values(), strict=True):
-        gap = value_gap(member, train.transitions, critics=critics, rows=64)
-        action = torch.full((64, 1), -0.8 * (1 - w))
-        order = torch.randperm(len(train.transitions), generator=torch.Generator().manual_seed(0))
-        data = train.transitions[order[:64]].select("observation").set("action", action)
-        np.testing.assert_allclose(gap.chosen, critics(data)["state_action_value"][:, 0], atol=1e-5)
-
-
-class Towards(nn.Module):
-    """The velocity of straight lines: to -0.8 where c is unknown, to 0 where it is 1."""
-
-    def forward(self, joined):
-        x, t, known, _ = joined[..., 1:].unbind(-1)
-        return ((torch.where(known == 1, 0.0, -0.8) - x) / (1 - t)).unsqueeze(-1)
 
 
 PLAIN, ON_ADVANTAGE = policies.flow(OBS, SPEC), policies.flow(OBS, SPEC, conditioned=True)

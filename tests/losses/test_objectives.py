@@ -516,7 +516,7 @@ def test_arguments_out_of_range_show_the_value(make, options, message):
             (make_loss, {"temperature": value}, r"temperature is .*; expected a number")
             for value in (True, "3", torch.ones(2), None)
         ),
-        (make_loss, {"gamma": 0.9}, ""),  # as in TorchRL
+        (make_loss, {"gamma": 0.9}, r"make_value_estimator\(gamma=0\.9\)"),  # as in TorchRL
         (Expectile, {"pessimism": True}, "pessimism is True; expected a number"),
         (Sparse, {"alpha": None}, "alpha is None; expected a number"),
     ],

@@ -109,13 +109,12 @@ def test_stacked_layers_read_categories_as_columns():
     assert layer.weight.grad.tolist() == [[[1.0, 0.0, 2.0]] * 2] * 2
 
 
-@pytest.mark.parametrize("sizes", [(5, 40), (40, 6), (40, 1), (40, 40), (4, 6)])
+@pytest.mark.parametrize("sizes", [(5, 40), (40, 6), (40, 1), (40, 40)])
 @pytest.mark.parametrize("stacked", [False, True])
 def test_layers_as_sums_equal_products(sizes, stacked, monkeypatch):
-    """As a program for a GPU computes layers of few outputs; gradients, and a row, too."""
+    """As a program for a GPU computes layers of few outputs; gradients, and of one row, too."""
     inputs, outputs = sizes
-    rows = () if inputs == 4 and not stacked else (7,)
-    x = torch.randn(*rows, inputs, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(7, inputs, dtype=torch.float64, requires_grad=True)
     leading = (3,) if stacked else ()
     weight = torch.randn(*leading, outputs, inputs, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(*leading, outputs, dtype=torch.float64, requires_grad=True)
@@ -130,6 +129,9 @@ def test_layers_as_sums_equal_products(sizes, stacked, monkeypatch):
     torch.testing.assert_close(out, expected)
     again = torch.autograd.grad(out.square().sum(), (x, weight, bias))
     torch.testing.assert_close(again, gradients)
+    if not stacked:
+        row = networks.perceptrons.affine(x[0], weight, bias)
+        torch.testing.assert_close(row, expected[0])
 
 
 def test_named_activations():

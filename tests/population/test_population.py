@@ -47,7 +47,7 @@ def test_a_member_equals_the_run_trained_alone(case):
     kind, options, batches, change = (CASES | OBJECTIVES)[case]
     with double():
         beside = Beside(configs(**options), dataset(kind), batches)
-        beside.assert_equal(beside.train(20, change))
+        beside.assert_equal(beside.train(10, change))
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_hyperparameters_of_objectives_are_the_members(case, setting, values):
 
 def test_each_knob_reaches_its_member_and_no_other():
     beside = Beside(configs(({}, *SETTINGS)), dataset())
-    beside.assert_equal(beside.train(40, extras))
+    beside.assert_equal(beside.train(10, extras))
     state = beside.population.loss.state_dict()
     moved = {n: v for n, v in state.items() if "mlp" in n and not n.startswith("target")}
     for number in range(1, len(SETTINGS) + 1):
@@ -86,9 +86,9 @@ def test_clipping_bites_where_a_members_own_gradient_is_large(order):
     limit = float(norms.median()) * 1.01
     assert 0 < int((norms > limit).sum()) < len(settings)
     beside = Beside(configs(max_grad_norm=limit, order=order), data)
-    beside.assert_equal(beside.train(40))
+    beside.assert_equal(beside.train(10))
     free = Beside(settings, data)
-    free.train(40)
+    free.train(10)
     assert not same(free.population.loss.state_dict(), beside.population.loss.state_dict())
 
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
 from scipy import stats
 from small_agents import box_agent, config
 from small_agents import log as small_log
@@ -23,12 +24,15 @@ from small_mdp import (
     steps_log,
     uniform,
 )
+from small_populations import CONDITIONED
 from tensordict.nn import TensorDictModule
 from torch import nn
 from torchrl.modules import Delta, IndependentNormal, ProbabilisticActor
 
-from iql_torchrl import IQLConfig, load_dataset, make_agent
+from iql_torchrl import IQLConfig, load_dataset, make_agent, policies
+from iql_torchrl.evaluation import value_gap
 from iql_torchrl.evaluation.statistics import rank_correlations
+from iql_torchrl.losses import LossCritics
 from iql_torchrl.selection import (
     Ranking,
     bounds,
@@ -619,3 +623,36 @@ def test_both_estimators_evaluate_the_same_continuous_policies(one_step_logs, qu
         "without a density": "because right has no density of actions",
     }[kind]
     assert warnings_with(result, text)
+
+
+class Towards(nn.Module):
+    """The velocity of straight lines: to -0.8 where c is unknown, to 0 where it is 1."""
+
+    def forward(self, joined):
+        x, t, known, _ = joined[..., 1:].unbind(-1)
+        return ((torch.where(known == 1, 0.0, -0.8) - x) / (1 - t)).unsqueeze(-1)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_values_of_w_are_ranked_without_retraining():
+    """Reward -a**2: the conditioned flow is made to act at -0.8 (unknown) and at 0 (c = 1)."""
+    draw = np.random.default_rng(0)
+    observation, action = (draw.uniform(-1, 1, (1200, 1)).astype(np.float32) for _ in range(2))
+    train, held_out = steps_log(
+        1200, {"action_space": spaces.Box(-1.0, 1.0, (1,))}, observation=observation,
+        next_observation=observation, action=action, reward=-(action[:, 0] ** 2),
+    ).split(0.5, 0)  # fmt: skip
+    agent = make_agent(IQLConfig(hidden=(8,), reward="raw", **CONDITIONED), train)
+    agent.actor.head.mlp = Towards()
+    members = {f"w = {w}": policies.guided(agent.policy, w) for w in (0.0, 0.5, 1.0)}
+    result = rank_policies(members, train, held_out, discount=0.9, deterministic=True)
+    expected = {"w = 0.0": -0.64, "w = 0.5": -0.16, "w = 1.0": 0}
+    assert column(result, "value") == pytest.approx(expected, abs=0.12)
+    critics = LossCritics(agent.loss)
+    for w, member in zip((0.0, 0.5, 1.0), members.values(), strict=True):
+        gap = value_gap(member, train.transitions, critics=critics, rows=64)
+        action = torch.full((64, 1), -0.8 * (1 - w))
+        order = torch.randperm(len(train.transitions), generator=torch.Generator().manual_seed(0))
+        data = train.transitions[order[:64]].select("observation").set("action", action)
+        np.testing.assert_allclose(gap.chosen, critics(data)["state_action_value"][:, 0], atol=1e-5)

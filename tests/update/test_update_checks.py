@@ -11,6 +11,7 @@ from conftest import ACT, OBS, make_batch, make_networks
 from small_populations import BASE, dataset
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
+from test_capture import untraced  # noqa: F401 (fixture)
 from test_step import make_loss, make_step, snapshot
 from torch import distributed, nn, optim
 from torch.nn.parallel import DistributedDataParallel
@@ -128,7 +129,7 @@ def test_several_ranks_are_refused_by_every_form(form, ranks):
     assert "independent_ranks=True" in str(caught.value)
 
 
-@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.usefixtures("untraced")
 def test_a_group_of_one_rank_and_independent_ranks_are_allowed(ranks):
     step = make_step()
     ranks(1)
