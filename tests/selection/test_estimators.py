@@ -38,9 +38,8 @@ def bandit(rows=400, arms=4, seed=0, rate=0.2):
     )  # fmt: skip
     policy = draw.dirichlet(np.ones(arms))
     q = draw.random(arms)
-    model = ModelValues(
-        np.full(rows, policy @ q), q[action], reward - q[action], np.full(rows, np.nan)
-    )
+    value, none = np.full(rows, policy @ q), np.full(rows, np.nan)
+    model = ModelValues(value, q[action], reward - q[action], none)
     logged = np.log(policy)[action], np.log(behaviour)[action]
     return Episodes(log, 1.0), logged, model, policy[action] / behaviour[action], reward, q[action]
 
@@ -218,7 +217,6 @@ def test_actions_of_probability_zero_stay_unsupported(logged_bandit):
 def test_long_episodes_with_few_effective_ones_rest_on_the_models_weights():
     log = WORLD.log(uniform(), episodes=600, seed=5).split(0.5, 0)
     near, far = 0.97 * uniform() + 0.03 * np.eye(3)[[0] * 5], np.eye(3)[[0] * 5]
-    fitted = fitted_q_evaluation(
-        {"near": actor(near), "far": actor(far)}, *log, discount=DISCOUNT, model="table"
-    )
+    who = {"near": actor(near), "far": actor(far)}
+    fitted = fitted_q_evaluation(who, *log, discount=DISCOUNT, model="table")
     assert fitted.episodes.exact.tolist() == [True, False]

@@ -117,19 +117,15 @@ def test_scores_against_a_loop(small_parts, min_count):
         np.testing.assert_allclose(scores.initial_values[number], initial, atol=1e-6)
         np.testing.assert_allclose(scores.scores[number], expected, atol=1e-5)
         assert estimate.values[number] == pytest.approx(expected.mean(), abs=1e-5)
-        max_score_deviation = max(weight.values()) * (high - low)
-        np.testing.assert_allclose(
-            scores.max_score_deviation[number], max_score_deviation, rtol=1e-5
-        )
+        largest = max(weight.values()) * (high - low)
+        np.testing.assert_allclose(scores.max_score_deviation[number], largest, rtol=1e-5)
         _, expected, weight, _, _ = by_loop(policy, *small_parts, min_count, high)
         np.testing.assert_allclose(scores.scores_high[number], expected, atol=1e-5)
         left = [1 - sum(policy[s, a] for a in range(ACTIONS) if (s, a) in weight) for s in visits]
         outside = sum(mass * miss for mass, miss in zip(visits.values(), left, strict=True))
         assert scores.unsupported[number] == pytest.approx(outside, abs=1e-6)
-        whole = [
-            sum(weight.get(step[:2], 0.0) for step in episode)
-            for episode in episodes_of(small_parts[1])
-        ]
+        held_out = episodes_of(small_parts[1])
+        whole = [sum(weight.get(step[:2], 0.0) for step in episode) for episode in held_out]
         effective = sum(whole) ** 2 / sum(w**2 for w in whole)
         assert scores.effective_episodes[number] == pytest.approx(effective, rel=1e-4)
     assert np.ptp(scores.unsupported) > 0.001
@@ -261,13 +257,8 @@ def test_few_distinct_vectors_are_a_table_too(parts):
     one = fitted_q_evaluation(who, *vectors, discount=DISCOUNT)
     other = fitted_q_evaluation(CANDIDATES, *parts, discount=DISCOUNT, behaviour=False)
     assert one.backups == np.inf  # chosen without asking
-    for name in (
-        "scores",
-        "initial_values",
-        "behaviour_scores",
-        "max_score_deviation",
-        "unsupported",
-    ):
+    names = ("scores", "initial_values", "behaviour_scores", "max_score_deviation", "unsupported")
+    for name in names:
         result, expected = (getattr(each.episodes, name) for each in (one, other))
         np.testing.assert_allclose(result, expected, atol=1e-6)
 
