@@ -82,7 +82,7 @@ def test_an_import_does_nothing_else_and_it_and_eager_updates_ask_for_no_private
     settings = {"PYTHONPATH": os.pathsep.join(map(str, folders)), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", HIDING],
-        env=os.environ | settings, cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        env=os.environ | settings, cwd=tmp_path, capture_output=True, text=True,
     )  # fmt: skip
     assert not done.returncode, done.stderr[-3000:]
 
