@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from tensordict.nn import TensorDictModuleBase
+
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ):  # before torch is imported
     os.environ["GOMP_SPINCOUNT"] = "2000"
 
@@ -55,6 +57,7 @@ def empty_folder(tmp_path, monkeypatch):
 @pytest.fixture
 def uncompiled(monkeypatch):
     """Programs run as Dynamo traced them, without the seconds that Inductor takes."""
+    torch._dynamo.reset()
     compile = torch.compile
 
     def traced(function, *, backend="eager", options=None, **kwargs):
@@ -83,14 +86,30 @@ def make_batch(*shape: int, obs: int = OBS, act: int = ACT, dtype=torch.float32)
     )
 
 
-def make_networks(obs: int = OBS, act: int = ACT, hidden=(16, 16), policy=policies.gaussian, **mlp):
-    """Actor, one critic, V, all reading ``observation``; ``policy`` builds the actor, or is it."""
+def make_networks(
+    obs: int = OBS,
+    act: int = ACT,
+    hidden=(16, 16),
+    policy=policies.gaussian,
+    critic=None,
+    value=None,
+    critics: int = 0,
+    **mlp,
+):
+    """Actor, one critic (a list, given ``critics``), V, all reading ``observation``.
+
+    ``policy`` builds the actor, or is it; ``critic`` and ``value`` are modules to use instead.
+    """
     spec = Bounded(-torch.ones(act), torch.ones(act), (act,))
     mlp["hidden"] = hidden
     actor = policy if isinstance(policy, nn.Module) else policy(obs, spec, **mlp)
-    critic = ValueOperator(networks.Critic(obs, act, **mlp), in_keys=["observation", "action"])
-    value = ValueOperator(networks.StateValue(obs, **mlp), in_keys=["observation"])
-    return actor, critic, value
+    made = [
+        ValueOperator(critic or networks.Critic(obs, act, **mlp), in_keys=["observation", "action"])
+        for _ in range(critics or 1)
+    ]
+    if not isinstance(value, TensorDictModuleBase):
+        value = ValueOperator(value or networks.StateValue(obs, **mlp), in_keys=["observation"])
+    return actor, made if critics else made[0], value
 
 
 class NormedCritic(nn.Module):

@@ -73,12 +73,8 @@ def random_mdp(seed: int = 0) -> MDP:
     return MDP(transition, reward, np.full((STATES, ACTIONS), 0.15), np.full(STATES, 1 / STATES))
 
 
-def random_policies(count: int, seed: int = 1, masks=None) -> list[np.ndarray]:
-    draw = np.random.default_rng(seed)
-    tables = draw.dirichlet(np.full(ACTIONS, 0.7), (count, STATES))
-    if masks is not None:
-        tables = tables * masks
-    return list(tables / tables.sum(-1, keepdims=True))
+def random_policies(count: int, seed: int = 1) -> list[np.ndarray]:
+    return list(np.random.default_rng(seed).dirichlet(np.full(ACTIONS, 0.7), (count, STATES)))
 
 
 class Lookup(nn.Module):
@@ -94,13 +90,38 @@ def actor(policy: np.ndarray) -> ProbabilisticActor:
     """The policy ``(S, A)``; it reads no mask."""
     with np.errstate(divide="ignore"):
         net = Lookup(np.log(policy))
+    module = TensorDictModule(net, in_keys=["observation"], out_keys=["logits"])
+    return of_logits(module, Categorical(policy.shape[1]))
+
+
+class Apply(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, observation):
+        return self.function(observation)
+
+
+def policy_of(function, spec=None):
+    """A policy whose action is ``function`` of the observation; of a ``spec``, the logits of one."""
+    key = "action" if spec is None else "logits"
+    module = TensorDictModule(Apply(function), in_keys=["observation"], out_keys=[key])
+    return module if spec is None else of_logits(module, spec)
+
+
+def of_logits(module, spec) -> ProbabilisticActor:
     return ProbabilisticActor(
-        TensorDictModule(net, in_keys=["observation"], out_keys=["logits"]),
+        module,
         in_keys=["logits"],
-        spec=Categorical(policy.shape[1]),
+        spec=spec,
         distribution_class=torch.distributions.Categorical,
         distribution_kwargs={"validate_args": False},
     )
+
+
+def candidates(policies):
+    return {f"p{number}": actor(policy) for number, policy in enumerate(policies)}
 
 
 def uniform() -> np.ndarray:

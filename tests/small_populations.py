@@ -77,6 +77,17 @@ class Beside:
             metrics.append(((step or self.population.step)(batch.clone()), torch.stack(alone)))
         return metrics
 
+    def train_captured(self, call, sampler, change=None) -> None:
+        """A captured call, and updates of the runs alone on rows of ``sampler`` after ``change``."""
+        means, alone = call(), []
+        for _ in range(call.updates):
+            batch = sampler.sample()
+            batch = batch if change is None else change(batch, sampler.generator)
+            own = zip(self.agents, batch.unbind(0), strict=True)
+            alone.append(torch.stack([agent.step(rows) for agent, rows in own]))
+        expected = torch.stack(alone).mean(0).double()
+        assert_close(dict(means.items()), dict(expected.items()), 1e-9)
+
     def assert_equal(self, metrics=(), rtol: float = 1e-10) -> None:
         """Weights, targets and metrics, relative to each tensor's largest value."""
         for number, agent in enumerate(self.agents):
@@ -120,6 +131,21 @@ def extras(batch):
     return batch
 
 
+def noise(batch):
+    """Random numbers of flow policies, the same for a run alone and in the population."""
+    batch, shape = batch.clone(), tuple(batch.batch_size)
+    generator = torch.Generator().manual_seed(int(batch["next", "reward"].abs().sum() * 1e6))
+    options = {"generator": generator, "dtype": torch.float64}
+    batch["flow_noise"] = torch.randn(*shape, 2, **options)
+    for name in ("flow_time", "flow_drop"):
+        batch[name] = torch.rand(shape, **options)
+    return batch
+
+
+def noise_and_extras(batch):
+    return extras(noise(batch))
+
+
 def shifts(batch):
     """By what images are moved: in place of random numbers, which differ between members."""
     batch = batch.clone()
@@ -151,4 +177,31 @@ CASES = {
     "images, all": ("images", {**IMAGES, "encoder_gradient": "all"}, "own", shifts),
     "discrete": ("discrete", {"layer_norm": True, **ADAMW}, "shared", None),
     "categories": ("categories", {"num_critics": 1, "schedule": "constant"}, "own", extras),
+}
+
+
+# Objectives, and members that differ in their hyperparameters
+CONDITIONED = {"policy": "flow", "actor_objective": "conditioned_flow", "flow_steps": 3}
+FLOWS = ({}, {"seed": 1, "temperature": 0.0}, {"seed": 2, "temperature": 10.0, "actor_lr": 1e-2})
+DROPS = ({}, {"seed": 1, "condition_dropout": 0.6}, {"seed": 2, "actor_lr": 1e-2})
+BC = ({"bc_weight": 0.1}, {"seed": 1, "bc_weight": 2.0}, {"seed": 2, "expectile": 0.9})
+ALPHAS = tuple({"seed": seed, "alpha": alpha} for seed, alpha in enumerate((0.05, 0.4, 5.0)))
+OF_FLOW = {"members": FLOWS, "policy": "flow"}
+OF_CONDITION = {"members": DROPS, "guidance": 2.0, **CONDITIONED}
+OF_DDPG = {"members": BC, "actor_objective": "ddpg_bc"}
+OF_ALPHA = {"members": ALPHAS, "num_critics": 3, "pessimism": 0.5}
+EXACT = {"policy": "deterministic"}
+OBJECTIVES = {
+    "average": ("continuous", {"members": DROPS[::2], "actor_ema": 0.75}, "shared", None),
+    "flow": ("continuous", OF_FLOW, "shared", noise),
+    "flow, extras": ("continuous", OF_FLOW, "shared", noise_and_extras),
+    "flow, own": ("continuous", OF_FLOW, "own", noise_and_extras),
+    "conditioned flow": ("continuous", OF_CONDITION, "shared", noise_and_extras),
+    "conditioned flow, own": ("continuous", OF_CONDITION, "own", noise_and_extras),
+    "ddpg_bc": ("continuous", OF_DDPG, "shared", None),
+    "ddpg_bc, extras": ("continuous", OF_DDPG, "own", extras),
+    "ddpg_bc, deterministic": ("continuous", OF_DDPG | EXACT, "own", None),
+    "ddpg_bc, deterministic, extras": ("continuous", OF_DDPG | EXACT, "shared", extras),
+    "sparse": ("continuous", {"value_objective": "sparse", **OF_ALPHA}, "own", extras),
+    "exponential": ("continuous", {"value_objective": "exponential", **OF_ALPHA}, "own", extras),
 }

@@ -109,10 +109,7 @@ def test_extremes_of_alpha_are_the_mean_and_the_maximum():
     # exp((5 - v) / alpha) = n
     for loss, near in (
         (F.sparse_loss, 5 - 2 * 0.05 * 4),
-        (
-            lambda e, alpha: F.gumbel_loss(e, alpha=alpha, largest=e[:1] * 0),
-            5 - 0.05 * math.log(5),
-        ),
+        (lambda e, alpha: F.gumbel_loss(e, alpha=alpha, largest=e[:1] * 0), 5 - 0.05 * math.log(5)),
     ):
         large = minimiser(lambda e, f=loss: f(e, alpha=1e3), WORKED)
         assert large == pytest.approx(3.0, abs=5e-3)

@@ -44,26 +44,6 @@ from iql_torchrl.losses import WeightedSquaredError
 SPEC = Bounded(-1, 1, (2,))
 
 
-@pytest.mark.parametrize(
-    ("options", "error", "text"),
-    [
-        ({"expectile": "0.7"}, TypeError, "expectile is '0.7'; expected a number"),
-        ({"temperature": float("inf")}, ValueError, "temperature is inf; .* finite"),
-        ({"max_weight": True}, TypeError, "max_weight is True; expected a number"),
-        ({"num_qvalue_nets": 2.5}, TypeError, "num_qvalue_nets is 2.5; it must be an integer"),
-        ({"num_qvalue_nets": True}, TypeError, "num_qvalue_nets is True"),
-        (
-            {"reduction": "none", "scalar_output_mode": "drop"},
-            ValueError,
-            "is 'drop'; choose 'excl",
-        ),
-    ],
-)
-def test_settings_of_the_loss(options, error, text):
-    with pytest.raises(error, match=text):
-        IQLLoss(*make_networks(), **options)
-
-
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_networks_of_the_loss(place):
     name = ("actor_network", "qvalue_network", "value_network")[place]

@@ -30,11 +30,16 @@ def test_a_missing_name_is_an_error_that_names_feature_version_and_another_way(m
 
 
 HIDING = """
-import importlib.util, sys
+import importlib.util, os, sys
+from multiprocessing.resource_tracker import _resource_tracker
 import torch
 
 # imports the package, whose modules are dropped
 spec = importlib.util.find_spec("iql_torchrl.private_apis")
+assert not torch.cuda.is_initialized()
+assert "tyro" not in sys.modules
+assert _resource_tracker._pid is None, "a process was started"
+assert not os.listdir("."), os.listdir(".")
 source = spec.origin
 for name in [name for name in sys.modules if name.split(".")[0] == "iql_torchrl"]:
     del sys.modules[name]
@@ -52,18 +57,15 @@ private_apis.find = watched
 import iql_torchrl  # every private name is missing
 assert sys.modules["iql_torchrl.private_apis"] is private_apis
 
-from test_step import make_batch, make_loss, snapshot
-from torch import optim
-from torchrl.objectives import SoftUpdate
+from test_step import make_batch, make_step, snapshot
 
 def train():
     torch.manual_seed(0)
-    loss = make_loss()
-    loss.average_actor(0.9)
-    step = iql_torchrl.IQLStep(loss, optim.Adam(loss.parameters(), lr=1e-2), SoftUpdate(loss, tau=0.1))
+    step = make_step()
+    step.loss.average_actor(0.9)
     for _ in range(20):
         step(make_batch())
-    return snapshot(loss)
+    return snapshot(step.loss)
 
 weights = train()
 assert weights
@@ -73,13 +75,14 @@ assert not asked, asked
 """
 
 
-def test_neither_import_nor_eager_updates_ask_for_a_private_name():
+def test_an_import_does_nothing_else_and_it_and_eager_updates_ask_for_no_private_name(tmp_path):
+    """It writes nothing, starts no process and touches no device."""
     here = Path(__file__).parent
-    paths = [str(here), str(here / "update"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    folders = [here, here / "losses", here / "update", here.parent]
+    settings = {"PYTHONPATH": os.pathsep.join(map(str, folders)), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", HIDING],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
-        cwd=here.parent, capture_output=True, text=True,
+        env=os.environ | settings, cwd=tmp_path, capture_output=True, text=True,
     )  # fmt: skip
     assert not done.returncode, done.stderr[-3000:]
 

@@ -88,19 +88,26 @@ def test_seeds_report_means_and_the_standard_deviation(session):
     assert tune.rows[0]["score_std"] == pytest.approx(np.std(scores, ddof=1), rel=1e-12)
 
 
+def continued(session, first, second):
+    """What two trials hold after their first reports, of which the second continues the first."""
+    states, checkpoint = [], None
+    for trial in (first, second):
+        run = session(stop=1)
+        run.checkpoint = checkpoint
+        with pytest.raises(Stopped):
+            trial()
+        checkpoint = run.checkpoint
+        states.append(read_components(Path(checkpoint.folder, FILE)))
+    return states
+
+
 def test_population_based_training_changes_settings_and_keeps_weights(session):
     """The learning rate at update 3 of 6 of the new cosine: 2 (1 + cos(pi / 2)) / 2 = 1 times 0.01."""
-    donor = session(stop=1)
     small = partial(SMALL, config(updates=6), report_every=3)
-    with pytest.raises(Stopped):
-        small()({"actor_lr": 1e-3, "expectile": 0.6})
-    before = read_components(Path(donor.checkpoint.folder, FILE))
-    other = session(stop=1)
-    other.checkpoint = donor.checkpoint
     settings = {"actor_lr": 2e-2, "expectile": 0.9, "discount": 0.5}
-    with pytest.raises(Stopped):
-        small()(settings)
-    after = read_components(Path(other.checkpoint.folder, FILE))
+    before, after = continued(
+        session, lambda: small()({"actor_lr": 1e-3, "expectile": 0.6}), lambda: small()(settings)
+    )
     assert after["settings"]["expectile"] == 0.9
     assert after["agent"]["config"]["discount"] == 0.5
     assert float(after["loss_module"]["_value_estimator.gamma"]) == 0.5
@@ -115,16 +122,13 @@ def test_population_based_training_changes_settings_and_keeps_weights(session):
 
 def test_the_next_update_has_the_changed_learning_rate(session):
     """Adam's first step after the change moves a weight by about the new rate, 50 times the old."""
-    moved = {}
+    constant, moved = config(updates=100, schedule="constant"), {}
     for rate in (1e-4, 5e-3):
-        donor = session(stop=1)
-        with pytest.raises(Stopped):
-            SMALL(config(updates=100, schedule="constant"), report_every=50)({"critic_lr": 1e-4})
-        other = session(stop=1)
-        other.checkpoint = donor.checkpoint
-        with pytest.raises(Stopped):
-            SMALL(config(updates=100, schedule="constant"), report_every=51)({"critic_lr": rate})
-        states = [read_components(Path(s.checkpoint.folder, FILE)) for s in (donor, other)]
+        states = continued(
+            session,
+            lambda: SMALL(constant, report_every=50)({"critic_lr": 1e-4}),
+            lambda rate=rate: SMALL(constant, report_every=51)({"critic_lr": rate}),
+        )
         name = "qvalue_network_params.module.mlp.2.bias"
         old, new = (state["loss_module"][name] for state in states)
         moved[rate] = float((new - old).abs().mean())
@@ -177,10 +181,10 @@ def ray(monkeypatch):
     ray.shutdown()
 
 
-def fit(folder: Path, *, callbacks=(), seeds=1, **how):
+def fit(folder: Path, *, callbacks=(), **how):
     from ray import tune
 
-    trial = trainable(load, config(updates=1_500, hidden=(32, 32)), seeds=seeds, score=first_weight)
+    trial = trainable(load, config(updates=1_500, hidden=(32, 32)), score=first_weight)
     return tune.Tuner(
         tune.with_resources(trial, {"cpu": 1}),
         param_space={"expectile": tune.grid_search(list(GRID))},

@@ -1,17 +1,21 @@
-"""The networks of a TorchRL loss evaluated on a batch, and the targets of its critics."""
+"""The networks of a TorchRL loss: an actor, K critics with targets, V and an encoder."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from numbers import Real
 from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModule, TensorDictParams
 from tensordict.utils import unravel_key
 from torch import Tensor, distributions, nn
 from torchrl.modules import GRUModule, LSTMModule
+from torchrl.objectives.common import LossModule
 from torchrl.objectives.utils import ValueEstimators, dispatch_value_estimator
 from torchrl.objectives.value import TD0Estimator, ValueEstimatorBase
 
@@ -23,15 +27,27 @@ from iql_torchrl.losses.batch import (
     output_of,
     per_sample,
 )
-from iql_torchrl.losses.parameters import ENCODER, NETWORKS, TARGET_CRITICS, ParameterLoss
+from iql_torchrl.losses.critics import Critics, initialise_critics, list_critics
+from iql_torchrl.losses.encoder import SharedEncoder
+from iql_torchrl.losses.objective import checked_number
+from iql_torchrl.losses.parameters import Entry, FunctionalNetwork, SharedParameters
 from iql_torchrl.networks import CHUNK_MASK
+from iql_torchrl.networks.perceptrons import can_be_ensemble
+
+# Attributes of a loss; their parameters are ``<name>_params`` and ``target_<name>_params``.
+NETWORKS = ("actor_network", "qvalue_network", "value_network")
+ENCODER = "encoder_network"
+CRITICS, TARGET_CRITICS = "qvalue_network_params", "target_qvalue_network_params"  # TorchRL's names
+AVERAGE = "average_actor_network_params"  # not target_..., which TorchRL's updaters would move
 
 
-class NetworkLoss(ParameterLoss):
-    """Evaluates actor, critics, V and encoder on a batch; abstract.
+class NetworkLoss(LossModule):
+    """Holds and evaluates actor, critics, V and encoder; abstract.
 
-    A network is evaluated by calling it while it holds the tensors that are asked for
-    (:class:`~iql_torchrl.losses.parameters.FunctionalNetwork`).
+    Parameters are where TorchRL's losses have them: ``<name>_params``, those of K critics stacked,
+    ``(K, ...)``, and ``target_<name>_params``. Buffers (statistics of normalisation layers) of target
+    critics are those of the critics. A network is evaluated by calling it while it holds the tensors
+    that are asked for (:class:`~iql_torchrl.losses.parameters.FunctionalNetwork`).
     """
 
     @dataclass
@@ -58,17 +74,280 @@ class NetworkLoss(ParameterLoss):
         ValueEstimators.TDLambda,
     )
 
+    # TorchRL warns where an attribute that it makes has no annotation.
+    actor_network: TensorDictModule
+    actor_network_params: TensorDictParams
+    target_actor_network_params: TensorDictParams
+    qvalue_network: TensorDictModule
+    qvalue_network_params: TensorDictParams
+    target_qvalue_network_params: TensorDictParams
+    value_network: TensorDictModule
+    value_network_params: TensorDictParams
+    target_value_network_params: TensorDictParams
+    encoder_network: TensorDictModule | None
+    encoder_network_params: TensorDictParams
+    target_encoder_network_params: TensorDictParams
+
     diagnostics: bool
     optional_keys: set[NestedKey]
+    functional_networks: dict[str, FunctionalNetwork]  # by network
+    tensors: dict[str, list[Tensor]]  # by attribute, in the order of the keys of its network
 
-    def __init__(self, *networks: Any, priority_key: str | None, **options: Any) -> None:
-        super().__init__(*networks, **options)
+    def __init__(
+        self,
+        actor_network: nn.Module,
+        qvalue_network: Critics,
+        value_network: TensorDictModule,
+        encoder_network: TensorDictModule | SharedEncoder | None,
+        *,
+        num_qvalue_nets: int,
+        separate_losses: bool,
+        deactivate_vmap: bool,
+        priority_key: str | None,
+    ) -> None:
+        super().__init__()
         self._set_deprecated_ctor_keys(priority=priority_key)
         # in the instance too, where a compiled program notices another value
         for name in ("_loss_mask_key", "deterministic_sampling_mode", "use_prioritized_weights"):
             setattr(self, name, getattr(self, name))
+        self.actor_ema, self.averaged_actor = 0.0, None
+        self.encoder = SharedEncoder.of(encoder_network)
+        self.encoder_network = None
+        self.num_qvalue_nets = num_qvalue_nets
+        self.delay_qvalue = True
+        self.deactivate_vmap = deactivate_vmap
+        self.separate_losses = separate_losses
+        self.shared = SharedParameters({}, separate_losses, self._entry)
+        self._tied_buffers: list[NestedKey] = []  # of the critics and their targets
+        self._convert(actor_network, qvalue_network, value_network)
         self.optional_keys = _recurrent_keys(*(getattr(self, name) for name in NETWORKS))
         self._name_inputs()
+        self.register_load_state_dict_pre_hook(NetworkLoss._before_load)
+        self.register_load_state_dict_post_hook(NetworkLoss._after_load)
+
+    @property
+    def network_names(self) -> tuple[str, ...]:
+        """:data:`NETWORKS`, and the encoder's name where the loss has one."""
+        return NETWORKS if self.encoder_network is None else (*NETWORKS, ENCODER)
+
+    @property
+    def parts_with_parameters(self) -> tuple[str, ...]:
+        """Names that parameters begin with, one for each network and objective."""
+        names = tuple(f"{name}_params" for name in self.network_names)
+        return (*names, "value_objective", "actor_objective")
+
+    # -- from your networks to parameters and targets ------------------------------------------------
+
+    def _convert(self, actor: nn.Module, critics: Critics, value: nn.Module) -> None:
+        """Register the networks' parameters and the critics' targets, as TorchRL does."""
+        count, separate = self.num_qvalue_nets, self.separate_losses
+        listed = list_critics(critics, count)
+        modules = listed if isinstance(listed, list) else [listed]
+        networks = {"actor_network": [actor], "qvalue_network": modules, "value_network": [value]}
+        for name, each in networks.items():
+            for module in each:
+                if not isinstance(module, nn.Module) or not hasattr(module, "in_keys"):
+                    raise TypeError(
+                        f"{name} is {type(module).__name__}; it must be a TensorDictModule: wrap a "
+                        "plain network as TensorDictModule(network, in_keys=[...], out_keys=[...])."
+                    )
+        if self.encoder is not None:
+            self.encoder.check(networks)
+            del self.encoder_network
+            self.convert_to_functional(self.encoder.network, ENCODER, create_target_params=True)
+        owners = SharedParameters.find(actor, value, modules, separate=separate)
+        of_actor = list(actor.parameters())
+        self.convert_to_functional(actor, "actor_network")
+        self.convert_to_functional(
+            value, "value_network", compare_against=of_actor if separate else None
+        )
+        self.convert_to_functional(
+            listed,
+            "qvalue_network",
+            None if count == 1 else count,
+            create_target_params=True,
+            compare_against=[*of_actor, *value.parameters()] if separate else None,
+        )
+        if count > 1 and not isinstance(listed, list):
+            initialise_critics(self.qvalue_network_params, self._modules[TARGET_CRITICS], listed)
+        self.shared = SharedParameters(owners, separate, self._entry)
+        self._install_mirrors("value_network", [value])
+        self._install_mirrors("qvalue_network", modules)
+        self.sync_modules()
+
+    def _install_mirrors(self, name: str, modules: Sequence[nn.Module]) -> None:
+        """Put mirrors in place, and give critics' entries storage of their own."""
+        buffers = {tuple(key.split(".")) for m in modules for key, _ in m.named_buffers()}
+        params: TensorDictParams = getattr(self, f"{name}_params")
+        with params.unlock_():
+            for key, leaf in list(params.items(True, True)):
+                if (key if isinstance(key, tuple) else (key,)) in buffers:
+                    leaf.data = leaf.data.contiguous()
+                    if name == "qvalue_network":
+                        self._tied_buffers.append(key)
+                elif (name, key) in self.shared.owners:
+                    params.set(key, nn.Parameter(leaf.detach()))
+                elif not isinstance(leaf, nn.Parameter):
+                    warnings.warn(
+                        f"the listed critics share {key!r} of {name} with each other and with no "
+                        "other network; each now trains a copy of its own.",
+                        UserWarning,
+                        stacklevel=6,
+                    )
+                    params.set(key, nn.Parameter(leaf.detach().clone()))
+
+    def average_actor(self, decay: float) -> None:
+        """Keep an average of the policy's parameters; ``averaged_actor`` acts with it.
+
+        ``IQLStep`` sets ``average = decay average + (1 - decay) parameters`` after every update,
+        starting at the parameters as they are now. ``decay`` in [0, 1); 0: no average. Call it before
+        the step is built. Buffers are the policy's own. The average is part of the loss's state, and
+        not of its parameters.
+        """
+        checked_number("actor_ema", decay)
+        self.actor_ema = float(decay)
+        if not decay:
+            self._modules.pop(AVERAGE, None)
+            self.averaged_actor = None
+            return
+        params = self.actor_network_params
+        trained = [key for key, leaf in params.items(True, True) if isinstance(leaf, nn.Parameter)]
+        average = params.data.select(*trained).clone()
+        setattr(self, AVERAGE, TensorDictParams(average, no_convert=True))
+        actor = copy.deepcopy(self.actor_network).requires_grad_(False)
+        self.__dict__["averaged_actor"] = actor  # not a submodule, as the networks
+        self.sync_modules()
+
+    def average_pairs(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The actor's parameters, and in the same order their averages; empty without averages."""
+        return self._pairs("average")
+
+    def target_pairs(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Online parameters, and in the same order those of the targets that average them.
+
+        Buffers are left out: those of the target critics are the critics'.
+        """
+        return self._pairs("target")
+
+    def _pairs(self, prefix: str) -> tuple[list[Tensor], list[Tensor]]:
+        pairs = [
+            (leaf, self._modules[f"{prefix}_{name}_params"].get(key))
+            for name in self.network_names
+            if f"{prefix}_{name}_params" in self._modules
+            for key, leaf in getattr(self, f"{name}_params").items(True, True)
+            if isinstance(leaf, nn.Parameter)
+        ]
+        return [online for online, _ in pairs], [follower for _, follower in pairs]
+
+    # -- tensors that are one: shared parameters, targets' buffers, averages, your networks ------------
+
+    def online_tensors(self, name: str) -> list[Any]:
+        """Tensors of the online network ``name``, those of owners in place of mirrors."""
+        tensors = self.tensors[f"{name}_params"]
+        if name not in self.shared.networks():
+            return tensors
+        return self.shared.replace(name, self.functional_networks[name].keys, tensors)
+
+    def _entry(self, entry: Entry) -> Any:
+        name, key = entry
+        return getattr(self, f"{name}_params").get(key)
+
+    def sync_modules(self) -> None:
+        """Let your own networks hold the tensors of this loss, which may be others now."""
+        self.functional_networks, self.tensors = {}, {}
+        for name in self.network_names:
+            params = self._modules.get(f"{name}_params")
+            if params is None:  # an encoder without parameters and buffers
+                continue
+            functional = self.functional_networks[name] = FunctionalNetwork(
+                getattr(self, name), params
+            )
+            for attribute in (f"{name}_params", f"target_{name}_params"):
+                if attribute in self._modules:
+                    leaves: Any = self._modules[attribute]
+                    self.tensors[attribute] = [leaves.get(key) for key in functional.keys]
+            several = name == "qvalue_network" and self.num_qvalue_nets > 1
+            if not several and name not in self.shared.networks():
+                functional.swap(self.tensors[f"{name}_params"])
+        self.is_ensemble = self._critics_are_ensemble()
+        self.joins_states = can_be_ensemble(getattr(self.value_network, "module", None))
+        self._tie()
+
+    def _critics_are_ensemble(self) -> bool:
+        """Return whether one call of the critic's module with stacked parameters is K critics."""
+        module = getattr(self.qvalue_network, "module", None)
+        if self.num_qvalue_nets == 1 or not can_be_ensemble(module):
+            return False
+        functional = self.functional_networks["qvalue_network"]
+        leaves = zip(functional.is_buffer, self.tensors[CRITICS], strict=True)
+        return all(bool((x == x[:1]).all()) for is_buffer, x in leaves if is_buffer)
+
+    def _tie(self) -> None:
+        """Let tensors that are one share their storage again, after a copy, a cast or a load."""
+        self.shared.tie()
+        for key in self._tied_buffers:
+            target: Any = self._modules[TARGET_CRITICS].get(key)
+            target.data = self.qvalue_network_params.get(key).data
+        if self.averaged_actor is not None:
+            held = self.actor_network_params.data.copy()
+            for key, average in self._modules[AVERAGE].items(True, True):
+                held.set(key, nn.Parameter(average.data, requires_grad=False))
+            held.to_module(self.averaged_actor)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> NetworkLoss:
+        super()._apply(fn, *args, **kwargs)
+        averaged: list[Any] = [] if self.averaged_actor is None else [self.averaged_actor]
+        for network in (*(getattr(self, name) for name in self.network_names), *averaged):
+            network._apply(fn)  # tensors and dtypes that are neither parameters nor buffers
+            for module in network.modules():
+                keywords = getattr(module, "distribution_kwargs", None)
+                if isinstance(keywords, dict):
+                    moved = {k: fn(v) for k, v in keywords.items() if isinstance(v, Tensor)}
+                    keywords.update(moved)
+        self.sync_modules()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        held = ("functional_networks", "tensors", "shared")
+        state = {k: v for k, v in self.__dict__.items() if k not in held}
+        return state | {"_owners": self.shared.owners}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        owners = state.pop("_owners")
+        super().__setstate__(state)
+        self.shared = SharedParameters(owners, self.separate_losses, self._entry)
+        self.sync_modules()
+
+    def reset_parameters_recursive(self) -> None:
+        """Initialise every network again, targets too, as TorchRL's losses do."""
+        self.shared.untie()
+        super().reset_parameters_recursive()
+        online, averages = self.average_pairs()
+        for parameter, average in zip(online, averages, strict=True):
+            average.data.copy_(parameter.data)
+        self.sync_modules()
+
+    def _before_load(self, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+        self.shared.untie()
+        if self.num_qvalue_nets > 1:
+            return
+        for key, current in self.state_dict().items():  # older TorchRL losses stacked one critic
+            stored = state_dict.get(prefix + key)
+            is_critic = key.removeprefix("target_").startswith(f"{CRITICS}.")
+            if is_critic and stored is not None and stored.shape == (1, *current.shape):
+                state_dict[prefix + key] = stored.squeeze(0)
+
+    def _after_load(self, _: Any) -> None:
+        self.sync_modules()
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, **kwargs: Any
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters to optimise, each once: mirrors of a shared trunk are left out."""
+        mirrors = {id(mirror) for mirror in self.shared.mirrors()}
+        for name, parameter in super().named_parameters(prefix, recurse, **kwargs):
+            if id(parameter) not in mirrors:
+                yield name, parameter
 
     # -- networks evaluated on a batch ----------------------------------------------------------------
 
@@ -206,10 +485,8 @@ class NetworkLoss(ParameterLoss):
 
     def _critics(self, data: TensorDictBase, tensors: list[Any]) -> Tensor:
         """What K critics write, ``(K, *B, n)``, with these tensors, which are stacked for K > 1."""
-        functional, key = (
-            self.functional_networks["qvalue_network"],
-            self.tensor_keys.state_action_value,
-        )
+        functional = self.functional_networks["qvalue_network"]
+        key = self.tensor_keys.state_action_value
         inputs = data.select(*self.qvalue_network.in_keys, strict=False)
 
         def evaluate(inputs: TensorDictBase, tensors: list[Any]) -> Tensor:

@@ -54,8 +54,8 @@ def _refuse_reset() -> None:
 
 
 def _check_stackable(loss: IQLLoss) -> None:
-    if loss.owners:
-        name, key = next(iter(loss.owners))
+    if loss.shared.owners:
+        name, key = next(iter(loss.shared.owners))
         raise ValueError(
             f"{name} shares its parameter {key!r} with another network, so members of a population "
             "cannot be stacked; use an encoder_network for what networks share."

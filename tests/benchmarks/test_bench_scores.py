@@ -9,6 +9,7 @@ from pathlib import Path
 import gymnasium
 import numpy as np
 import pytest
+import small_agents
 from extras import needs
 
 from iql_torchrl.evaluation.statistics import interquartile_mean, stratified_interval
@@ -38,19 +39,15 @@ class Sum(gymnasium.Env):
         return observation, float(action[0]), False, self.number == STEPS, {}
 
 
-def data(count: int = 40, discrete: bool = False) -> dict[str, np.ndarray]:
-    generator = np.random.default_rng(0)
-    observation = generator.standard_normal((count + 1, 2)).astype(np.float32)
-    action = generator.uniform(-1, 1, (count, 1)).astype(np.float32)
-    ends = np.arange(1, count + 1) % 10 == 0
-    return {
-        "observation": observation[:-1],
-        "action": generator.integers(2, size=count) if discrete else action,
-        "reward": generator.standard_normal(count).astype(np.float32),
-        "next_observation": observation[1:],
-        "terminated": ends & (np.arange(count) < 20),
-        "truncated": ends & (np.arange(count) >= 20),
-    }
+def data(discrete: bool = False) -> dict[str, np.ndarray]:
+    draw, rows = np.random.default_rng(0), np.arange(40)
+    observation = draw.standard_normal((40, 2)).astype(np.float32)
+    action = draw.integers(2, size=40) if discrete else draw.uniform(-1, 1, (40, 1))
+    ends = rows % 10 == 9
+    return small_agents.log(
+        40, observation, action.astype(int if discrete else np.float32),
+        terminated=ends & (rows < 20), truncated=ends & (rows >= 20),
+    )  # fmt: skip
 
 
 def log(play=None) -> bench_scores.Data:
@@ -217,18 +214,14 @@ def test_every_cell_is_written_when_it_is_done(tmp_path, monkeypatch):
         return {**result(method, seed, float(seed)), "wall_seconds": 1.0}
 
     monkeypatch.setattr(bench_scores, "cell", cell)
-    o, path = (
-        options("--logs", "pendulum", "--methods", "ours", "--seeds", "4"),
-        tmp_path / "a.json",
-    )
-    with pytest.raises(RuntimeError, match="stopped"):
-        bench_scores.run(o, path)
-    assert len(json.loads(path.read_text())["cells"]) == 2
-    done.clear()
-    with pytest.raises(RuntimeError, match="stopped"):
-        bench_scores.run(options("--logs", "pendulum", "--methods", "ours", "--seeds", "5"), path)
-    assert done == [("ours", 2), ("ours", 3)]
-    assert len(json.loads(path.read_text())["cells"]) == 4
+    path = tmp_path / "a.json"
+    for seeds, first in (("4", 0), ("5", 2)):
+        done.clear()
+        o = options("--logs", "pendulum", "--methods", "ours", "--seeds", seeds)
+        with pytest.raises(RuntimeError, match="stopped"):
+            bench_scores.run(o, path)
+        assert done == [("ours", first), ("ours", first + 1)]
+        assert len(json.loads(path.read_text())["cells"]) == first + 2
 
 
 def test_other_settings_are_refused():

@@ -144,7 +144,7 @@ def test_recorded_resets_of_vector_environments(ids):
 
 
 def test_rare_rewards_of_a_bandit_are_no_resets():
-    observation, ones = independent(np.random.default_rng(0)), np.ones(400, bool)
+    observation, ones = np.random.default_rng(0).standard_normal((400, 4)), np.ones(400, bool)
     reward = (np.arange(400) % 20 == 0).astype(float)
     for terminated in (ones, ones & False):
         assert hints(observation, ones, terminated=terminated, reward=reward) == []

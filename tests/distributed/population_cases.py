@@ -13,7 +13,7 @@ from small_populations import MEMBERS, configs, dataset, double
 from iql_torchrl import IQLPopulation
 from iql_torchrl.distributed import Ranks
 
-UPDATES, BEFORE = 20, 8
+UPDATES, BEFORE = 10, 4
 # options of all configs, batches; three runs, so that the ranks have one and two
 CASES = {
     "shared": ({"schedule": "cosine", "max_grad_norm": 0.5}, "shared"),
@@ -42,7 +42,7 @@ def trained(made: IQLPopulation, ranks: Ranks, updates: int = UPDATES) -> dict[s
 
 
 def saved_and_continued(ranks: Ranks, folder: Path) -> dict[str, Any]:
-    """A file of two ranks and one of one process, continued by two ranks; all in 20 updates."""
+    """A file of two ranks and one of one process, continued by two ranks."""
     first = population("own batches, adamw", ranks)
     list(first.train(BEFORE, every=BEFORE))
     first.save(folder / "of_two_ranks.torchrl")
@@ -96,8 +96,4 @@ def write_file_of_one_process(folder: Path) -> None:
 def check(found: dict, alone: dict, tolerance: float, parts=("state", "metrics")) -> None:
     """Compare what :func:`trained` returned, relative and absolute."""
     for part in parts:
-        assert found[part].keys() == alone[part].keys()
-        for key, value in alone[part].items():
-            torch.testing.assert_close(
-                found[part][key], value, rtol=tolerance, atol=tolerance, msg=f"{part} {key}"
-            )
+        torch.testing.assert_close(found[part], alone[part], rtol=tolerance, atol=tolerance)

@@ -136,9 +136,8 @@ def make_loss(case, **options):
         return recurrent(case)[1].loss.double()
     options = {"diagnostics": True, **case.get("loss", {}), **options}
     if "encoder" in case:
-        loss = build_encoded(gradient=case["encoder"], random_shift=2)
-        return loss.double()
-    actor, critic, value = make_networks()
+        return build_encoded(gradient=case["encoder"], random_shift=2).double()
+    actor, critics, value = make_networks(critics=2)
     if case.get("discrete"):
         actor = ProbabilisticTensorDictSequential(
             TensorDictModule(layers(), ["observation"], ["logits"]),
@@ -154,7 +153,7 @@ def make_loss(case, **options):
         if case.get("flow"):
             actor = policies.flow(5, actor.spec["action"], hidden=(16,))
             options["actor_objective"] = "flow"
-        loss = IQLLoss(actor, [critic, make_networks()[1]], value, **options)
+        loss = IQLLoss(actor, critics, value, **options)
     loss = loss.double()
     if "time" in case:
         loss.make_value_estimator(ValueEstimators.TDLambda, gamma=0.9, lmbda=0.8)

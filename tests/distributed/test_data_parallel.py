@@ -68,13 +68,14 @@ def close(a, b, tolerance):
 def check_updates(name, ranks):
     alone = trained(CASES[name], Ranks())
     first, second = (result["updates"][name] for result in ranks)
-    for part, values in alone.items():
-        assert values.keys() == first[part].keys()
-        for key, value in values.items():
-            assert torch.equal(first[part][key], second[part][key]), (part, key)
-            torch.testing.assert_close(
-                first[part][key], value, rtol=1e-6, atol=1e-6, msg=f"{part} {key}"
-            )
+    assert_ranks(first, second, alone, 1e-6)
+
+
+def assert_ranks(first, second, alone, rtol, atol=None):
+    """Both ranks have the same bits, and those of one process up to rounding."""
+    first, second = ({part: each[part] for part in alone} for each in (first, second))
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    torch.testing.assert_close(first, alone, rtol=rtol, atol=rtol if atol is None else atol)
 
 
 @pytest.mark.parametrize("name", DEFAULT)
@@ -121,12 +122,8 @@ def test_only_steps_are_made_parallel():
 def test_priorities_are_written_to_the_rows_that_one_process_draws(runs):
     first, second = (result["prioritised"] for result in runs[1])
     alone = prioritised(Ranks())
-    assert torch.equal(first["priorities"], second["priorities"])
-    torch.testing.assert_close(first["priorities"], alone["priorities"], rtol=1e-6, atol=1e-6)
+    assert_ranks(first, second, alone, 1e-6)
     assert len(alone["priorities"].unique()) > 30
-    for key, value in alone["state"].items():
-        assert torch.equal(first["state"][key], second["state"][key])
-        torch.testing.assert_close(first["state"][key], value, rtol=1e-6, atol=1e-6)
 
 
 def test_a_table_is_built_once(runs):
@@ -265,11 +262,11 @@ def test_what_populations_refuse_is_raised_on_all_ranks(runs, name, message):
 def test_compiled_and_captured_updates_of_two_ranks_are_eager_ones_of_one_process(tmp_path):
     alone = {"compiled": trained(COMPILED, Ranks()), "captured": calls_by_hand()}
     first, second = run_ranks("trainer_cases.py", tmp_path, "compiled")
-    for form, part in ((f, p) for f in alone for p in ("state", "metrics")):
-        for key, value in alone[form][part].items():
-            own = first[form][part][key]
-            assert torch.equal(own, second[form][part][key]), (form, key)
-            torch.testing.assert_close(own, value, rtol=1e-9, atol=1e-9, msg=f"{form} {key}")
+    for form in alone:
+        parts = (
+            {p: each[form][p] for p in ("state", "metrics")} for each in (first, second, alone)
+        )
+        assert_ranks(*parts, 1e-9)
     assert first["sums"] == second["sums"] == [3]  # one graph: V; actor and critics; metrics
     population = population_cases.of_one_process("own batches, adamw")
     population_cases.check(first["population"], population, 1e-9)
@@ -283,9 +280,8 @@ def test_two_ranks_on_shards(tmp_path):
     first, second = run_ranks("trainer_cases.py", tmp_path, "shards")
     alone = trained_on_shards(Ranks(), tmp_path / "0" / "shards")
     assert first["loaded"] == second["loaded"] == alone["loaded"]
-    for name, values in alone["weights"].items():
-        assert torch.equal(first["weights"][name], second["weights"][name])
-        torch.testing.assert_close(first["weights"][name], values, rtol=1e-4, atol=1e-5)
+    weights = (each["weights"] for each in (first, second, alone))
+    assert_ranks(*weights, 1e-4, 1e-5)
     for rank in (first, second):
         assert rank["data"].startswith("ValueError: the ranks have different data: their datasets'")
         assert rank["rotation"].startswith("ValueError: the ranks' replay buffers would draw")

@@ -13,8 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from torch.utils._pytree import tree_leaves
+from small_losses import assert_same_leaves
 
 from iql_torchrl.data.builtin import make_dataset
 from iql_torchrl.files import newest, read_components
@@ -95,14 +94,6 @@ def outcome(folder, name):
     return {k: parts[k] for k in ("loss_module", "step", "replay_buffer", "rows")}
 
 
-def assert_same(first, second):
-    leaves, others = tree_leaves(first), tree_leaves(second)
-    assert len(leaves) == len(others)
-    for one, other in zip(leaves, others, strict=True):
-        assert type(one) is type(other)
-        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
-
-
 @pytest.fixture(scope="module")
 def whole(folder):
     """What a run of two ranks without interruption ended with, and what it printed."""
@@ -132,7 +123,7 @@ def test_a_killed_rank_ends_with_the_bits_of_a_run_without_interruption(whole, f
     assert again[0] == "0"
     assert 200 <= int(again[1]) < 600
     assert not (folder / "runs" / "killed-2").exists()
-    assert_same(outcome(folder, "killed"), whole[0])
+    assert_same_leaves(outcome(folder, "killed"), whole[0])
 
 
 def test_ctrl_c_stops_all_ranks_and_the_printed_command_continues_them(whole, folder):
@@ -155,4 +146,4 @@ def test_ctrl_c_stops_all_ranks_and_the_printed_command_continues_them(whole, fo
         code, printed = finish(process, folder)
     assert code == 0, printed[-3000:]
     assert f"IQL: updates {saved[1]} to 600" in printed
-    assert_same(outcome(folder, "stopped"), whole[0])
+    assert_same_leaves(outcome(folder, "stopped"), whole[0])

@@ -32,7 +32,6 @@ from rank_cases import (
 )
 from small_agents import config, log
 from torch import optim
-from torchrl.modules import ValueOperator
 
 from iql_torchrl import (
     IQLLoss,
@@ -152,10 +151,7 @@ def failed_evaluation() -> dict[str, float]:
 
 
 def plain_step(normed: bool = False) -> IQLStep:
-    actor, critic, value = make_networks()
-    if normed:
-        critic = ValueOperator(NormedCritic(), in_keys=["observation", "action"])
-    loss = IQLLoss(actor, critic, value)
+    loss = IQLLoss(*make_networks(critic=NormedCritic() if normed else None))
     return IQLStep(loss, optim.Adam(loss.parameters()), None)
 
 

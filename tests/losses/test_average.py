@@ -8,21 +8,21 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import small_agents
 import torch
 from conftest import ACT, OBS, make_batch
-from small_agents import box_agent, config, discrete_agent, log
+from small_agents import box_agent, config, discrete_agent, log, observations
 from small_losses import Forms, make_loss, make_step
-from small_populations import Beside, configs, dataset
 from tensordict.nn import TensorDictModule
 from torch import nn
 from torchrl.objectives import HardUpdate, SoftUpdate
 
-from iql_torchrl import Agent, IQLPopulation, OfflineTrainer, load_dataset, make_agent
-from iql_torchrl.losses.parameters import AVERAGE
+from iql_torchrl import Agent, OfflineTrainer, load_dataset, make_agent
+from iql_torchrl.losses.networks import AVERAGE
 from iql_torchrl.policies import BestOf
+from iql_torchrl.trainers import run_folder
 
 DECAY = 0.75
-MEMBERS = ({}, {"seed": 1, "actor_lr": 1e-2})
 
 
 def averaged_loss(*policy, decay=DECAY, **options):
@@ -87,6 +87,7 @@ def test_compiled_and_captured(updates):
 
 @pytest.mark.slow
 def test_compiled_by_inductor():
+    torch._dynamo.reset()
     compare_forms(3)
 
 
@@ -101,33 +102,9 @@ def compare_forms(updates):
     forms.assert_equal(rtol=1e-9, atol=1e-10)
 
 
-def test_populations():
-    beside = Beside(configs(MEMBERS, actor_ema=DECAY), dataset())
-    beside.assert_equal(beside.train(3))  # the average is in the states that it compares
-    assert any(AVERAGE in key for key in beside.agents[0].state_dict())
-
-
-def test_populations_are_loaded_with_it(tmp_path):
-    data = dataset()
-    population = IQLPopulation(configs(MEMBERS, actor_ema=DECAY), data)
-    list(population.train(3))
-    again = IQLPopulation.load(population.save(tmp_path / "p.torchrl"), data)
-    for each in (population, again):
-        list(each.train(2))
-    for mine, theirs in zip(weights(population.loss, True), weights(again.loss, True), strict=True):
-        assert torch.equal(mine, theirs)
-
-
-def observations(rows: int = 9):
-    return np.random.default_rng(1).normal(size=(rows, 3)).astype(np.float32)
-
-
 def trained(**options):
-    agent = box_agent(**{"actor_ema": DECAY, "actor_lr": 0.1, "hidden": (8, 8)} | options)
-    buffer = load_dataset(log()).replay_buffer(16, seed=0)
-    for _ in range(3):
-        agent.step(buffer.sample())
-    return agent
+    options = {"actor_ema": DECAY, "actor_lr": 0.1, "hidden": (8, 8)} | options
+    return small_agents.trained(**options)
 
 
 def by_copying(agent):
@@ -171,14 +148,6 @@ def test_an_agent_acts_with_the_average(options):
     np.testing.assert_array_equal(actions, fresh.act(observations()))
 
 
-def test_export_has_the_average(tmp_path):
-    agent = trained()
-    path = agent.export(tmp_path / "policy.pt2")
-    program = torch.export.load(path).module()
-    exported = program(torch.from_numpy(observations())).numpy()
-    np.testing.assert_allclose(exported, by_copying(agent).act(observations()), atol=1e-6)
-
-
 def test_discrete():
     agent = discrete_agent(actor_ema=DECAY)
     assert agent.act(observations()).shape == (9,)
@@ -199,7 +168,8 @@ def test_copies_moves_and_resets_stay_together():
         assert torch.equal(online, average)
 
 
-def test_a_resumed_run_has_the_same_bits(tmp_path):
+def test_a_resumed_run_has_the_same_bits(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "draw", lambda *args, **kwargs: None)  # it takes a second
     data = load_dataset(log())
 
     def run(folder, updates):
@@ -228,3 +198,13 @@ def test_without_it_nothing_changes():
     assert loss.average_pairs() == ([], [])
     with pytest.raises(ValueError, match=r"actor_ema is 1.0; it must lie in \[0, 1\)"):
         loss.average_actor(1.0)
+
+
+def test_an_average_that_is_switched_off_is_gone():
+    loss = make_loss()
+    without = set(loss.state_dict())
+    loss.average_actor(0.9)
+    loss.average_actor(0)
+    assert loss.averaged_actor is None
+    assert set(loss.state_dict()) == without
+    make_step(loss)(make_batch(5, dtype=torch.float64))

@@ -9,22 +9,17 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import ACT, OBS, NormedCritic, make_batch
-from small_losses import SPEC, make_step, perturb_targets
-from tensordict.nn import TensorDictModule
+from conftest import ACT, OBS, NormedCritic, make_batch, make_networks
+from small_losses import assert_same_metrics, discrete_networks, make_step, perturb_targets
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
-from torchrl.data import Categorical
 from torchrl.modules import MLP as TorchRLMLP
 from torchrl.modules import ValueOperator
 from torchrl.objectives import LossModule, ValueEstimators
 
-from iql_torchrl import DiscreteIQLLoss, IQLLoss, compiled, networks, policies
-from iql_torchrl.losses.networks import NetworkLoss
-from iql_torchrl.losses.parameters import TARGET_CRITICS, ParameterLoss
+from iql_torchrl import DiscreteIQLLoss, IQLLoss, compiled, networks
+from iql_torchrl.losses.networks import TARGET_CRITICS
 
-pytestmark = pytest.mark.filterwarnings("ignore:No target network updater:UserWarning")
-BOTH = ["observation", "action"]
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 
 
@@ -62,6 +57,8 @@ CRITICS = {
     "residual": of_package(residual=True, dropout=0.1),
     "standardised, own statistics": lambda: of_package(preprocess=standardise())(),
     "encoder with parameters": lambda: of_package(preprocess=Doubled(OBS, OBS))(),
+    "first layer with hidden layers": lambda: of_package(preprocess=networks.MLP(OBS, OBS))(),
+    "batch norm before": lambda: of_package(preprocess=nn.BatchNorm1d(OBS, affine=False))(),
     "batch norm": NormedCritic,
     "torchrl": lambda: TorchRLMLP(OBS + ACT, 1, num_cells=[8, 8], activation_class=nn.Tanh),
     "foreign": lambda: Foreign(OBS + ACT),
@@ -69,18 +66,14 @@ CRITICS = {
 
 
 def loss_of(critic="relu", count=3, **options) -> IQLLoss:
-    def make():
-        return ValueOperator(CRITICS[critic](), in_keys=BOTH)
+    actor, _, value = make_networks(hidden=(8,))
 
-    loss = IQLLoss(
-        policies.gaussian(OBS, SPEC, hidden=(8,)),
-        make,
-        ValueOperator(networks.StateValue(OBS, hidden=(8,)), in_keys=["observation"]),
-        num_qvalue_nets=count,
-        **options,
-    ).double()
+    def make():
+        return ValueOperator(CRITICS[critic](), in_keys=["observation", "action"])
+
+    loss = IQLLoss(actor, make, value, num_qvalue_nets=count, **options).double()
     perturb_targets(loss)
-    if critic == "residual":  # whose dropout draws other numbers for each critic
+    if critic in ("residual", "batch norm before"):  # dropout draws other numbers for each critic
         loss.qvalue_network.eval()
     return loss
 
@@ -129,16 +122,15 @@ def check_critics(loss, batch) -> None:
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("critic", CRITICS)
 def test_k_critics_equal_k_modules(critic, count):
-    shape = (24,) if critic == "batch norm" else (4, 6)
-    check_critics(loss_of(critic, count), make_batch(*shape, dtype=torch.float64))
+    shape = (24,) if critic.startswith("batch norm") else (4, 6)
+    loss, batch = loss_of(critic, count), make_batch(*shape, dtype=torch.float64)
+    check_critics(loss, batch)
+    loss.load_state_dict(loss.state_dict())
+    check_critics(loss, batch)
 
 
 def test_k_discrete_critics_equal_k_modules():
-    actor = policies.categorical(OBS, Categorical(4), hidden=(8,))
-    critic = networks.DiscreteCritic(OBS, 4, hidden=(8,))
-    critic = TensorDictModule(critic, ["observation"], ["state_action_value"])
-    value = ValueOperator(networks.StateValue(OBS), in_keys=["observation"])
-    loss = DiscreteIQLLoss(actor, critic, value, num_qvalue_nets=3).double()
+    loss = DiscreteIQLLoss(*discrete_networks(), num_qvalue_nets=3).double()
     batch = make_batch(16, dtype=torch.float64)
     batch["action"] = torch.randint(4, (16,))
     check_critics(loss, batch)
@@ -149,8 +141,7 @@ def test_a_loop_over_critics_gives_the_same_losses():
         loss, batch = loss_of(critic), make_batch(16, dtype=torch.float64)
         expected = loss(batch.clone())
         loss.deactivate_vmap = True
-        for name, value in loss(batch.clone()).items():
-            torch.testing.assert_close(value, expected[name], **EXACT)
+        assert_same_metrics(loss(batch.clone()), expected, **EXACT)
 
 
 def load_another_state(loss, assign=False):
@@ -215,50 +206,55 @@ def replace_activation(loss):
 
 
 def hook_of_module(loss):
-    loss.value_network.module.mlp[0].register_forward_hook(lambda m, x, out: out - 1.0)
+    module = loss.value_network.module.mlp[0]
+    return module.register_forward_hook(lambda m, x, out: out - 1.0)
+
+
+def change_slope(loss):
+    loss.value_network.module.mlp[1].negative_slope = 0.5
 
 
 def global_hook(loss):
     def shift(module, inputs, out):
-        return out - 1.0 if isinstance(module, nn.ReLU) else None
+        return out - 1.0 if isinstance(module, nn.LeakyReLU) else None
 
     return register_module_forward_hook(shift)
 
 
-INTERVENTIONS = [patch_forward, replace_activation, hook_of_module, global_hook]
-
-
-def other_after(change, loss, update, batch):
-    """Metrics of an update after ``change``, which are those of the loss, and those without it."""
-    before = {k: v.detach() for k, v in loss(batch.clone()).items()}
-    handle = change(loss)
-    try:
-        expected = {k: v.detach() for k, v in loss(batch.clone()).items()}
-        metrics = update(batch.clone())
-    finally:
-        if handle is not None:
-            handle.remove()
-    assert not torch.equal(expected["loss_value"], before["loss_value"])
-    for name, value in expected.items():
-        torch.testing.assert_close(metrics[name], value, **EXACT)
-
-
-@pytest.mark.parametrize("change", INTERVENTIONS)
-def test_an_update_evaluates_the_modules_as_the_loss_does(change):
-    loss = loss_of(count=2)
-    step, batch = make_step(loss, order="simultaneous"), make_batch(dtype=torch.float64)
-    step(batch.clone())
-    other_after(change, loss, step, batch)
+INTERVENTIONS = [patch_forward, replace_activation, change_slope, hook_of_module, global_hook]
 
 
 @pytest.mark.usefixtures("uncompiled")
-@pytest.mark.parametrize("change", INTERVENTIONS)
-def test_a_compiled_update_evaluates_the_modules_as_the_loss_does(change):
-    """Changes that come before the update is compiled."""
-    torch._dynamo.reset()
-    loss = loss_of(count=2)
-    step = compiled(make_step(loss, order="simultaneous"))
-    other_after(change, loss, step, make_batch(dtype=torch.float64))
+@pytest.mark.parametrize(
+    ("changes", "form"),
+    [
+        *(([change], form) for change in INTERVENTIONS for form in ("simultaneous", "sequential")),
+        ([patch_forward], "compiled"),
+        ([replace_activation, hook_of_module], "compiled"),
+        ([change_slope, global_hook], "compiled"),
+    ],
+)
+def test_an_update_evaluates_the_modules_as_the_loss_does(changes, form):
+    """The changes come before an update is compiled, and after an eager one."""
+    loss, batch = loss_of(count=2), make_batch(dtype=torch.float64)
+    loss.value_network.module.mlp[1] = nn.LeakyReLU()
+    update = make_step(loss, order="sequential" if form == "sequential" else "simultaneous")
+    if form == "compiled":
+        update = compiled(update)
+    else:
+        update(batch.clone())
+    before = loss(batch.clone()).detach()
+    handles = [change(loss) for change in changes]
+    try:
+        expected = loss(batch.clone()).detach()
+        metrics = update(batch.clone())
+    finally:
+        for handle in filter(None, handles):
+            handle.remove()
+    assert not torch.equal(expected["loss_value"], before["loss_value"])
+    # a step has more metrics, and in the sequential order the other losses read V after its step
+    for name in ["loss_value"] if form == "sequential" else expected.keys():
+        torch.testing.assert_close(metrics[name], expected[name], **EXACT)
 
 
 # -- the structure ----------------------------------------------------------------------------------
@@ -293,21 +289,16 @@ def test_few_frames_lead_to_the_critics(critic, monkeypatch):
 
 def test_classes_of_the_package_above_the_loss():
     above = [kind for kind in IQLLoss.__mro__[1:] if kind.__module__.startswith("iql_torchrl")]
-    assert above == [NetworkLoss, ParameterLoss]
-    assert LossModule in ParameterLoss.__bases__
+    assert len(above) == 1
+    assert LossModule in above[0].__bases__
 
 
 @pytest.mark.parametrize("network", ["package", "foreign"])
 def test_v_of_both_states_equals_two_calls(network):
     """A network of this package is called once for s and s', one of yours twice."""
-    module = networks.StateValue(OBS, hidden=(8,)) if network == "package" else Foreign(OBS)
-    calls = []
-    module.register_forward_hook(lambda *_: calls.append(1))
-    loss = IQLLoss(
-        policies.gaussian(OBS, SPEC, hidden=(8,)),
-        ValueOperator(networks.Critic(OBS, ACT, hidden=(8,)), in_keys=BOTH),
-        ValueOperator(module, in_keys=["observation"]),
-    ).double()
+    module, calls = None if network == "package" else Foreign(OBS), []
+    loss = IQLLoss(*make_networks(hidden=(8,), value=module)).double()
+    loss.value_network.module.register_forward_hook(lambda *_: calls.append(1))
     batch = loss.prepare_batch(make_batch(6).double())
     value, next_value = loss.state_and_next_value(batch)
     assert len(calls) == (1 if network == "package" else 2)
@@ -315,3 +306,12 @@ def test_v_of_both_states_equals_two_calls(network):
     torch.testing.assert_close(next_value, loss.state_value(batch.next), **EXACT)
     loss.make_value_estimator(ValueEstimators.TDLambda, gamma=0.9, lmbda=0.5)
     assert loss.state_and_next_value(batch)[1] is None
+
+
+def test_v_behind_a_first_layer_that_flattens():
+    """One call for both states has as many dimensions as the batch."""
+    value = networks.StateValue(OBS, preprocess=nn.Flatten(), hidden=(8,))
+    loss = IQLLoss(*make_networks(hidden=(8,), value=value))
+    make_step(loss)(make_batch(6))
+    one, other = loss.state_and_next_value(loss.prepare_batch(make_batch(6)))
+    assert one.shape == other.shape == (6,)

@@ -8,23 +8,15 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from conftest import make_networks
 from small_agents import config, log, same_weights
+from small_losses import Forms, NormalActor
 from torch import nn, optim
 from torchrl.data import Bounded
 from torchrl.modules import ValueOperator
 from torchrl.objectives import SoftUpdate, ValueEstimators
 
-from iql_torchrl import (
-    IQLConfig,
-    IQLLoss,
-    IQLStep,
-    captured,
-    compiled,
-    load_dataset,
-    make_agent,
-    networks,
-    policies,
-)
+from iql_torchrl import IQLConfig, IQLLoss, IQLStep, load_dataset, make_agent, networks, policies
 
 GAMMA = 0.9
 
@@ -220,9 +212,8 @@ def test_chunks_of_one_action_train_the_same_weights():
         buffer = source.replay_buffer(16, seed=0)
         for _ in range(5):
             agent.step(buffer.sample())
-    parameters = (agent.loss.parameters() for agent in agents)
-    for parameter, expected in zip(*parameters, strict=True):
-        torch.testing.assert_close(parameter, expected, rtol=1e-10, atol=1e-12)
+    parameters = (list(agent.loss.parameters()) for agent in agents)
+    torch.testing.assert_close(*parameters, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("policy", ["gaussian", "flow"])
@@ -246,28 +237,18 @@ def test_compiled_and_captured_updates_equal_the_eager_ones(policy):
     torch._dynamo.reset()
     dataset = load_dataset(log(), dtype=torch.float64)
     options = {"action_chunk": 3, "policy": policy, "history": 2, "history_encoder": "stack"}
-    agents = [make_agent(config(**options), dataset) for _ in range(3)]
     source = dataset.chunks(3, history=2, stack=True)
-    eager, in_graph = agents[0].step, compiled(agents[1].step)
-    sampler = source.device_sampler(16, seed=1)
-    for _ in range(4):
-        batch = sampler.sample()
-        if policy == "flow":
-            batch["flow_noise"] = torch.randn(16, 6, dtype=torch.float64)
-            batch["flow_time"] = torch.rand(16, dtype=torch.float64)
-        eager(batch.clone())
-        in_graph(batch.clone())
-    compared = agents[:2]
-    if policy == "gaussian":
-        call = captured(agents[2].step, source.device_sampler(16, seed=1), updates=2)
-        call()
-        call()
-        compared = agents
-    first, *others = (agent.loss.state_dict() for agent in compared)
-    for name, value in first.items():
-        if isinstance(value, torch.Tensor):
-            for other in others:
-                torch.testing.assert_close(other[name], value, rtol=1e-8, atol=1e-10)
+
+    def drawn(rows):
+        rows["flow_noise"] = torch.randn(16, 6, dtype=torch.float64)
+        return rows.set("flow_time", torch.rand(16, dtype=torch.float64))
+
+    loss = make_agent(config(**options), dataset).loss
+    traced = ("compiled", "captured") if policy == "gaussian" else ("compiled",)
+    forms = Forms(loss, lambda: source.device_sampler(16, seed=1), traced, updates=2)
+    for _ in range(2):
+        forms.run(change=drawn)
+    forms.assert_equal(rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize("order", ["sequential", "simultaneous"])
@@ -311,20 +292,7 @@ def test_wrong_batches_and_combinations_are_refused():
 
 
 def test_a_distribution_that_cannot_leave_out_padding_is_named():
-    class Own(nn.Module):
-        in_keys = ("observation",)
-
-        def __init__(self):
-            super().__init__()
-            self.linear = nn.Linear(3, 6)
-
-        def get_dist(self, td):
-            normal = torch.distributions.Normal(self.linear(td["observation"]), 1.0)
-            return torch.distributions.Independent(normal, 1)
-
     _, batch = agent_and_batch()
-    critic = ValueOperator(networks.Critic(3, 6), in_keys=["observation", "action"])
-    value = ValueOperator(networks.StateValue(3), in_keys=["observation"])
-    loss = IQLLoss(Own(), critic, value)
+    loss = IQLLoss(*make_networks(3, 6, policy=NormalActor(3, 6)))
     with pytest.raises(TypeError, match=r"Independent, which cannot leave out .* masked_log_prob"):
         loss.actor_loss(batch)

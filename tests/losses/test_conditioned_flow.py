@@ -1,4 +1,4 @@
-"""``losses.ConditionedFlow`` and guidance: exact fields, by hand, every form, sweeps."""
+"""``losses.ConditionedFlow`` and guidance: exact fields, and by hand."""
 
 from __future__ import annotations
 
@@ -8,35 +8,19 @@ import numpy as np
 import pytest
 import torch
 from conftest import ACT, OBS, make_batch, make_networks
-from gymnasium import spaces
 from scipy import stats
 from scipy.integrate import solve_ivp
 from small_agents import box_agent, observations, saved, trained
-from small_losses import SPEC, check_bfloat16, check_forms, make_loss
-from small_populations import Beside, configs, dataset, extras
+from small_losses import SPEC, flow_loss, with_draws
+from small_populations import CONDITIONED
 from tensordict import TensorDict
 from torch import nn
 from torchrl.data import Bounded
-from torchrl.objectives import SoftUpdate
 
-from iql_torchrl import (
-    IQLConfig,
-    IQLLoss,
-    captured,
-    load_dataset,
-    make_agent,
-    policies,
-    rank_policies,
-)
+from iql_torchrl import IQLConfig, IQLLoss, policies
 from iql_torchrl import functional as F
 from iql_torchrl.agent import Agent
-from iql_torchrl.data.replay import MemberSampler
-from iql_torchrl.evaluation import value_gap
-from iql_torchrl.losses import ConditionedFlow, LossCritics
-from iql_torchrl.selection import ranking
-
-pytestmark = pytest.mark.filterwarnings("ignore:No target network updater:UserWarning")
-CONDITIONED = {"policy": "flow", "actor_objective": "conditioned_flow", "flow_steps": 3}
+from iql_torchrl.losses import ConditionedFlow
 
 # -- a bandit with known advantages: three arms, each a Gaussian around its action -----------------
 
@@ -133,7 +117,6 @@ def train_bandit(seed: int, updates: int = 8_000):
     policy = bandit_flow(num_steps=100, hidden=(64, 64, 64))
     parts = make_networks(1, 1, hidden=(4,), policy=policy)
     loss = IQLLoss(*parts, actor_objective=ConditionedFlow(0.4)).double()
-    SoftUpdate(loss, tau=0.1)
     optimizer = torch.optim.Adam(policy.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
     actions, arms = drawn(SHARE, 512 * updates, seed=100 + seed)
@@ -178,23 +161,6 @@ def test_a_trained_flow_equals_the_log_and_its_positive_part_by_a_two_sample_tes
 # -- the loss ----------------------------------------------------------------------------------------
 
 
-def conditioned_loss(condition_dropout=0.1, condition="positive", **options) -> IQLLoss:
-    spec = Bounded(torch.tensor([-2.0, 0.0, -1.0]), torch.tensor([2.0, 0.5, 5.0]), (ACT,))
-    policy = policies.flow(OBS, spec, hidden=(8, 8), activation=nn.Tanh, conditioned=True)
-    objective = ConditionedFlow(condition_dropout, condition)
-    loss = make_loss(policy, actor_objective=objective, **options)
-    SoftUpdate(loss, tau=0.1)
-    return loss
-
-
-def given(*shape) -> TensorDict:
-    """A batch with random numbers of its own."""
-    data = make_batch(*shape, dtype=torch.float64)
-    data["flow_noise"] = torch.randn(*data.shape, ACT, dtype=torch.float64)
-    data["flow_drop"] = torch.rand(*data.shape, dtype=torch.float64)
-    return data.set("flow_time", torch.rand(*data.shape, 1, dtype=torch.float64))
-
-
 def test_the_input_of_the_condition():
     entered = F.condition_input(
         torch.tensor([0.0, 1.0, 0.7, 1.0]), torch.tensor([1, 1, 1, 0]).bool()
@@ -204,8 +170,8 @@ def test_the_input_of_the_condition():
 
 @pytest.mark.parametrize("condition", ["positive", torch.tanh])
 def test_the_error_of_the_velocity_by_hand(condition):
-    loss = conditioned_loss(0.4, condition, diagnostics=True)
-    data = given()
+    loss = flow_loss(condition, 0.4, diagnostics=True)
+    data = with_draws()
     data["collector", "mask"] = keep = torch.rand(32) < 0.7
     batch = loss.prepare_batch(data.clone())
     advantage = torch.randn(32, dtype=torch.float64)
@@ -232,7 +198,7 @@ def test_the_error_of_the_velocity_by_hand(condition):
 
 
 def test_draws_follow_those_of_a_flow_and_drop_their_share():
-    loss, data = conditioned_loss(), make_batch(4000, dtype=torch.float64)
+    loss, data = flow_loss("positive"), make_batch(4000, dtype=torch.float64)
     torch.manual_seed(5)
     draws = loss.prepare_batch(data).draws
     torch.manual_seed(5)
@@ -240,60 +206,6 @@ def test_draws_follow_those_of_a_flow_and_drop_their_share():
         out = torch.empty(shape).double()
         assert torch.equal(draws[name], out.normal_() if "noise" in name else out.uniform_()), name
     assert abs(float((draws["flow_drop"] < 0.1).double().mean()) - 0.1) < 0.02
-
-
-@pytest.mark.usefixtures("uncompiled")
-@pytest.mark.parametrize(
-    "order", [pytest.param("sequential", marks=pytest.mark.slow), "simultaneous"]
-)
-def test_compiled_and_captured_equal_eager(order):
-    check_forms(conditioned_loss(diagnostics=True), given(50), order)
-
-
-@pytest.mark.slow
-def test_compiled_by_inductor():
-    check_forms(conditioned_loss(diagnostics=True), given(50))
-
-
-def test_bfloat16():
-    data = given(64).apply(lambda x: x.float() if x.is_floating_point() else x)
-    check_bfloat16(conditioned_loss().float(), data)
-
-
-RUNS = ({}, {"seed": 1, "condition_dropout": 0.6}, {"seed": 2, "actor_lr": 1e-2})
-
-
-def with_noise(batch):
-    generator = torch.Generator().manual_seed(int(batch["next", "reward"].abs().sum() * 1e6))
-    shape, batch = tuple(batch.batch_size), batch.clone()
-    batch["flow_noise"] = torch.randn(*shape, 2, generator=generator, dtype=torch.float64)
-    for name in ("flow_time", "flow_drop"):
-        batch[name] = torch.rand(shape, generator=generator, dtype=torch.float64)
-    return batch
-
-
-@pytest.mark.parametrize("batches", ["shared", "own"])
-def test_a_member_of_a_population_equals_the_run_alone(batches):
-    beside = Beside(configs(RUNS, **CONDITIONED, guidance=2.0), dataset(), batches)
-    beside.assert_equal(beside.train(10, lambda batch: extras(with_noise(batch))))
-    assert beside.population.member(1).actor.guidance == 2
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("uncompiled")
-def test_captured_populations():
-    torch._dynamo.reset()
-    data, settings = dataset(), configs(RUNS, **CONDITIONED)
-    beside = Beside(settings, data, "own")
-    sampler = MemberSampler(data.transitions, 16, members=3, seed=settings[0].seed)
-    captured(beside.population.step, beside.population.sampler, updates=1)()
-    rows, generator = sampler.sample(), sampler.generator
-    rows["flow_noise"] = torch.empty(3, 16, 2).double().normal_(generator=generator)
-    for name in ("flow_time", "flow_drop"):
-        rows[name] = torch.empty(3, 16).double().uniform_(generator=generator)
-    for agent, own in zip(beside.agents, rows.unbind(0), strict=True):
-        agent.step(own)
-    beside.assert_equal()
 
 
 # -- guidance of an agent ------------------------------------------------------------------------------
@@ -334,72 +246,49 @@ def test_an_export_has_the_guidance_of_its_policy(tmp_path, suffix):
     assert (paths[0.0][1] != paths[3.0][1]).any()
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_values_of_w_are_ranked_without_retraining(monkeypatch):
-    """Reward -a**2: the conditioned flow is made to act at -0.8 (unknown) and at 0 (c = 1)."""
-    draw = np.random.default_rng(0)
-    observation, action = (draw.uniform(-1, 1, (1200, 1)).astype(np.float32) for _ in range(2))
-    ends = {"terminated": np.ones(1200, bool), "truncated": np.zeros(1200, bool)}
-    columns = {"observation": observation, "action": action, "reward": -(action[:, 0] ** 2), **ends}
-    space = spaces.Box(-1.0, 1.0, (1,), np.float32)
-    train, held_out = load_dataset(columns, action_space=space).split(0.5, 0)
-    agent = make_agent(IQLConfig(hidden=(8,), reward="raw", **CONDITIONED), train)
-    agent.actor.head.mlp = Towards()
-    members = {f"w = {w}": policies.guided(agent.policy, w) for w in (0.0, 0.5, 1.0)}
-    evaluate = ranking.fitted_q_evaluation
-    quick = {"updates": 600, "hidden": (32,), "model": "network", "batch_size": 256}
-    monkeypatch.setattr(
-        ranking, "fitted_q_evaluation", lambda *args, **options: evaluate(*args, **options | quick)
-    )
-    result = rank_policies(members, train, held_out, discount=0.9, deterministic=True)
-    found = {row["candidate"]: row["value"] for row in result.rows}
-    assert found == pytest.approx({"w = 0.0": -0.64, "w = 0.5": -0.16, "w = 1.0": 0}, abs=0.12)
-    critics = LossCritics(agent.loss)
-    for w, member in zip((0.0, 0.5, 1.0), members.values(), strict=True):
-        gap = value_gap(member, train.transitions, critics=critics, rows=64)
-        action = torch.full((64, 1), -0.8 * (1 - w))
-        order = torch.randperm(len(train.transitions), generator=torch.Generator().manual_seed(0))
-        data = train.transitions[order[:64]].select("observation").set("action", action)
-        np.testing.assert_allclose(gap.chosen, critics(data)["state_action_value"][:, 0], atol=1e-5)
+PLAIN, ON_ADVANTAGE = policies.flow(OBS, SPEC), policies.flow(OBS, SPEC, conditioned=True)
 
 
-class Towards(nn.Module):
-    """The velocity of straight lines: to -0.8 where c is unknown, to 0 where it is 1."""
-
-    def forward(self, joined):
-        x, t, known, _ = joined[..., 1:].unbind(-1)
-        return ((torch.where(known == 1, 0.0, -0.8) - x) / (1 - t)).unsqueeze(-1)
+def loss_of(policy, **options):
+    return IQLLoss(*make_networks(policy=policy), **options)
 
 
-def test_refusals():
-    plain, conditioned = policies.flow(OBS, SPEC), policies.flow(OBS, SPEC, conditioned=True)
-    assert (plain.guidance, conditioned.guidance) == (None, 1.0)
-    with pytest.raises(ValueError, match=r"guidance is 2 and this flow has no condition"):
-        plain.guidance = 2
-    with pytest.raises(ValueError, match=r"guidance is 2.0 and this flow has no condition"):
-        policies.flow(OBS, SPEC, guidance=2.0)
-    for wrong in (-0.5, float("nan"), "2", True):
-        with pytest.raises(ValueError, match=f"guidance is {wrong!r}"):
-            conditioned.guidance = wrong
-    with pytest.raises(ValueError, match="a ProbabilisticActor, contains no flow"):
-        policies.guided(box_agent().policy, 1.0)
-    _, critic, value = make_networks()
-    with pytest.raises(TypeError, match="conditioned=False; this objective needs"):
-        IQLLoss(plain, critic, value, actor_objective="conditioned_flow")
-    with pytest.raises(TypeError, match="conditioned=True; this objective needs"):
-        IQLLoss(conditioned, critic, value, actor_objective="flow")
-    with pytest.raises(
-        TypeError, match="no density; train it with actor_objective='conditioned_fl"
-    ):
-        IQLLoss(conditioned, critic, value)
-    with pytest.raises(ValueError, match="condition is 'sign'; choose one of 'positive'"):
-        ConditionedFlow(condition="sign")
-    with pytest.raises(TypeError, match=r"condition's result.? is None; expected a tensor"):
-        conditioned_loss(condition=lambda advantage: None)(given(4))
-    with pytest.raises(ValueError, match=r"condition_dropout is 0; it must lie in \(0, 1\)"):
-        ConditionedFlow(condition_dropout=0)
-    with pytest.raises(ValueError, match=r"guidance is 2\.0 and actor_objective is 'auto'"):
-        IQLConfig(policy="flow", guidance=2.0)
-    wrong = conditioned_loss(condition=lambda advantage: advantage[:3])
-    with pytest.raises(ValueError, match="condition's result"):
-        wrong(given())
+@pytest.mark.parametrize(
+    ("error", "message", "call"),
+    [
+        (ValueError, r"guidance is 2 and this flow has no condition", lambda: guide(PLAIN, 2)),
+        (ValueError, r"guidance is 2.0 and this flow has no condition",
+         lambda: policies.flow(OBS, SPEC, guidance=2.0)),
+        *((ValueError, f"guidance is {wrong!r}", lambda wrong=wrong: guide(ON_ADVANTAGE, wrong))
+          for wrong in (-0.5, float("nan"), "2", True)),
+        (ValueError, "a ProbabilisticActor, contains no flow",
+         lambda: policies.guided(box_agent().policy, 1.0)),
+        (TypeError, "conditioned=False; this objective needs",
+         lambda: loss_of(PLAIN, actor_objective="conditioned_flow")),
+        (TypeError, "conditioned=True; this objective needs",
+         lambda: loss_of(ON_ADVANTAGE, actor_objective="flow")),
+        (TypeError, "no density; train it with actor_objective='conditioned_fl",
+         lambda: loss_of(ON_ADVANTAGE)),
+        (ValueError, "condition is 'sign'; choose one of 'positive'",
+         lambda: ConditionedFlow(condition="sign")),
+        (TypeError, r"condition's result.? is None; expected a tensor",
+         lambda: flow_loss(lambda advantage: None)(with_draws(4))),
+        (ValueError, "condition's result",
+         lambda: flow_loss(lambda advantage: advantage[:3])(with_draws())),
+        (ValueError, r"condition_dropout is 0; it must lie in \(0, 1\)",
+         lambda: ConditionedFlow(condition_dropout=0)),
+        (ValueError, r"guidance is 2\.0 and actor_objective is 'auto'",
+         lambda: IQLConfig(policy="flow", guidance=2.0)),
+    ],
+)  # fmt: skip
+def test_refusals(error, message, call):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def guide(flow, guidance):
+    flow.guidance = guidance
+
+
+def test_a_flow_without_condition_has_no_guidance():
+    assert (PLAIN.guidance, ON_ADVANTAGE.guidance) == (None, 1.0)

@@ -15,8 +15,6 @@ from torchrl.objectives import HardUpdate, SoftUpdate
 from iql_torchrl import IQLLoss
 from iql_torchrl.losses.critics import draw_critics
 
-pytestmark = pytest.mark.filterwarnings("ignore:No target network updater:UserWarning")
-
 
 @given(st.integers(2, 30), st.integers(2, 30), st.floats(0.1, 5.0))
 @settings(max_examples=30, deadline=None)
@@ -59,20 +57,18 @@ def test_a_frozen_critic_layer_stays_frozen():
 
 
 def test_a_list_and_a_factory_keep_every_initialisation():
-    actor, _, value = make_networks()
-    critics = [make_networks()[1] for _ in range(3)]
-    loss = IQLLoss(actor, critics, value, num_qvalue_nets=3)
+    actor, critics, value = make_networks(critics=3)
     made = []
 
     def factory():
         made.append(make_networks()[1])
         return made[-1]
 
-    from_factory = IQLLoss(actor, factory, value, num_qvalue_nets=3)
-    for each, modules in ((loss, critics), (from_factory, made)):
+    for networks, modules in ((critics, critics), (factory, made)):
+        loss = IQLLoss(actor, networks, value, num_qvalue_nets=3)
         for k, module in enumerate(modules):
             weight = module.module.mlp[0].weight
-            for params in (each.qvalue_network_params, each.target_qvalue_network_params):
+            for params in (loss.qvalue_network_params, loss.target_qvalue_network_params):
                 assert torch.equal(params["module", "mlp", "0", "weight"][k], weight)
 
 
@@ -90,15 +86,12 @@ def test_the_critics_argument_is_checked():
 
 @pytest.mark.parametrize("updater", [SoftUpdate, HardUpdate])
 def test_batch_norm_trains_and_its_statistics_count_each_batch_once(updater):
-    actor, _, value = make_networks()
-    critic = ValueOperator(NormedCritic(), in_keys=["observation", "action"])
-    loss = IQLLoss(actor, critic, value)
+    loss = IQLLoss(*make_networks(critic=NormedCritic()))
     step = make_step(loss, updater)
     for _ in range(3):
         step(make_batch())
-    count = ("module", "norm", "num_batches_tracked")
-    assert loss.qvalue_network_params[count].tolist() == [3, 3]
-    mean = ("module", "norm", "running_mean")
-    live = loss.qvalue_network_params[mean]
-    assert live.any()
-    assert torch.equal(loss.target_qvalue_network_params[mean], live)
+    count = loss.qvalue_network_params["module", "norm", "num_batches_tracked"]
+    assert count.tolist() == [3, 3]
+    key = ("module", "norm", "running_mean")
+    assert loss.qvalue_network_params[key].any()
+    assert torch.equal(loss.target_qvalue_network_params[key], loss.qvalue_network_params[key])

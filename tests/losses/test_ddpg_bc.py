@@ -1,32 +1,21 @@
-"""``losses.DDPGBC``: by hand, its gradient, masks, and every form of the update."""
+"""``losses.DDPGBC``: by hand, its gradient, and masks."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from conftest import ACT, OBS, make_batch
-from small_losses import check_bfloat16, check_forms, make_loss, perturb_targets
-from small_populations import Beside, configs, dataset, extras
+from conftest import ACT, OBS, make_batch, make_networks
+from small_losses import ddpg_loss
 from tensordict import TensorDict
 from tensordict.nn import NormalParamExtractor, TensorDictModule
 from torch import nn
 from torchrl.modules import ProbabilisticActor, TanhNormal, ValueOperator
-from torchrl.objectives import SoftUpdate
 
-from iql_torchrl import IQLLoss, networks, policies
+from iql_torchrl import IQLLoss, policies
 from iql_torchrl.losses import DDPGBC
-from iql_torchrl.losses.parameters import TARGET_CRITICS
+from iql_torchrl.losses.networks import TARGET_CRITICS
 
-pytestmark = pytest.mark.filterwarnings("ignore:No target network updater:UserWarning")
-BOTH = ["observation", "action"]
 ACTORS = [policies.gaussian, policies.tanh_normal, policies.mixture, policies.deterministic]
-
-
-def ddpg_loss(q_source="online", q_reduction="min", **options) -> IQLLoss:
-    objective = DDPGBC(0.7, q_reduction, q_source)
-    loss = make_loss(**{"actor_objective": objective} | options)
-    perturb_targets(loss, by=0.3)
-    return loss
 
 
 def batch(*shape):
@@ -63,11 +52,11 @@ class Line(nn.Module):
 def on_paper(q_reduction="min", q_source="online", **options) -> IQLLoss:
     """pi = (0.5, 0), Q_1 = 1 + 2 a_1 = 2 and Q_2 = -3 + a_1 + 4 a_2 = -2.5."""
     actor = TensorDictModule(Constant([0.5, 0.0]), in_keys=["observation"], out_keys=["action"])
+    value = make_networks(hidden=(4,))[2].double()
     critics = [
-        ValueOperator(Line(1.0, [2.0, 0.0]), in_keys=BOTH),
-        ValueOperator(Line(-3.0, [1.0, 4.0]), in_keys=BOTH),
+        ValueOperator(Line(*line), in_keys=["observation", "action"])
+        for line in ((1.0, [2.0, 0.0]), (-3.0, [1.0, 4.0]))
     ]
-    value = ValueOperator(networks.StateValue(OBS, hidden=(4,)).double(), in_keys=["observation"])
     objective = DDPGBC(bc_weight=0.1, q_reduction=q_reduction, q_source=q_source)
     return IQLLoss(actor, critics, value, actor_objective=objective, **options)
 
@@ -94,7 +83,6 @@ def test_by_hand(reduction, value, slope):
 @pytest.mark.parametrize(("source", "gap"), [("online", -0.3), ("target", -3.0)])
 def test_the_gap_by_hand(source, gap):
     loss = on_paper(q_source=source, q_reduction="mean", diagnostics=True)
-    SoftUpdate(loss, tau=0.1)
     for leaf in targets_of(loss).values(True, True):
         leaf.data.mul_(10.0)
     data = make_batch(3, act=2, dtype=torch.float64)
@@ -209,51 +197,3 @@ def test_masks_and_importance_weights():
     weights = weight[keep].squeeze(-1)
     expected = (each * weights).sum() / weights.sum()
     torch.testing.assert_close(loss.actor_loss(alone)[0], expected)
-
-
-FORMS = {
-    "default": {},
-    "one critic": {"num_qvalue_nets": 1},
-    "targets, mean": {"q_source": "target", "q_reduction": "mean"},
-    "other networks": {"activation": nn.GELU, "policy": policies.mixture},
-    "deterministic": {"policy": policies.deterministic},
-}
-
-
-@pytest.mark.usefixtures("uncompiled")
-@pytest.mark.parametrize(
-    ("form", "order"),
-    [
-        ("targets, mean", "simultaneous"),
-        pytest.param("default", "sequential", marks=pytest.mark.slow),
-        pytest.param("deterministic", "sequential", marks=pytest.mark.slow),
-        pytest.param("one critic", "simultaneous", marks=pytest.mark.slow),
-        pytest.param("other networks", "sequential", marks=pytest.mark.slow),
-    ],
-)
-def test_compiled_and_captured_equal_eager(form, order):
-    metrics = check_forms(ddpg_loss(**FORMS[form], diagnostics=True), batch(50), order)
-    assert float(metrics["weight_mean"]) == 1.0
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("form", FORMS)
-def test_compiled_by_inductor(form):
-    check_forms(ddpg_loss(**FORMS[form], diagnostics=True), batch(50))
-
-
-def test_bfloat16():
-    check_bfloat16(ddpg_loss().float(), make_batch(64))
-
-
-BC = ({"bc_weight": 0.1}, {"seed": 1, "bc_weight": 2.0}, {"seed": 2, "expectile": 0.9})
-
-
-@pytest.mark.parametrize("policy", ["gaussian", "deterministic"])
-@pytest.mark.parametrize("batches", ["shared", "own"])
-@pytest.mark.parametrize("change", [None, extras], ids=["plain", "extras"])
-def test_populations(policy, batches, change):
-    settings = configs(BC, policy=policy, actor_objective="ddpg_bc")
-    beside = Beside(settings, dataset(), batches)
-    beside.assert_equal(beside.train(20, change))
-    assert beside.population.loss.actor_objective.bc_weight.tolist() == [0.1, 2.0, 0.3]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_batch, make_networks
-from small_losses import make_loss, make_step
+from small_losses import ScaledSquare, make_loss, make_step
 from torch import nn, optim
 from torchrl.objectives import SoftUpdate
 
@@ -16,24 +16,13 @@ import iql_torchrl
 from iql_torchrl import DiscreteIQLLoss, IQLConfig, IQLLoss, IQLStep, compiled, losses
 from iql_torchrl.config import number_dtype
 
-pytestmark = pytest.mark.filterwarnings("ignore:No target network updater:UserWarning")
-
-
-class Scaled(nn.Module):
-    """A value objective with a parameter."""
-
-    def __init__(self):
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones((), dtype=torch.float64))
-
-    def forward(self, target, value):
-        return 100.0 * self.scale * (target - value).square()
+SETTINGS = ("temperature", "expectile", "max_weight", "num_qvalue_nets", "loss_function")
 
 
 @pytest.mark.parametrize("max_grad_norm", [None, 0.25])
 def test_the_parameters_of_an_objective_are_clipped_to_the_norm(max_grad_norm):
     """SGD with a rate of 1 moves each part by its gradient: of the objective 0.25 where clipped."""
-    loss = make_loss(value_objective=Scaled())
+    loss = make_loss(value_objective=ScaledSquare(100.0))
     optimizer = optim.SGD(loss.parameters(), lr=1.0)
     batch, updater = make_batch(dtype=torch.float64), SoftUpdate(loss, tau=0.1)
     before = {name: p.detach().clone() for name, p in loss.named_parameters()}
@@ -73,37 +62,27 @@ def test_parameters_unfrozen_later_that_the_optimizer_lacks_are_named(form):
         assert not torch.equal(parameter, old)
 
 
-def test_parameters_unfrozen_later_are_trained():
+def test_a_frozen_network_rests_and_is_trained_when_it_is_free():
     loss = make_loss()
     loss.value_network_params.requires_grad_(False)
     step, batch = make_step(loss, max_grad_norm=1.0), make_batch(dtype=torch.float64)
     parameters = list(loss.value_network_params.parameters())
-    before = [p.detach().clone() for p in parameters]
+    before, actor = ([p.detach().clone() for p in each] for each in (parameters, loss.parameters()))
     step(batch.clone())
     assert all(map(torch.equal, parameters, before))
+    assert not torch.equal(next(loss.actor_network_params.parameters()), actor[0])
     loss.value_network_params.requires_grad_(True)
     step(batch.clone())
     assert not any(map(torch.equal, parameters, before))
 
 
-def test_a_step_without_v_in_the_optimizer_is_refused():
-    loss = make_loss()
-    own = [p for name, p in loss.named_parameters() if not name.startswith("value_network")]
-    with pytest.raises(ValueError, match=r"lacks 6 of the loss's .* 'value_network_params\."):
-        IQLStep(loss, optim.Adam(own), SoftUpdate(loss, tau=0.1))
-
-
 @pytest.mark.parametrize(
     "make",
     [
-        lambda f: IQLLoss(*make_networks(), temperature=f),
-        lambda f: IQLLoss(*make_networks(), expectile=f),
-        lambda f: IQLLoss(*make_networks(), max_weight=f),
-        lambda f: IQLLoss(*make_networks(), num_qvalue_nets=f),
-        lambda f: IQLLoss(*make_networks(), loss_function=f),
-        lambda f: IQLLoss(*make_networks()).average_actor(f),
-        lambda f: setattr(IQLLoss(*make_networks()), "temperature", f),
-        lambda f: make_step(IQLLoss(*make_networks()), max_grad_norm=f),
+        *(lambda f, name=name: make_loss(**{name: f}) for name in SETTINGS),
+        lambda f: make_loss().average_actor(f),
+        lambda f: setattr(make_loss(), "temperature", f),
+        lambda f: make_step(make_loss(), max_grad_norm=f),
         losses.Sparse,
         losses.DDPGBC,
         losses.ConditionedFlow,
@@ -117,6 +96,46 @@ def test_a_step_without_v_in_the_optimizer_is_refused():
 def test_a_function_is_not_a_number(make):
     with pytest.raises((TypeError, ValueError), match=r" is <function"):
         make(lambda advantage: advantage)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("temperature", -1.0), ("expectile", 1.5), ("max_weight", 0)]
+)
+def test_an_assigned_hyperparameter_out_of_range_is_refused(name, value):
+    loss = make_loss()
+    before = float(getattr(loss, name))
+    with pytest.raises(ValueError, match=name):
+        setattr(loss, name, value)
+    assert float(getattr(loss, name)) == before
+
+
+def test_an_objective_is_checked_and_named_when_it_is_replaced():
+    loss = make_loss()
+    loss.actor_objective = losses.DDPGBC()
+    assert loss.out_keys == ["loss_actor", "loss_qvalue", "loss_value"]
+    assert set(loss(make_batch(5, dtype=torch.float64)).keys()) == set(loss.out_keys)
+    with pytest.raises(TypeError, match=r"FlowMatching"):
+        loss.actor_objective = losses.FlowMatching()
+    with pytest.raises(TypeError, match=r"pass an object, DDPGBC\(\)"):
+        make_loss(actor_objective=losses.DDPGBC)
+    with pytest.raises(TypeError, match="expected a ValueObjective"):
+        make_loss(value_objective=losses.DDPGBC())
+
+
+class LogProbability(losses.ActorObjective):
+    """Returns a log-probability with a gradient, and announces no entropy."""
+
+    def forward(self, networks, batch, advantage):
+        log_prob = networks.log_prob(batch)
+        return -log_prob, {"log_prob": log_prob}
+
+
+def test_log_probabilities_of_an_objective_of_yours_are_detached():
+    loss, batch = make_loss(actor_objective=LogProbability()), make_batch(5, dtype=torch.float64)
+    assert "entropy" not in loss(batch)
+    assert not batch["_log_prob"].requires_grad
+    loss.actor_loss(batch)
+    assert not batch["_log_prob"].requires_grad
 
 
 def test_numbers_of_mps_are_float32():
@@ -133,10 +152,13 @@ def test_numbers_of_mps_are_float32():
 
 
 def test_hyperparameters_move_in_the_dtype_of_their_device(monkeypatch):
-    loss = IQLLoss(*make_networks(), temperature=0.1)
+    """They are not cast with the networks."""
+    loss = IQLLoss(*make_networks(), temperature=0.1, expectile=0.7)
     assert {value.dtype for value in loss.hyperparameters.values()} == {torch.float64}
     loss.to(torch.bfloat16)
-    assert loss.temperature == 0.1
+    assert next(loss.parameters()).dtype == torch.bfloat16
+    assert (loss.temperature, loss.value_objective.expectile) == (0.1, 0.7)
+    assert loss.value_objective.expectile.dtype == torch.float64
     monkeypatch.setattr(losses.objective, "number_dtype", lambda device: torch.float32)
     loss.to("cpu")
     assert {value.dtype for value in loss.hyperparameters.values()} == {torch.float32}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ACT, make_batch
 from losses.test_sharing import build as build_shared
-from small_losses import LOSSES, SPEC, make_step
+from small_losses import LOSSES, SPEC, Forms, make_step
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
@@ -17,9 +17,8 @@ from torchrl.modules import ValueOperator
 
 from iql_torchrl import IQLLoss, captured, compiled, networks, policies
 from iql_torchrl.data import DeviceSampler
-from iql_torchrl.losses import SharedEncoder
+from iql_torchrl.losses import DDPGBC, AdvantageWeighted, SharedEncoder
 
-pytestmark = pytest.mark.filterwarnings("ignore:No target network updater:UserWarning")
 IMAGE, ROWS, B = (9, 10, 3), 40, 16
 # the loss keeps its discount in float32: one that float32 holds exactly leaves float64 exact
 GAMMA, EXPECTILE, TEMPERATURE, POLYAK = 0.875, 0.8, 2.0, 0.1
@@ -156,8 +155,8 @@ def check_updates(order, gradient, form) -> None:
             once(sampler.sample())
     for _ in range(3):
         plain.update(reference.sample(), order, gradient, optimizer)
-    for found, expected in zip(Plain(loss).parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+    found, expected = (list(each.parameters()) for each in (Plain(loss), plain))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
 
 
 @ORDERS
@@ -187,8 +186,10 @@ def test_programs_equal_plain_torch(order, gradient, form):
 
 
 @GRADIENTS
-def test_whose_loss_reaches_the_encoder(gradient):
+@pytest.mark.parametrize("objective", [AdvantageWeighted, DDPGBC])  # also by critics of its action
+def test_whose_loss_reaches_the_encoder(gradient, objective):
     loss = build(gradient)
+    loss.actor_objective = objective()
     batch = steps()[:B]
     for name in ("value_loss", "actor_loss", "qvalue_loss"):
         loss.zero_grad()
@@ -258,14 +259,10 @@ def test_encoders_that_do_not_fit_are_refused():
             make(**arguments)
 
 
-def test_a_trunk_in_two_descents_is_counted_twice(uncompiled):
+@pytest.mark.usefixtures("uncompiled")
+def test_a_trunk_in_two_descents_is_counted_twice():
     """Adam's bias correction of parameters that V and the critics share, in the sequential order."""
-    loss, other = (build_shared("single", False)[1] for _ in range(2))
-    other.load_state_dict(loss.state_dict())
-    eager, fast = make_step(loss), compiled(make_step(other))
-    batch = make_batch(B)
-    for _ in range(3):
-        eager(batch.copy())
-        fast(batch.copy())
-    for found, expected in zip(other.parameters(), loss.parameters(), strict=True):
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    table = make_batch(ROWS, dtype=torch.float64)
+    forms = Forms(build_shared("single", False)[1].double(), table, ["compiled"])
+    forms.run()
+    forms.assert_equal()

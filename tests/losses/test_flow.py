@@ -1,4 +1,4 @@
-"""``policies.flow`` and ``actor_objective="flow"``: a known flow, and every form of the update."""
+"""``policies.flow`` and ``actor_objective="flow"``: a known flow, its loss, and its random numbers."""
 
 from __future__ import annotations
 
@@ -8,28 +8,18 @@ import numpy as np
 import pytest
 import torch
 from conftest import ACT, OBS, make_batch, make_networks
-from small_losses import (
-    Forms,
-    assert_same_state,
-    check_bfloat16,
-    check_forms,
-    make_loss,
-    make_step,
-)
-from small_populations import Beside, configs, dataset, extras
+from small_losses import BOX as SPEC
+from small_losses import HIGH, LOW, Forms, assert_same_state, flow_loss, make_step, with_draws
+from small_populations import configs, dataset
 from tensordict import TensorDict
 from torch import nn, optim
 from torchrl.data import Bounded
 from torchrl.envs.utils import ExplorationType, set_exploration_type
-from torchrl.objectives import SoftUpdate
 
-from iql_torchrl import IQLLoss, IQLPopulation, captured, policies
+from iql_torchrl import IQLLoss, IQLPopulation, policies
 from iql_torchrl import functional as F
-from iql_torchrl.data.replay import MemberSampler
 from iql_torchrl.policies import generative
 
-LOW, HIGH = torch.tensor([-2.0, 0.0, -1.0]), torch.tensor([2.0, 0.5, 5.0])
-SPEC = Bounded(LOW, HIGH, (3,))
 # A correlated Gaussian, in the policy's units: mean and covariance.
 MEAN = np.array([0.3, -0.2])
 COVARIANCE = np.array([[0.09, 0.03], [0.03, 0.04]])
@@ -107,7 +97,6 @@ def test_training_finds_the_known_velocity_and_moments():
     policy = two_dimensional(num_steps=20, hidden=(32, 32), activation=nn.SiLU)
     parts = make_networks(1, 2, hidden=(4,), policy=policy)
     loss = IQLLoss(*parts, actor_objective="flow", temperature=0.0).double()
-    SoftUpdate(loss, tau=0.1)
     optimizer = optim.Adam(policy.parameters(), lr=1e-2)
     factor = torch.from_numpy(np.linalg.cholesky(COVARIANCE))
     updates = 300
@@ -215,20 +204,6 @@ def test_refusals():
 # -- the loss --------------------------------------------------------------------------------------
 
 
-def flow_loss(**options) -> IQLLoss:
-    policy = policies.flow(OBS, SPEC, hidden=(8, 8), activation=nn.Tanh)
-    loss = make_loss(policy, **{"actor_objective": "flow"} | options)
-    SoftUpdate(loss, tau=0.1)
-    return loss
-
-
-def given(*shape) -> TensorDict:
-    """A batch with noise and times of its own."""
-    data = make_batch(*shape, dtype=torch.float64)
-    data["flow_noise"] = torch.randn(*data.shape, ACT, dtype=torch.float64)
-    return data.set("flow_time", torch.rand(*data.shape, 1, dtype=torch.float64))
-
-
 def by_hand(loss, data):
     head = loss.actor_network.head
     params = loss.actor_network_params
@@ -242,7 +217,7 @@ def by_hand(loss, data):
 
 
 def test_the_weighted_error_of_the_velocity():
-    loss, data = flow_loss(temperature=2.0), given()
+    loss, data = flow_loss(temperature=2.0), with_draws()
     data["collector", "mask"] = torch.rand(32) < 0.7
     data["priority_weight"] = torch.rand(32, 1).double()
     term, metadata = loss.actor_loss(data.clone())
@@ -251,7 +226,7 @@ def test_the_weighted_error_of_the_velocity():
     torch.testing.assert_close(term, (weight * error).sum() / weight.sum())
     assert metadata["weight"].std() > 0
     plain = flow_loss(temperature=0.0)
-    term, metadata = plain.actor_loss(data := given())
+    term, metadata = plain.actor_loss(data := with_draws())
     torch.testing.assert_close(term, by_hand(plain, data).mean())
     term.backward()
     moved = [n for n, p in plain.named_parameters() if p.grad is not None and p.grad.any()]
@@ -273,19 +248,6 @@ def test_draws_come_from_torchs_generator_and_have_their_distributions():
     before = torch.get_rng_state()
     assert not other.prepare_batch(batch).draws  # log_prob needs none and draws none
     assert torch.equal(torch.get_rng_state(), before)
-
-
-@pytest.mark.usefixtures("uncompiled")
-@pytest.mark.parametrize(
-    "order", [pytest.param("sequential", marks=pytest.mark.slow), "simultaneous"]
-)
-def test_compiled_and_captured_equal_eager_given_the_noise(order):
-    check_forms(flow_loss(diagnostics=True), given(50), order)
-
-
-@pytest.mark.slow
-def test_compiled_by_inductor():
-    check_forms(flow_loss(diagnostics=True), given(50))
 
 
 def drawn(sampler, *shape):
@@ -322,39 +284,14 @@ def test_drawn_noise_is_the_same_in_every_form():
 @pytest.mark.slow
 def test_the_loss_compiles_alone():
     torch._dynamo.reset()
-    loss, data = flow_loss(), given()
+    loss, data = flow_loss(), with_draws()
     loss.make_value_estimator()  # torch 2.11 cannot trace the making of the default one
     program = torch.compile(loss, fullgraph=True, backend="eager")
     torch.testing.assert_close(program(data.clone())["loss_actor"], loss(data)["loss_actor"])
     assert program(data.exclude("flow_noise", "flow_time"))["loss_actor"].isfinite()
 
 
-def test_bfloat16():
-    data = given(64).apply(lambda x: x.float() if x.is_floating_point() else x)
-    check_bfloat16(flow_loss().float(), data)
-
-
 # -- populations -----------------------------------------------------------------------------------
-
-RUNS = ({}, {"seed": 1, "temperature": 0.0}, {"seed": 2, "temperature": 10.0, "actor_lr": 1e-2})
-
-
-def with_noise(batch):
-    """The same noise for a run alone and in the population: entries of the batch."""
-    generator = torch.Generator().manual_seed(int(batch["next", "reward"].abs().sum() * 1e6))
-    shape = tuple(batch.batch_size)
-    batch = batch.clone()
-    batch["flow_noise"] = torch.randn(*shape, 2, generator=generator, dtype=torch.float64)
-    return batch.set("flow_time", torch.rand(shape, generator=generator, dtype=torch.float64))
-
-
-@pytest.mark.parametrize("batches", ["shared", "own"])
-@pytest.mark.parametrize(
-    "change", [with_noise, lambda b: extras(with_noise(b))], ids=["", "extras"]
-)
-def test_a_member_equals_the_run_alone_given_the_noise(batches, change):
-    beside = Beside(configs(RUNS, policy="flow"), dataset(), batches)
-    beside.assert_equal(beside.train(20, change))
 
 
 def test_each_run_has_its_own_noise_and_training_repeats():
@@ -369,19 +306,3 @@ def test_each_run_has_its_own_noise_and_training_repeats():
     draws = population.step.lift.prepare_batch(population.sampler.sample()).draws
     assert draws["flow_noise"].shape == (3, 16, 2)
     assert draws["flow_time"].shape == (3, 16)
-
-
-@pytest.mark.usefixtures("uncompiled")
-def test_captured_populations():
-    torch._dynamo.reset()
-    data, settings = dataset(), configs(RUNS, policy="flow")
-    beside = Beside(settings, data, "own")
-    sampler = MemberSampler(data.transitions, 16, members=3, seed=settings[0].seed)
-    call = captured(beside.population.step, beside.population.sampler, updates=2)
-    for _ in range(2):
-        call()
-        for _ in range(2):
-            rows = drawn(sampler, 3, 16, 2).unbind(0)
-            for agent, own in zip(beside.agents, rows, strict=True):
-                agent.step(own)
-    beside.assert_equal()

@@ -13,7 +13,9 @@ from small_losses import (
     LOSSES,
     Head,
     NormalActor,
+    ScaledSquare,
     assert_losses,
+    assert_same_metrics,
     discrete_networks,
     make_loss,
     make_step,
@@ -30,23 +32,15 @@ from torch import nn
 from torch.distributions import Normal
 from torchrl.data import Bounded, Categorical, OneHot
 from torchrl.envs.utils import ExplorationType
-from torchrl.modules import LSTMModule, OneHotCategorical, ProbabilisticActor, ValueOperator
+from torchrl.modules import LSTMModule, OneHotCategorical, ProbabilisticActor
 from torchrl.objectives import DiscreteIQLLoss as TorchRLDiscreteIQLLoss
 from torchrl.objectives import IQLLoss as TorchRLIQLLoss
 from torchrl.objectives import SoftUpdate
 from torchrl.objectives.utils import ValueEstimators
 from torchrl.objectives.value import TD0Estimator
 
-from iql_torchrl import DiscreteIQLLoss, IQLLoss, networks, policies
-from iql_torchrl.losses import DDPGBC, DIAGNOSTICS
-
-pytestmark = pytest.mark.filterwarnings("ignore:No target network updater:UserWarning")
-
-
-def two_critics():
-    """Actor, two critics that differ, V."""
-    actor, critic, value = make_networks()
-    return actor, [critic, make_networks()[1]], value
+from iql_torchrl import DiscreteIQLLoss, IQLConfig, IQLLoss, networks, policies
+from iql_torchrl.losses import DDPGBC, DIAGNOSTICS, AdvantageWeighted, Expectile, Gumbel, Sparse
 
 
 def gradients(loss, out) -> dict[str, torch.Tensor]:
@@ -58,14 +52,10 @@ def gradients(loss, out) -> dict[str, torch.Tensor]:
 def numpy_losses(loss, batch, gamma=0.99):
     """The three losses in NumPy from the networks' outputs alone."""
     with torch.no_grad():
+        params = loss.qvalue_network_params, loss.target_qvalue_network_params
         q, target_q = (
-            np.stack(
-                [
-                    run(loss.qvalue_network, params[k], batch, "state_action_value")
-                    for k in range(loss.num_qvalue_nets)
-                ]
-            )
-            for params in (loss.qvalue_network_params, loss.target_qvalue_network_params)
+            np.stack([run(loss.qvalue_network, p, batch, "state_action_value") for p in each])
+            for each in (each.unbind(0) for each in params)
         )
         v, next_v = (
             run(loss.value_network, loss.value_network_params, part, "state_value")
@@ -102,13 +92,8 @@ def run(network, params, batch, key):
     [(3, 0.7, 100), (10, 0.9, 2.0), (0, 0.5, 100), (1, 1, 5)],
 )
 def test_losses_and_diagnostics_equal_numpy(temperature, expectile, max_weight):
-    loss = IQLLoss(
-        *two_critics(),
-        temperature=temperature,
-        expectile=expectile,
-        max_weight=max_weight,
-        diagnostics=True,
-    )
+    options = {"temperature": temperature, "expectile": expectile, "max_weight": max_weight}
+    loss = IQLLoss(*make_networks(critics=2), diagnostics=True, **options)
     perturb_targets(loss)
     batch = make_batch(64)
     expected = numpy_losses(loss, batch)
@@ -145,15 +130,11 @@ def compare(classes, parts, batch, **options) -> None:
     theirs.load_state_dict(ours.state_dict())  # the layout is the same
     mine, other = batch.clone(), batch.clone()
     out, expected = ours(mine), theirs(other)
-    assert set(out.keys()) == set(expected.keys())
-    for name in expected.keys():  # noqa: SIM118  (a TensorDict iterates over its batch)
-        torch.testing.assert_close(out[name], expected[name], rtol=1e-6, atol=1e-6)
+    assert_same_metrics(out, expected, rtol=1e-6, atol=1e-6)
     for name in ("td_error", "_log_prob"):
         torch.testing.assert_close(mine[name], other[name], rtol=1e-6, atol=1e-6)
     found, right = gradients(ours, out), gradients(theirs, expected)
-    assert found.keys() == right.keys()
-    for name, grad in right.items():
-        torch.testing.assert_close(found[name], grad, rtol=1e-5, atol=1e-6, msg=name)
+    torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -162,7 +143,7 @@ def compare(classes, parts, batch, **options) -> None:
 def test_equals_torchrl_where_it_is_right(reduction, loss_function, shape):
     scalars = "exclude" if reduction == "none" else None
     options = {"reduction": reduction, "scalar_output_mode": scalars}
-    classes, parts = (IQLLoss, TorchRLIQLLoss), two_critics()
+    classes, parts = (IQLLoss, TorchRLIQLLoss), make_networks(critics=2)
     compare(classes, parts, make_batch(*shape), loss_function=loss_function, **options)
 
 
@@ -187,7 +168,7 @@ def test_state_dict_layout_is_torchrls(separate):
 
 
 def test_each_loss_alone_equals_that_of_forward_and_reaches_its_own_network():
-    loss = IQLLoss(*two_critics())
+    loss = IQLLoss(*make_networks(critics=2))
     perturb_targets(loss)
     batch = make_batch()
     out = loss(batch.clone())
@@ -274,8 +255,7 @@ def test_value_estimators_and_masked_steps(estimator):
     spoiled["action"][:, 3:] = float("nan")
     grads, spoiled_grads = (gradients(loss, loss(each)) for each in (batch, spoiled))
     assert all(g.isfinite().all() for g in grads.values())
-    for name, grad in grads.items():
-        torch.testing.assert_close(spoiled_grads[name], grad, msg=name)
+    torch.testing.assert_close(spoiled_grads, grads)
 
 
 def test_td0_by_hand_equals_torchrls_estimator_which_reads_its_own_keys():
@@ -299,7 +279,7 @@ def test_td0_by_hand_equals_torchrls_estimator_which_reads_its_own_keys():
 
 
 def meta_loss() -> IQLLoss:
-    actor, critics, value = two_critics()
+    actor, critics, value = make_networks(critics=2)
     return IQLLoss(actor.to("meta"), [net.to("meta") for net in critics], value.to("meta"))
 
 
@@ -392,22 +372,9 @@ def test_ddpg_bc_of_one_step_without_a_batch_dimension():
 
 def test_parameters_of_a_users_function_follow_those_of_the_networks():
     """An optimizer's state and the tensors that a loss makes go by the order of parameters."""
-
-    class Scaled(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.scale = nn.Parameter(torch.ones((), dtype=torch.float64))
-
-        def forward(self, target, value):
-            return self.scale.float() * (target - value).square()
-
-    plain = IQLLoss(*make_networks())
-    loss = IQLLoss(*make_networks(), value_objective=Scaled())
-    names = [name for name, _ in loss.named_parameters()]
-    assert names == [
-        *(name for name, _ in plain.named_parameters()),
-        "value_objective.function.scale",
-    ]
+    plain, loss = make_loss(), make_loss(value_objective=ScaledSquare())
+    names, known = ([name for name, _ in each.named_parameters()] for each in (loss, plain))
+    assert names == [*known, "value_objective.function.scale"]
     assert list(loss.state_dict()) == [*plain.state_dict(), "value_objective.function.scale"]
 
 
@@ -418,8 +385,8 @@ def test_mse_with_actions_of_one_number():
             return out if action else out.squeeze(-1)
 
     actor = Mod(OneNumber(OBS), in_keys=["observation"], out_keys=["action"])
-    critic = ValueOperator(OneNumber(OBS + 1), in_keys=["observation", "action"])
-    loss = IQLLoss(actor, critic, make_networks()[2], actor_objective="mse", temperature=0.0)
+    parts = make_networks(policy=actor, critic=OneNumber(OBS + 1))
+    loss = IQLLoss(*parts, actor_objective="mse", temperature=0.0)
     batch = make_batch(5)
     batch["action"] = torch.randn(5)
     expected = (actor(batch.clone())["action"] - batch["action"]).square().mean()
@@ -443,13 +410,12 @@ def test_an_action_without_the_dimension_of_the_policys_is_refused(objective, po
         def forward(self, observation, action):
             return super().forward(observation, action.reshape(len(observation), 1))
 
-    actor, _, value = make_networks(act=1, policy=policy)
-    critic = ValueOperator(AnyShape(OBS, 1), in_keys=["observation", "action"])
+    parts = make_networks(act=1, policy=policy, critic=AnyShape(OBS, 1))
     batch = make_batch(8, act=1)
     batch["action"] = batch["action"].squeeze(-1)
     words = r"'action' has shape \(8,\) and the policy's actions have shape \(8, 1\)"
     with pytest.raises(ValueError, match=words):
-        IQLLoss(actor, critic, value, actor_objective=objective)(batch)
+        IQLLoss(*parts, actor_objective=objective)(batch)
     with pytest.raises(ValueError, match=r"the action has shape \(8,\) .* expected an action \("):
         IQLLoss(*make_networks(act=1))(batch)
 
@@ -479,63 +445,90 @@ def test_reduction_none_warns_about_scalars_and_can_keep_them():
     assert "entropy" in out.keys()  # noqa: SIM118
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"expectile": 0.0}, "expectile is 0.0"),
-        ({"expectile": 1.2}, "expectile is 1.2"),
-        ({"expectile": float("nan")}, "expectile is nan"),
-        ({"temperature": -1.0}, "temperature is -1.0"),
-        ({"max_weight": 0.0}, "max_weight is 0.0"),
-        ({"num_qvalue_nets": 0}, "num_qvalue_nets is 0"),
-        ({"loss_function": "huber"}, "loss_function is 'huber'"),
-        ({"value_objective": "huber"}, "value_objective is 'huber'; choose one of 'expectile'"),
-        ({"actor_objective": "ddpg"}, "actor_objective is 'ddpg'"),
-        ({"reduction": "median"}, "reduction is 'median'"),
-    ],
-)
-def test_arguments_out_of_range_show_the_value(options, message):
-    with pytest.raises(ValueError, match=message):
-        make_loss(**options)
+def discrete(policy=policies.gaussian, **options):
+    return DiscreteIQLLoss(*make_networks(policy=policy), **options)
+
+
+EXPECTILE, UNREAD = {"expectile": 0.9}, r"is .*does not read"
+NAMES = "value_objective is 'xql'; .*'sparse', 'exponential', 'gumbel'"
+TWICE = "alpha is 0.0; it must be > 0 and finite"
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("make", "options", "message"),
     [
-        ({"bc_weight": -1}, "bc_weight is -1; it must lie in"),
-        ({"q_reduction": "max"}, "q_reduction is 'max'; choose one of 'min', 'mean'"),
-        ({"q_source": "old"}, "q_source is 'old'; choose one of 'online', 'target'"),
+        (make_loss, {"expectile": 0.0}, "expectile is 0.0"),
+        (make_loss, {"expectile": 1.2}, "expectile is 1.2"),
+        (make_loss, {"expectile": math.nan}, "expectile is nan"),
+        (make_loss, {"temperature": -1.0}, "temperature is -1.0"),
+        (make_loss, {"temperature": math.inf}, "temperature is inf; .* finite"),
+        (make_loss, {"max_weight": 0.0}, "max_weight is 0.0"),
+        (make_loss, {"num_qvalue_nets": 0}, "num_qvalue_nets is 0"),
+        (make_loss, {"loss_function": "huber"}, "loss_function is 'huber'"),
+        (make_loss, {"value_objective": "huber"}, "is 'huber'; choose one of 'expectile'"),
+        (make_loss, {"value_objective": "xql"}, NAMES),
+        (IQLConfig, {"value_objective": "xql"}, NAMES),
+        (make_loss, {"actor_objective": "ddpg"}, "actor_objective is 'ddpg'"),
+        (make_loss, {"reduction": "median"}, "reduction is 'median'"),
+        (make_loss, {"reduction": "none", "scalar_output_mode": "drop"}, "is 'drop'; choose 'excl"),
+        (make_loss, {"value_objective": Expectile(0.8)} | EXPECTILE, f"expectile {UNREAD}"),
+        (make_loss, {"value_objective": Gumbel()} | EXPECTILE, f"expectile {UNREAD}"),
+        (make_loss, {"actor_objective": AdvantageWeighted(), "temperature": 9.0}, f"ure {UNREAD}"),
+        (make_loss, {"actor_objective": DDPGBC(), "max_weight": 5.0}, f"max_weight {UNREAD}"),
+        (DDPGBC, {"bc_weight": -1}, "bc_weight is -1; it must lie in"),
+        (DDPGBC, {"q_reduction": "max"}, "q_reduction is 'max'; choose one of 'min', 'mean'"),
+        (DDPGBC, {"q_source": "old"}, "q_source is 'old'; choose one of 'online', 'target'"),
+        (Sparse, {"alpha": 0.0}, TWICE),
+        (IQLConfig, {"alpha": 0.0}, TWICE),
+        (Sparse, {"alpha": math.nan}, "alpha is nan"),
+        (IQLConfig, {"alpha": math.nan}, "alpha is nan"),
+        (Sparse, {"pessimism": -0.5}, "pessimism is -0.5; it must be >= 0 and finite"),
+        (IQLConfig, {"pessimism": -0.5}, "pessimism is -0.5; it must be >= 0 and finite"),
+        (
+            AdvantageWeighted,
+            {"weight": "lin"},
+            "weight is 'lin'; choose one of 'exponential', 'pos",
+        ),
+        (IQLConfig, {"advantage_weight": "lin"}, "weight is 'lin'; choose one of 'auto', 'expon"),
+        (discrete, {"action_space": "binary"}, "binary"),
+        (discrete, {"actor_objective": "mse"}, "WeightedSquaredError needs"),
+        (
+            discrete,
+            {"actor_objective": "ddpg_bc"},
+            "DDPGBC needs continuous actions; these are dis",
+        ),
+        (discrete, {"actor_objective": "flow", "policy": policies.flow}, "FlowMatching needs cont"),
     ],
 )
-def test_arguments_of_objectives_out_of_range_show_the_value(options, message):
+def test_arguments_out_of_range_show_the_value(make, options, message):
     with pytest.raises(ValueError, match=message):
-        DDPGBC(**options)
+        make(**options)
 
 
-def test_gamma_and_priority_key_are_refused_as_in_torchrl():
-    with pytest.raises(TypeError):
-        IQLLoss(*make_networks(), gamma=0.9)
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        (make_loss, {"expectile": "0.7"}, "expectile is '0.7'; expected a number"),
+        (make_loss, {"max_weight": True}, "max_weight is True; expected a number"),
+        (make_loss, {"num_qvalue_nets": 2.5}, "num_qvalue_nets is 2.5; it must be an integer"),
+        (make_loss, {"num_qvalue_nets": True}, "num_qvalue_nets is True"),
+        *(
+            (make_loss, {"temperature": value}, r"temperature is .*; expected a number")
+            for value in (True, "3", torch.ones(2), None)
+        ),
+        (make_loss, {"gamma": 0.9}, r"make_value_estimator\(gamma=0\.9\)"),  # as in TorchRL
+        (Expectile, {"pessimism": True}, "pessimism is True; expected a number"),
+        (Sparse, {"alpha": None}, "alpha is None; expected a number"),
+    ],
+)
+def test_arguments_of_another_kind_show_the_value(make, options, message):
+    with pytest.raises(TypeError, match=message):
+        make(**options)
+
+
+def test_a_priority_key_is_refused_as_in_torchrl():
     with pytest.raises(RuntimeError, match="priority"):
-        IQLLoss(*make_networks(), priority_key="p")
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"action_space": "binary"}, "binary"),
-        ({"actor_objective": "mse"}, "WeightedSquaredError needs"),
-        ({"actor_objective": "ddpg_bc"}, "DDPGBC needs continuous actions; these are discrete"),
-    ],
-)
-def test_discrete_refuses_other_spaces(options, message):
-    with pytest.raises(ValueError, match=message):
-        DiscreteIQLLoss(*make_networks(), **options)
-
-
-def test_discrete_refuses_a_flow():
-    parts = make_networks(policy=policies.flow)
-    with pytest.raises(ValueError, match="FlowMatching needs continuous actions; these are"):
-        DiscreteIQLLoss(*parts, actor_objective="flow")
+        make_loss(priority_key="p")
 
 
 @pytest.mark.parametrize(
@@ -548,10 +541,8 @@ def test_a_missing_key_is_named(key):
 
 
 def test_a_value_with_more_than_one_number_is_named():
-    actor, critic, _ = make_networks()
-    value = ValueOperator(nn.Linear(OBS, 2), in_keys=["observation"])
     with pytest.raises(ValueError, match=r"state_value has shape \(32, 2\)"):
-        IQLLoss(actor, critic, value)(make_batch())
+        IQLLoss(*make_networks(value=nn.Linear(OBS, 2)))(make_batch())
 
 
 def test_divisors_do_not_read_weights_of_padding():
@@ -559,11 +550,8 @@ def test_divisors_do_not_read_weights_of_padding():
     batch = make_batch(4)
     batch["collector", "mask"] = torch.tensor([True, True, False, False])
     batch["priority_weight"] = torch.tensor([0.5, 2.0, math.nan, math.inf])
-    loss = IQLLoss(*make_networks())
-    assert [float(each) for each in loss.prepare_batch(batch).divisors(torch.device("cpu"))] == [
-        2.5,
-        2.0,
-    ]
+    read = IQLLoss(*make_networks()).prepare_batch(batch)
+    assert [float(each) for each in read.divisors(torch.device("cpu"))] == [2.5, 2.0]
 
 
 @pytest.mark.parametrize("shape", [(32, 3), (2, 2)])
@@ -575,52 +563,40 @@ def test_a_policy_without_independent_dimensions_is_explained(shape):
             return super().get_dist(td).base_dist
 
     steps, act = shape
-    _, critic, value = make_networks(act=act)
+    parts = make_networks(act=act, policy=Actor(OBS, act))
     with pytest.raises(ValueError, match="Independent"):
-        IQLLoss(Actor(OBS, act), critic, value)(make_batch(steps, act=act))
+        IQLLoss(*parts)(make_batch(steps, act=act))
+
+
+def of_categories(obs, spec, **network):
+    return policies.categorical(obs, Categorical(4), **network)
 
 
 @pytest.mark.parametrize(
-    ("form", "advice"),
+    ("policy", "form", "advice"),
     [
-        (lambda index: index.unsqueeze(-1), r"\.squeeze\(-1\), or use DiscreteIQLLoss"),
-        (lambda index: nn.functional.one_hot(index, 4), r"one-hot.*argmax\(-1\), or use Discrete"),
+        (of_categories, lambda index: index.unsqueeze(-1), r"\.squeeze\(-1\), or use DiscreteIQLL"),
+        (
+            of_categories,
+            lambda index: nn.functional.one_hot(index, 4),
+            r"one-hot.*argmax\(-1\), or",
+        ),
+        (policies.gaussian, lambda index: index.float(), r"'action'\]\.unsqueeze\(-1\)\.$"),
+        (policies.gaussian, lambda index: torch.zeros(32, 3), r"dataset\.action_spec\.$"),
     ],
 )
-def test_actions_of_another_form_than_a_categoricals_are_explained(form, advice):
-    _, critic, value = make_networks(act=1)
-    batch = make_batch(act=1)
+def test_actions_of_another_form_than_the_policys_are_explained(policy, form, advice):
+    loss, batch = IQLLoss(*make_networks(act=1, policy=policy)), make_batch(act=1)
     batch["action"] = form(torch.randint(4, (32,)))
-    actor = policies.categorical(OBS, Categorical(4), hidden=(8,))
-    loss = IQLLoss(actor, critic, value)
     with pytest.raises(ValueError, match=advice) as caught:
         loss.actor_term(loss.prepare_batch(batch), torch.zeros(32))
-    assert "unsqueeze" not in str(caught.value)
-
-
-def test_actions_of_one_number_and_of_another_size_are_explained():
-    _, critic, value = make_networks(act=1)
-    loss = IQLLoss(policies.gaussian(OBS, Bounded(-1, 1, (1,)), hidden=(8,)), critic, value)
-    for size, advice in (
-        (None, r"'action'\]\.unsqueeze\(-1\)\.$"),
-        (3, r"dataset\.action_spec\.$"),
-    ):
-        batch = make_batch(act=1)
-        batch["action"] = batch["action"].squeeze(-1) if size is None else torch.zeros(32, size)
-        with pytest.raises(ValueError, match=advice):
-            loss.actor_term(loss.prepare_batch(batch), torch.zeros(32))
+    assert policy is policies.gaussian or "unsqueeze" not in str(caught.value)
 
 
 def test_a_reward_of_a_team_with_a_value_for_each_agent_is_explained():
     agents = 3
-
-    class Joined(nn.Linear):
-        def forward(self, *inputs):
-            return super().forward(torch.cat(inputs, -1))
-
-    critic = ValueOperator(Joined(OBS + ACT, agents), in_keys=["observation", "action"])
-    value = ValueOperator(nn.Linear(OBS, agents), in_keys=["observation"])
-    loss, batch = IQLLoss(make_networks()[0], critic, value), make_batch()
+    parts = make_networks(critic=Head(OBS + ACT, agents), value=nn.Linear(OBS, agents))
+    loss, batch = IQLLoss(*parts), make_batch()
     with pytest.raises(ValueError, match=r"^reward has shape \(32,\).*each agent too") as caught:
         loss.qvalue_loss(batch)
     assert "Independent" not in str(caught.value)
@@ -635,9 +611,7 @@ def test_dispatch_with_keywords():
     expected = loss(batch.clone())
     keys = {"_".join(k) if isinstance(k, tuple) else k: batch[k] for k in loss.in_keys}
     out = loss(**keys)
-    assert len(out) == len(loss.out_keys)
-    for name, value in zip(loss.out_keys, out, strict=True):
-        torch.testing.assert_close(value, expected[name])
+    torch.testing.assert_close(list(out), [expected[name] for name in loss.out_keys])
 
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])

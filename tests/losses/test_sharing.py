@@ -16,8 +16,6 @@ from torchrl.objectives import SoftUpdate
 
 from iql_torchrl import IQLLoss
 
-pytestmark = pytest.mark.filterwarnings("ignore:No target network updater:UserWarning")
-
 
 def critic_over(trunk):
     return ValueOperator(Head(4 + ACT, trunk=trunk), in_keys=["observation", "action"])

@@ -1,4 +1,4 @@
-"""Objectives of V by name, the weights that go with them, and pessimism over critics, in every form."""
+"""Objectives of V by name, the weights that go with them, and pessimism over critics."""
 
 from __future__ import annotations
 
@@ -10,19 +10,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import make_batch, make_networks
+from conftest import make_batch
 from scipy import special
-from small_losses import (
-    Forms,
-    check_forms,
-    discrete_networks,
-    make_loss,
-    make_step,
-    perturb_targets,
-)
-from small_populations import BASE, Beside, dataset, extras
+from small_losses import Forms, assert_same_updates, discrete_networks, make_loss, perturb_targets
+from small_populations import BASE, dataset
+from torch import nn
 
-from iql_torchrl import DiscreteIQLLoss, IQLConfig, IQLLoss, make_agent
+from iql_torchrl import DiscreteIQLLoss, IQLConfig, make_agent
 from iql_torchrl.losses import (
     VALUE_OBJECTIVES,
     AdvantageWeighted,
@@ -31,8 +25,6 @@ from iql_torchrl.losses import (
     LossCritics,
     Sparse,
 )
-
-pytestmark = pytest.mark.filterwarnings("ignore:No target network updater:UserWarning")
 
 NAMED = ("sparse", "exponential", "gumbel")
 ALPHA = 0.4
@@ -58,10 +50,7 @@ def numpy_of(loss, batch):
 
 
 def three_critics(**options):
-    actor, _, value = make_networks()
-    loss = IQLLoss(
-        actor, [make_networks()[1] for _ in range(3)], value, num_qvalue_nets=3, **options
-    ).double()
+    loss = make_loss(hidden=(16, 16), activation=nn.ReLU, critics=3, **options)
     perturb_targets(loss)
     return loss
 
@@ -70,19 +59,19 @@ def three_critics(**options):
 @pytest.mark.parametrize("objective", NAMED)
 def test_losses_and_weights_are_those_of_numpy(objective, pessimism):
     chosen = VALUE_OBJECTIVES[objective](0.1, pessimism=pessimism)
-    loss = three_critics(value_objective=chosen, max_weight=0.5, diagnostics=True)
+    loss = three_critics(value_objective=chosen, max_weight=0.3, diagnostics=True)
     batch = make_batch(64, dtype=torch.float64)
     expected, advantage = numpy_of(loss, batch)
     assert (advantage / 0.1).max() > 3  # not only the smallest exponents
     out = loss(batch.clone())
     assert out["loss_value"].item() == pytest.approx(expected.mean(), rel=1e-9)
-    weight = np.minimum(np.maximum(advantage, 0), 0.5)
+    weight = np.minimum(np.maximum(advantage, 0), 0.3)
     if objective == "gumbel":
-        weight = np.minimum(np.exp(3 * advantage), 0.5)
+        weight = np.minimum(np.exp(3 * advantage), 0.3)
     assert out["weight_mean"].item() == pytest.approx(weight.mean(), rel=1e-9)
     assert 0 < out["clip_fraction"] < 1
-    loss.actor_objective = AdvantageWeighted(max_weight=0.5, weight="sparse", alpha=0.1)
-    weight = np.clip(1 + advantage / 0.2, 0, 0.5)
+    loss.actor_objective = AdvantageWeighted(max_weight=0.3, weight="sparse", alpha=0.1)
+    weight = np.clip(1 + advantage / 0.2, 0, 0.3)
     assert loss(batch.clone())["weight_mean"].item() == pytest.approx(weight.mean(), rel=1e-9)
     assert out["advantage_mean"].item() == pytest.approx(advantage.mean(), rel=1e-9)
 
@@ -130,14 +119,7 @@ def test_discrete_critics():
 
 
 def test_two_critics_with_pessimism_one_are_their_minimum():
-    losses = make_loss(), make_loss(value_objective=Expectile(pessimism=1.0))
-    losses[1].load_state_dict(losses[0].state_dict())  # no hyperparameter is part of the layout
-    steps = [make_step(loss) for loss in losses]
-    for _ in range(3):
-        batch = make_batch(dtype=torch.float64)
-        metrics = [step(batch.clone()) for step in steps]
-        for name, value in metrics[0].items():
-            torch.testing.assert_close(metrics[1][name], value, rtol=1e-9, atol=1e-12)
+    assert_same_updates(make_loss(), make_loss(value_objective=Expectile(pessimism=1.0)))
 
 
 def test_critics_of_a_loss_follow_its_pessimism():
@@ -153,14 +135,6 @@ def test_critics_of_a_loss_follow_its_pessimism():
     loss.value_objective = Expectile()
     written = critics(batch.select("observation", "action"))["state_action_value"]
     torch.testing.assert_close(written.squeeze(-1), values.amin(0))
-
-
-@pytest.mark.slow  # compilation takes seconds
-@pytest.mark.usefixtures("uncompiled")
-@pytest.mark.parametrize("objective", NAMED)
-def test_every_form_makes_the_same_updates(objective):
-    loss = three_critics(value_objective=VALUE_OBJECTIVES[objective](ALPHA, pessimism=0.5))
-    check_forms(loss, make_batch(64, dtype=torch.float64))
 
 
 @pytest.mark.slow
@@ -182,19 +156,6 @@ def test_traced_updates_notice_other_settings():
         forms.assert_equal(rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("objective", ["sparse", "exponential"])
-def test_runs_of_a_population_differ_in_alpha(objective):
-    common = {"value_objective": objective, "num_critics": 3, "pessimism": 0.5}
-    configs = [replace(BASE, seed=i, alpha=a, **common) for i, a in enumerate((0.05, 0.4, 5.0))]
-    beside = Beside(configs, dataset(), "own")
-    alphas = beside.population.loss.value_objective.alpha
-    assert alphas.tolist() == pytest.approx([0.05, 0.4, 5.0])
-    metrics = beside.train(4, extras)
-    beside.assert_equal(metrics)
-    values = metrics[-1][0]["loss_value"]
-    assert len(set(values.tolist())) == 3
-
-
 def test_settings_pass_from_the_config_to_the_loss():
     config = replace(BASE, value_objective="sparse", alpha=2.0, pessimism=0.5)
     loss = make_agent(config, dataset()).loss
@@ -202,40 +163,6 @@ def test_settings_pass_from_the_config_to_the_loss():
     assert loss.value_objective.hyperparameters == {"alpha": 2.0, "pessimism": 0.5}
     assert loss.actor_objective.weight == "positive"
     assert IQLConfig.from_dict(config.to_dict()) == config
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"alpha": 0.0}, "alpha is 0.0; it must be > 0 and finite"),
-        ({"alpha": math.nan}, "alpha is nan"),
-        ({"pessimism": -0.5}, "pessimism is -0.5; it must be >= 0 and finite"),
-    ],
-)
-def test_wrong_values_are_named(options, message):
-    for build in (Sparse, IQLConfig):
-        with pytest.raises(ValueError, match=message):
-            build(**options)
-
-
-def test_unknown_names_list_the_choices():
-    words = "value_objective is 'xql'; .*'sparse', 'exponential', 'gumbel'"
-    for build in (make_loss, IQLConfig):
-        with pytest.raises(ValueError, match=words):
-            build(value_objective="xql")
-    with pytest.raises(
-        ValueError, match="weight is 'lin'; choose one of 'exponential', 'positive'"
-    ):
-        AdvantageWeighted(weight="lin")
-    with pytest.raises(ValueError, match="advantage_weight is 'lin'; choose one of 'auto', 'expon"):
-        IQLConfig(advantage_weight="lin")
-
-
-def test_wrong_kinds_are_named():
-    with pytest.raises(TypeError, match="pessimism is True; expected a number"):
-        Expectile(pessimism=True)
-    with pytest.raises(TypeError, match="alpha is None; expected a number"):
-        Sparse(alpha=None)
 
 
 def test_cloning_by_the_temperature_needs_weights_that_read_it():

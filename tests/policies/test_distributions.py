@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from scipy.special import softmax
+from small_losses import HIGH, LOW
 from torch import distributions as D
 from torchrl.data import Bounded, Categorical, OneHot
 from torchrl.modules import TanhNormal
@@ -23,7 +24,6 @@ from iql_torchrl.policies import (
     SquashedGaussian,
 )
 
-LOW, HIGH = torch.tensor([-2.0, 0.0, -1.0]), torch.tensor([2.0, 0.5, 5.0])
 BOUNDS = {"low": LOW, "high": HIGH}
 X = np.linspace(-30, 30, 600_001)  # values of a Gaussian
 LOC, SCALE = [-2.5, -1.0, 0.1, 0.9, 4.0], [0.2, 0.7, 3.0, 0.05, 1.5]  # the bounds are -1 and 1

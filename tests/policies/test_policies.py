@@ -19,18 +19,18 @@ from one_device import OneDevice
 from scipy import stats
 from scipy.special import logsumexp
 from small_agents import box_agent, config, log, saved
+from small_losses import BOX as SPEC
+from small_losses import HIGH, LOW, make_step
 from tensordict import TensorDict
 from tensordict.nn import NormalParamExtractor, TensorDictModule
 from torch import nn
 from torchrl.data import Bounded, Categorical, Composite, OneHot, Unbounded
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import ProbabilisticActor, TanhNormal, ValueOperator
-from torchrl.objectives import SoftUpdate
 
 from iql_torchrl import (
     Agent,
     IQLLoss,
-    IQLStep,
     fitted_q_evaluation,
     importance_sampling,
     load_dataset,
@@ -48,8 +48,6 @@ from iql_torchrl.policies import (
     generative,
 )
 
-LOW, HIGH = torch.tensor([-2.0, 0.0, -1.0]), torch.tensor([2.0, 0.5, 5.0])
-SPEC = Bounded(LOW, HIGH, (3,))
 RANDOM, DETERMINISTIC = KINDS = [ExplorationType.RANDOM, ExplorationType.DETERMINISTIC]
 CHOICES = [Categorical(4), OneHot(4)]
 CONTINUOUS = {
@@ -404,9 +402,8 @@ def test_critics_of_a_loss_follow_it_and_copies_do_not(count):
 
     actor, _, value = make_networks()
     loss = IQLLoss(actor, normed, value, num_qvalue_nets=count)
-    critics = LossCritics(loss)
+    critics, step = LossCritics(loss), make_step(loss)
     assert not any(p.requires_grad for p in critics.parameters())
-    step = IQLStep(loss, torch.optim.Adam(loss.parameters(), lr=1e-2), SoftUpdate(loss, tau=0.1))
 
     def expected(batch):
         loss.qvalue_network.eval()

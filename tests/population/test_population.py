@@ -8,11 +8,13 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from small_losses import assert_same_metrics
 from small_populations import (
     ADAMW,
     BASE,
     CASES,
     MEMBERS,
+    OBJECTIVES,
     Beside,
     assert_close,
     configs,
@@ -40,17 +42,30 @@ SETTINGS = (
 )
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CASES | OBJECTIVES)
 def test_a_member_equals_the_run_trained_alone(case):
-    kind, options, batches, change = CASES[case]
+    kind, options, batches, change = (CASES | OBJECTIVES)[case]
     with double():
         beside = Beside(configs(**options), dataset(kind), batches)
-        beside.assert_equal(beside.train(40, change))
+        beside.assert_equal(beside.train(10, change))
+
+
+@pytest.mark.parametrize(
+    ("case", "setting", "values"),
+    [
+        ("ddpg_bc", lambda p: p.loss.actor_objective.bc_weight, [0.1, 2.0, 0.3]),
+        ("sparse", lambda p: p.loss.value_objective.alpha, [0.05, 0.4, 5.0]),
+        ("conditioned flow", lambda p: torch.tensor(p.member(1).actor.guidance), 2.0),
+    ],
+)
+def test_hyperparameters_of_objectives_are_the_members(case, setting, values):
+    population = IQLPopulation(configs(**OBJECTIVES[case][1]), dataset())
+    assert setting(population).tolist() == pytest.approx(values)
 
 
 def test_each_knob_reaches_its_member_and_no_other():
     beside = Beside(configs(({}, *SETTINGS)), dataset())
-    beside.assert_equal(beside.train(40, extras))
+    beside.assert_equal(beside.train(10, extras))
     state = beside.population.loss.state_dict()
     moved = {n: v for n, v in state.items() if "mlp" in n and not n.startswith("target")}
     for number in range(1, len(SETTINGS) + 1):
@@ -71,9 +86,9 @@ def test_clipping_bites_where_a_members_own_gradient_is_large(order):
     limit = float(norms.median()) * 1.01
     assert 0 < int((norms > limit).sum()) < len(settings)
     beside = Beside(configs(max_grad_norm=limit, order=order), data)
-    beside.assert_equal(beside.train(40))
+    beside.assert_equal(beside.train(10))
     free = Beside(settings, data)
-    free.train(40)
+    free.train(10)
     assert not same(free.population.loss.state_dict(), beside.population.loss.state_dict())
 
 
@@ -146,10 +161,14 @@ def test_members_with_dropout_differ_and_agree_without_it():
     assert (drawn.mean(0) - singly.mean()).abs().max() < 5 * spread
 
 
-@pytest.mark.parametrize("batches", ["shared", "own"])
-def test_training_continues_from_a_file_with_the_same_bits(tmp_path, batches):
+@pytest.mark.parametrize(
+    ("batches", "options"),
+    [("shared", {}), ("own", {}), ("shared", {"policy": "flow"}), ("own", {"actor_ema": 0.75})],
+    ids=str,
+)
+def test_training_continues_from_a_file_with_the_same_bits(tmp_path, batches, options):
     data = dataset(dtype=torch.float32)
-    settings = configs(max_grad_norm=1.0, schedule="cosine", **ADAMW)
+    settings = configs(max_grad_norm=1.0, schedule="cosine", **ADAMW, **options)
     population = IQLPopulation(settings, data, batches=batches)
     for event in population.train(7, every=3):
         last = event.updates
@@ -205,8 +224,7 @@ def test_events_tell_the_mean_of_each_members_metrics():
     assert [event.updates for event in events] == [3, 5]
     for event, part in zip(events, (step_metrics[:3], step_metrics[3:]), strict=True):
         assert event.metrics.batch_size == (len(MEMBERS),)
-        for key, value in part.items():
-            torch.testing.assert_close(event.metrics[key], value.mean(0))
+        assert_same_metrics(event.metrics, part.mean(0))
 
 
 class Line(gymnasium.Env):
@@ -318,7 +336,6 @@ def test_what_no_captured_call_divides_is_made_by_plain_updates(made):
 @pytest.mark.usefixtures("uncompiled")
 def test_random_numbers_do_not_depend_on_which_updates_are_captured():
     """Flow policies read noise: seven captured updates a call, and twice that and six eager ones."""
-    torch._dynamo.reset()
     data, states = dataset(), []
     for settings, parts in ((True, (14, 6)), (False, (20,))):
         population = IQLPopulation(configs(MEMBERS[:2], policy="flow", compile=settings), data)
@@ -327,16 +344,6 @@ def test_random_numbers_do_not_depend_on_which_updates_are_captured():
             population.train_now(updates)
         states.append(population.loss.state_dict())
     assert_close(*states, 1e-9)
-
-
-def test_a_flow_population_continues_from_a_file_with_the_same_bits(tmp_path):
-    data = dataset()
-    population = IQLPopulation(configs(MEMBERS[:2], policy="flow"), data)
-    population.train_now(4)
-    again = IQLPopulation.load(population.save(tmp_path / "p.torchrl"), data)
-    for each in (population, again):
-        each.train_now(3)
-    assert same(population.loss.state_dict(), again.loss.state_dict())
 
 
 def test_a_short_first_training_does_not_fix_the_captured_calls(made):
@@ -350,23 +357,15 @@ def test_a_short_first_training_does_not_fix_the_captured_calls(made):
     assert made[3:] == [10] * 15
 
 
-def test_events_that_nothing_reads_are_warned_about():
+def test_train_now_trains_and_train_warns_where_nothing_reads_its_events():
     population = IQLPopulation(configs(), dataset())
     with pytest.warns(UserWarning, match="nothing was trained"):
         population.train(5)
     assert population.updates == 0
-    assert [event.updates for event in population.train(5, every=2)] == [2, 4, 5]
-
-
-def test_train_now_trains():
-    population = IQLPopulation(configs(), dataset())
-    assert population.train_now(5).updates == population.updates == 5
-    assert population.train_now(0) is None
-
-
-def test_whole_floats_and_other_numbers():
-    population = IQLPopulation(configs(), dataset())
     assert [event.updates for event in population.train(4e0, every=2e0)] == [2, 4]
+    assert [event.updates for event in population.train(5, every=2)] == [6, 8, 9]
+    assert population.train_now(5).updates == population.updates == 14
+    assert population.train_now(0) is None
     for name in ("updates", "every"):
         with pytest.raises(ValueError, match=f"{name} is 2.5; it counts updates"):
             population.train(**{name: 2.5})

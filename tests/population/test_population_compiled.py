@@ -6,26 +6,20 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_populations import CASES, MEMBERS, Beside, assert_close, configs, dataset, double
+from small_losses import assert_same_metrics
+from small_populations import (
+    CASES,
+    MEMBERS,
+    OBJECTIVES,
+    Beside,
+    assert_close,
+    configs,
+    dataset,
+    double,
+)
 
 from iql_torchrl import IQLPopulation, captured, compiled
 from iql_torchrl.data.replay import MemberSampler
-
-
-class Captured(Beside):
-    """The same, with updates of the population that sample for themselves."""
-
-    def train_captured(self, call, sampler):
-        means = call()
-        step_metrics = []
-        for _ in range(call.updates):
-            batch = sampler.sample()
-            own = [batch] * len(self.agents) if batch.ndim == 1 else batch.unbind(0)
-            step_metrics.append(
-                torch.stack([a.step(b) for a, b in zip(self.agents, own, strict=True)])
-            )
-        for key, value in torch.stack(step_metrics).items():
-            assert_close({key: means[key]}, {key: value.mean(0).double()}, 1e-9)
 
 
 @pytest.mark.parametrize(
@@ -36,7 +30,7 @@ def test_captured_updates_equal_the_runs_alone(compiler, request):
     if compiler == "uncompiled":
         request.getfixturevalue(compiler)
     data, settings = dataset(), configs(MEMBERS[1:3], max_grad_norm=0.5, schedule="cosine")
-    beside = Captured(settings, data, "own")
+    beside = Beside(settings, data, "own")
     population = beside.population
     sampler = MemberSampler(data.transitions, 16, members=2, seed=settings[0].seed)
     call = captured(population.step, population.sampler, updates=4)
@@ -49,6 +43,24 @@ def test_captured_updates_equal_the_runs_alone(compiler, request):
     beside.assert_equal()
     population.step.load_state_dict(population.step.state_dict())  # new tensors
     beside.train_captured(call, sampler)
+    beside.assert_equal()
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("case", ["flow", pytest.param("conditioned flow", marks=pytest.mark.slow)])
+def test_captured_updates_of_flows_draw_after_the_rows(case):
+    def drawn(rows, generator):
+        rows["flow_noise"] = torch.empty(3, 16, 2).double().normal_(generator=generator)
+        for name in ("flow_time", "flow_drop")[: 1 if case == "flow" else 2]:
+            rows[name] = torch.empty(3, 16).double().uniform_(generator=generator)
+        return rows
+
+    data, settings = dataset(), configs(**OBJECTIVES[case][1])
+    beside = Beside(settings, data, "own")
+    sampler = MemberSampler(data.transitions, 16, members=3, seed=settings[0].seed)
+    call = captured(beside.population.step, beside.population.sampler, updates=2)
+    for _ in range(2):
+        beside.train_captured(call, sampler, drawn)
     beside.assert_equal()
 
 
@@ -84,7 +96,7 @@ def test_training_of_compiled_configs_is_captured():
     assert [event.updates for event in events] == [8, 16, 20]
     plain = IQLPopulation([replace(c, compile=False) for c in settings], data)
     for actual, expected in zip(events, plain.train(20, every=8), strict=True):
-        for key, value in expected.metrics.items():
-            torch.testing.assert_close(actual.metrics[key], value.double(), rtol=1e-9, atol=1e-11)
+        metrics = expected.metrics.double()
+        assert_same_metrics(actual.metrics, metrics, rtol=1e-9, atol=1e-11)
     assert_close(population.loss.state_dict(), plain.loss.state_dict(), 1e-10)
     assert not population.member(0).config.compile

@@ -1,4 +1,4 @@
-"""Stacked losses: values and gradients of P losses; copies, states and targets."""
+"""Stacked losses: values and gradients of P losses; copies, states and targets; what is refused."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ import pickle
 
 import pytest
 import torch
-from conftest import ACT, OBS, make_batch, make_networks
+from conftest import ACT, OBS, NormedCritic, make_batch, make_networks
+from small_losses import assert_same_metrics
 from small_populations import assert_close, extras, of_members
+from tensordict.nn import TensorDictModule, TensorDictSequential
+from torch import nn
 from torchrl.data import Bounded
+from torchrl.modules import ValueOperator
 from torchrl.objectives import HardUpdate, SoftUpdate
 
-from iql_torchrl import IQLLoss, IQLStep, policies
+from iql_torchrl import IQLLoss, IQLStep, networks, policies
 from iql_torchrl.update.adam import StackedAdam
 from iql_torchrl.update.lifted import Lift, stack_losses, write_member
 
@@ -24,16 +28,10 @@ SETTINGS = (
 RUNS = len(SETTINGS)
 
 
-def make_loss(gamma: float = 0.9, critics: int = 2, dtype=torch.float64, **options) -> IQLLoss:
-    actor, _, value = make_networks()
-    loss = IQLLoss(
-        actor,
-        [make_networks()[1] for _ in range(critics)],
-        value,
-        num_qvalue_nets=critics,
-        **{"diagnostics": True, **options},
-    )
-    return loss.make_value_estimator(gamma=gamma).to(dtype)
+def make_loss(gamma: float = 0.9, critics: int = 2, value=None, **options) -> IQLLoss:
+    options = {"diagnostics": True, "num_qvalue_nets": critics} | options
+    loss = IQLLoss(*make_networks(critics=critics, value=value and value()), **options)
+    return loss.make_value_estimator(gamma=gamma).double()
 
 
 def make_losses(**options) -> list[IQLLoss]:
@@ -44,18 +42,12 @@ def make_losses(**options) -> list[IQLLoss]:
 TERMS = ("actor_loss", "value_loss", "qvalue_loss")
 
 
-def moving(loss):
-    """TorchRL warns of targets that nobody moves."""
-    SoftUpdate(loss, tau=0.1)
-    return loss
-
-
 def lifted(losses) -> Lift:
-    return Lift(moving(stack_losses(losses)), RUNS)
+    return Lift(stack_losses(losses), RUNS)
 
 
-def batches(shape, change=None, dtype=torch.float64):
-    batch = make_batch(*shape, dtype=dtype)
+def batches(shape, change=None):
+    batch = make_batch(*shape, dtype=torch.float64)
     batch = batch if change is None else change(batch)
     return batch, [batch] * RUNS if len(shape) == 1 else list(batch.unbind(0))
 
@@ -64,7 +56,10 @@ def batches(shape, change=None, dtype=torch.float64):
 @pytest.mark.parametrize("change", [None, extras], ids=["plain", "extras"])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_outputs_and_gradients_are_those_of_each_loss(shape, change, reduction):
-    losses = [moving(loss) for loss in make_losses(reduction=reduction)]
+    check_outputs(make_losses(reduction=reduction), shape, change)
+
+
+def check_outputs(losses, shape, change=None) -> None:
     population = lifted(losses)
     batch, each = batches(shape, change)
     keys = set(batch.keys(True, True))
@@ -86,14 +81,43 @@ def test_outputs_and_gradients_are_those_of_each_loss(shape, change, reduction):
         assert set(batch.keys(True, True)) == keys
 
 
+def several_modules() -> TensorDictSequential:
+    first = TensorDictModule(nn.Linear(OBS, 4), ["observation"], ["hidden"])
+    return TensorDictSequential(first, ValueOperator(nn.Linear(4, 1), in_keys=["hidden"]))
+
+
+class Scaled(nn.Module):
+    """A layer of the user's, with a parameter that torch's layers do not have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(OBS))
+
+    def forward(self, observation):
+        return (self.scale * observation).sin().sum(-1, keepdim=True)
+
+
+ACCEPTED = {
+    "PReLU": lambda: nn.Sequential(nn.Linear(OBS, 4), nn.PReLU(), nn.Linear(4, 1)),
+    "layer of the user's": Scaled,
+    "residual": lambda: networks.ResidualMLP(OBS, 1, hidden=(4, 4)),
+    "several modules": several_modules,
+}
+
+
+@pytest.mark.parametrize("shape", [(9,), (RUNS, 9)], ids=["shared", "own"])
+@pytest.mark.parametrize("case", ACCEPTED)
+def test_any_layers_are_evaluated_member_by_member(case, shape):
+    check_outputs(make_losses(value=ACCEPTED[case]), shape)
+
+
 @pytest.mark.parametrize("policy", ["gaussian", "tanh_normal", "deterministic"])
 def test_squared_distance_to_any_policys_own_action(policy):
     spec = Bounded(-torch.ones(ACT) / 2, torch.ones(ACT), (ACT,))
-    losses = []
-    for _ in range(RUNS):
-        actor = getattr(policies, policy)(OBS, spec, hidden=(8,))
-        _, critic, value = make_networks()
-        losses.append(IQLLoss(actor, critic, value, actor_objective="mse").double())
+    actors = [getattr(policies, policy)(OBS, spec, hidden=(8,)) for _ in range(RUNS)]
+    losses = [
+        IQLLoss(*make_networks(policy=actor), actor_objective="mse").double() for actor in actors
+    ]
     population = lifted(losses)
     batch, _ = batches((7,))
     for loss in losses:
@@ -240,8 +264,7 @@ def test_a_cast_is_what_is_evaluated():
     population.loss.float()
     result = population(batch.float())
     assert {value.dtype for value in result.values()} == {torch.float32}
-    for key, value in expected.items():
-        torch.testing.assert_close(result[key].double(), value, rtol=1e-4, atol=1e-5)
+    assert_same_metrics(result.double(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_batches_of_other_shapes_are_refused():
@@ -258,3 +281,39 @@ def test_batches_of_other_shapes_are_refused():
         batch["next", "reward"] = torch.ones(shape)
         with pytest.raises(ValueError, match=r"reward has shape .*one number per sample"):
             population(batch)
+
+
+def test_weights_are_drawn_member_by_member():
+    with pytest.raises(NotImplementedError, match="before they are stacked"):
+        stack_losses(make_losses()).reset_parameters_recursive()
+
+
+def shared_trunk() -> IQLLoss:
+    trunk = nn.Linear(OBS, 8)
+    value = nn.Sequential(trunk, nn.ReLU(), nn.Linear(8, 1))
+    spec = Bounded(-torch.ones(ACT), torch.ones(ACT), (ACT,))
+    actor = policies.gaussian(8, spec, preprocess=nn.Sequential(trunk, nn.ReLU()))
+    return IQLLoss(*make_networks(policy=actor, value=value), separate_losses=True)
+
+
+def hooked() -> IQLLoss:
+    loss = make_loss()
+    loss.value_network.module.register_forward_hook(lambda *_: None)
+    return loss
+
+
+def normed() -> IQLLoss:
+    return IQLLoss(*make_networks(critic=NormedCritic()))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (shared_trunk, "value_network shares its parameter .*use an encoder_network"),
+        (normed, "qvalue_network has a BatchNorm1d at .*statistics of batches"),
+        (hooked, "value_network has a StateValue at 'module', which has hooks"),
+    ],
+)
+def test_what_cannot_be_stacked_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        stack_losses([make()])

@@ -135,14 +135,11 @@ def test_a_quantity_between_two_others_has_the_bounds_of_both():
     np.testing.assert_array_equal(high, mean_bounds(most, lowest, highest)[1])
 
 
-def test_without_a_limit_that_side_is_unbounded():
+def test_a_missing_limit_leaves_its_side_unbounded_and_one_inside_the_samples_is_widened():
     samples = np.random.default_rng(6).random(20)
     low, high = one(samples, 0.0, np.inf)
     assert low == one(samples, 0.0, 1.0)[0]
     assert high == np.inf
-
-
-def test_a_limit_inside_the_samples_is_widened_to_them():
     samples = [0.0, 1.0, 2.0]
     assert one(samples, 0.5, 1.5) == one(samples, 0.0, 2.0)
 

@@ -10,9 +10,7 @@ import pytest
 import torch
 from scipy.spatial import cKDTree
 from small_agents import log as small_log
-from small_mdp import STATES, actor, random_mdp, uniform
-from tensordict.nn import TensorDictModule
-from torch import nn
+from small_mdp import STATES, actor, policy_of, random_mdp, uniform
 
 from iql_torchrl import load_dataset
 from iql_torchrl.selection.candidates import bc_distance, resolve_candidate
@@ -162,18 +160,9 @@ def test_distance_to_a_clone_of_discrete_actions():
     assert bc_distance(clone, clone, log) == 0
 
 
-class _Scaled(nn.Module):
-    def __init__(self, gain):
-        super().__init__()
-        self.gain = gain
-
-    def forward(self, observation):
-        return self.gain * observation.tanh()
-
-
 def test_distance_to_a_clone_of_continuous_actions():
     log = box_parts()[1]
-    pair = (TensorDictModule(_Scaled(gain), ["observation"], ["action"]) for gain in (0.3, -0.9))
+    pair = (policy_of(lambda x, gain=gain: gain * x.tanh()) for gain in (0.3, -0.9))
     gaps = (1.2 * np.tanh(log.transitions["observation"].numpy())) ** 2
     distance = bc_distance(*map(named, pair), log)
     assert distance == pytest.approx(gaps.sum(1).mean(), rel=1e-4)

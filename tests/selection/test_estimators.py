@@ -6,12 +6,8 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from small_mdp import DISCOUNT, actor, random_mdp, steps_log, uniform
-from tensordict.nn import TensorDictModule
-from torch import nn
-from torchrl.modules import ProbabilisticActor
+from small_mdp import DISCOUNT, actor, policy_of, random_mdp, steps_log, uniform
 
-from iql_torchrl import load_dataset
 from iql_torchrl.selection import fitted_q_evaluation, rank_policies
 from iql_torchrl.selection.episodes import Episodes
 from iql_torchrl.selection.estimators import (
@@ -42,9 +38,8 @@ def bandit(rows=400, arms=4, seed=0, rate=0.2):
     )  # fmt: skip
     policy = draw.dirichlet(np.ones(arms))
     q = draw.random(arms)
-    model = ModelValues(
-        np.full(rows, policy @ q), q[action], reward - q[action], np.full(rows, np.nan)
-    )
+    value, none = np.full(rows, policy @ q), np.full(rows, np.nan)
+    model = ModelValues(value, q[action], reward - q[action], none)
     logged = np.log(policy)[action], np.log(behaviour)[action]
     return Episodes(log, 1.0), logged, model, policy[action] / behaviour[action], reward, q[action]
 
@@ -131,26 +126,17 @@ def test_one_more_episode_can_lose_no_more_than_its_largest_value():
     assert result.deviation == (7.0, 7.0)
 
 
-class Logits(nn.Module):
-    """``gain`` times the context's first number for the first arm, 0 for the others."""
-
-    def __init__(self, gain, arms):
-        super().__init__()
-        self.gain, self.arms = gain, arms
-
-    def forward(self, observation):
-        rest = torch.zeros(len(observation), self.arms - 1)
-        return torch.cat([self.gain * observation[:, :1], rest], -1)
-
-
-def policy_of(gain, arms, log):
-    return ProbabilisticActor(
-        TensorDictModule(Logits(gain, arms), ["observation"], ["logits"]), ["logits"],
-        spec=log.action_spec, distribution_class=torch.distributions.Categorical,
-    )  # fmt: skip
-
-
 ARMS, FAST = 10, {"hidden": (8,), "updates": 60, "batch_size": 64}
+
+
+def first_arm(gain, log):
+    """Logits: ``gain`` times the context's first number for the first arm, 0 for the others."""
+    rest = ARMS - 1
+
+    def logits(context):
+        return torch.cat([gain * context[:, :1], torch.zeros(len(context), rest)], -1)
+
+    return policy_of(logits, log.action_spec)
 
 
 def contextual(rows=4000, seed=0):
@@ -159,19 +145,17 @@ def contextual(rows=4000, seed=0):
     context = draw.normal(size=(rows, 2)).astype(np.float32)
     action = draw.integers(ARMS, size=rows)
     chance = np.where((action == 0) & (context[:, 0] > 0), 0.6, 0.05)
-    columns = {
-        "observation": context, "action": action, "action_prob": np.full(rows, 1 / ARMS),
-        "reward": (draw.random(rows) < chance).astype(np.float32),
-        "terminated": np.ones(rows, bool), "truncated": np.zeros(rows, bool),
-    }  # fmt: skip
-    return load_dataset(columns, action_space=spaces.Discrete(ARMS), progress=False)
+    return steps_log(
+        rows, {"action_space": spaces.Discrete(ARMS)}, observation=context, action=action,
+        next_observation=context, action_prob=1 / ARMS, reward=draw.random(rows) < chance,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def logged_bandit():
     log = contextual(seed=1)
-    candidates = {name: policy_of(gain, ARMS, log) for name, gain in
-                  (("uniform", 0.0), ("good", 8.0), ("bad", -8.0))}  # fmt: skip
+    gains = {"uniform": 0.0, "good": 8.0, "bad": -8.0}
+    candidates = {name: first_arm(gain, log) for name, gain in gains.items()}
     return candidates, log.split(0.5, 0)
 
 
@@ -214,14 +198,14 @@ def test_actions_of_probability_zero_stay_unsupported(logged_bandit):
     for log in parts:
         rows = log.transitions
         kept = (rows["action"].reshape(-1) != 0) | (rows["observation"][:, 0] < 0)
-        rows, ones = rows[kept], np.ones(int(kept.sum()), bool)
-        columns = {
-            "observation": rows["observation"].numpy(), "action": rows["action"].numpy(),
-            "reward": rows["next", "reward"].reshape(-1).numpy(), "terminated": ones,
-            "truncated": ~ones,
-            "action_prob": np.where(rows["observation"][:, 0] < 0, 1 / ARMS, 1 / (ARMS - 1)),
-        }  # fmt: skip
-        part.append(load_dataset(columns, action_space=spaces.Discrete(ARMS), progress=False))
+        rows = rows[kept]
+        context = rows["observation"].numpy()
+        part.append(steps_log(
+            len(rows), {"action_space": spaces.Discrete(ARMS)}, observation=context,
+            next_observation=context, action=rows["action"].numpy(),
+            reward=rows["next", "reward"].reshape(-1).numpy(),
+            action_prob=np.where(context[:, 0] < 0, 1 / ARMS, 1 / (ARMS - 1)),
+        ))  # fmt: skip
     fitted = fitted_q_evaluation(candidates, *part, discount=1.0, **FAST)
     shares = dict(zip(fitted.names, fitted.episodes.unsupported, strict=True))
     assert shares["good"] > 0.15
@@ -233,7 +217,6 @@ def test_actions_of_probability_zero_stay_unsupported(logged_bandit):
 def test_long_episodes_with_few_effective_ones_rest_on_the_models_weights():
     log = WORLD.log(uniform(), episodes=600, seed=5).split(0.5, 0)
     near, far = 0.97 * uniform() + 0.03 * np.eye(3)[[0] * 5], np.eye(3)[[0] * 5]
-    fitted = fitted_q_evaluation(
-        {"near": actor(near), "far": actor(far)}, *log, discount=DISCOUNT, model="table"
-    )
+    who = {"near": actor(near), "far": actor(far)}
+    fitted = fitted_q_evaluation(who, *log, discount=DISCOUNT, model="table")
     assert fitted.episodes.exact.tolist() == [True, False]

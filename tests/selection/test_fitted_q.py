@@ -16,10 +16,12 @@ from small_mdp import (
     DISCOUNT,
     STATES,
     actor,
+    candidates,
     counted_value,
     first_states,
     greedy_policy,
     plain_returns,
+    policy_of,
     random_mdp,
     random_policies,
     steps_log,
@@ -47,10 +49,6 @@ EXACT = np.array([WORLD.start @ WORLD.values(policy) for policy in POLICIES])
 BOTH = pytest.mark.parametrize("model", ["table", "network"])
 
 
-def candidates(policies=POLICIES):
-    return {f"p{number}": actor(policy) for number, policy in enumerate(policies)}
-
-
 def evaluated(who, train, held_out, model="network", **options):
     options = {"discount": DISCOUNT, "behaviour": False, **FAST, **options}
     return fitted_q_evaluation(who, train, held_out, model=model, **options)
@@ -69,7 +67,7 @@ def few():
 
 @pytest.fixture(scope="module")
 def fitted(parts):
-    return {model: evaluated(candidates(), *parts, model) for model in OFF}
+    return {model: evaluated(candidates(POLICIES), *parts, model) for model in OFF}
 
 
 @BOTH
@@ -89,7 +87,7 @@ def test_values_are_those_of_the_counted_mdp(parts, fitted, model):
 
 
 def test_networks_with_hidden_layers_give_the_same_values(parts):
-    estimate = evaluated(candidates(), *parts, hidden=(32,), lr=5e-3)
+    estimate = evaluated(candidates(POLICIES), *parts, hidden=(32,), lr=5e-3)
     for number, policy in enumerate(POLICIES):
         value = counted_value(parts[0], policy)[first_states(parts[1])].mean()
         assert estimate.initial_values[number].mean() == pytest.approx(value, abs=2 * NEAR)
@@ -113,7 +111,9 @@ def test_corrected_values_are_those_of_the_table(parts, fitted):
 
 @BOTH
 def test_values_approach_the_truth_and_rank_it_right(model):
-    estimate = evaluated(candidates(), *WORLD.log(uniform(), 2000, seed=3).split(0.5, 0), model)
+    estimate = evaluated(
+        candidates(POLICIES), *WORLD.log(uniform(), 2000, seed=3).split(0.5, 0), model
+    )
     np.testing.assert_allclose(estimate.values, EXACT, atol=0.15)
     assert np.array_equal(np.argsort(estimate.values), np.argsort(EXACT))
     low, high = estimate.intervals().T
@@ -140,9 +140,8 @@ def test_truncated_returns_are_continued_with_the_value_of_the_log():
     last = rows["next", "observation"].numpy()[ends]
     continued = plain_returns(held_out) + DISCOUNT**held_out.episode_lengths * cut * value[last]
     assert scores.behaviour_scores.mean() == pytest.approx(continued.mean(), abs=0.15)
-    assert (
-        np.abs(scores.behaviour_scores - continued).max() > 0.1
-    )  # held-out steps correct the value
+    # held-out steps correct the value
+    assert np.abs(scores.behaviour_scores - continued).max() > 0.1
     behaviour_value = network.episodes.behaviour_scores.mean()
     assert behaviour_value == pytest.approx(scores.behaviour_scores.mean(), abs=NEAR)
     assert behaviour_value == pytest.approx(exact, abs=0.3)
@@ -167,10 +166,8 @@ def test_held_out_steps_correct_what_the_fit_believes(model):
     assert estimate.episodes.behaviour_scores.mean() == pytest.approx(exact, abs=off)
     assert estimate.values[0] == pytest.approx(exact, abs=off)
     raised = counted_value(wrong, uniform()) - counted_value(train, uniform())
-    assert (
-        raised.min() * Episodes(held_out, DISCOUNT).truncation_weight.mean()
-        > (model == "network") * 2
-    )
+    weight = Episodes(held_out, DISCOUNT).truncation_weight.mean()
+    assert raised.min() * weight > (model == "network") * 2
     assert raised.min() > 1  # what the wrong rewards would add to each open end
     assert estimate.initial_values.mean() > exact + 1
 
@@ -181,7 +178,7 @@ def test_a_truncated_episode_is_continued_and_a_terminated_one_is_not(model):
     shut = log.transitions.clone()
     shut["next", "terminated"] = log.transitions["next", "done"].clone()
     for data in (log, replace(log, transitions=shut)):
-        estimate = evaluated(candidates(), data, data, model)
+        estimate = evaluated(candidates(POLICIES), data, data, model)
         for number, policy in enumerate(POLICIES):
             value = counted_value(data, policy)[first_states(log)].mean()
             assert estimate.initial_values[number].mean() == pytest.approx(value, abs=OFF[model])
@@ -202,20 +199,6 @@ def cut_log(model, seed, episodes=200):
     )  # fmt: skip
 
 
-class Apply(nn.Module):
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, observation):
-        return self.function(observation)
-
-
-def policy_of(function):
-    """A policy without a distribution, whose action is ``function`` of the observation."""
-    return TensorDictModule(Apply(function), in_keys=["observation"], out_keys=["action"])
-
-
 @BOTH
 def test_a_truncated_end_that_no_state_describes(model):
     who = {str(a): policy_of(lambda x, a=a: torch.full((len(x),), a)) for a in (0, 1)}
@@ -227,17 +210,16 @@ def test_a_truncated_end_that_no_state_describes(model):
     np.testing.assert_allclose(estimate.values, [1, 2 + DISCOUNT * 1], atol=off)
     np.testing.assert_allclose(scores.scores_high.mean(1), [1, 2 + DISCOUNT * 20], atol=10 * off)
     assert scores.behaviour_scores.mean() == pytest.approx((1 + 2 + DISCOUNT * 1) / 2, abs=1e-5)
-    assert scores.behaviour_scores_high.mean() == pytest.approx(
-        (1 + 2 + DISCOUNT * 20) / 2, abs=1e-5
-    )
+    high = (1 + 2 + DISCOUNT * 20) / 2
+    assert scores.behaviour_scores_high.mean() == pytest.approx(high, abs=1e-5)
     assert model == "network" or scores.unsupported[1] == pytest.approx(DISCOUNT)
 
 
 @BOTH
 def test_values_do_not_depend_on_the_reward_map(few, model):
-    raw = evaluated(candidates(), *few, model, updates=100)
+    raw = evaluated(candidates(POLICIES), *few, model, updates=100)
     log = WORLD.log(uniform(), episodes=200, reward=(-250.0, 3.0))
-    mapped = evaluated(candidates(), *log.split(0.6, 0), model, updates=100)
+    mapped = evaluated(candidates(POLICIES), *log.split(0.6, 0), model, updates=100)
     small, large = (1e-4, 1e-4) if model == "table" else (1e-3, 1e-2)
     np.testing.assert_allclose(mapped.initial_values, raw.initial_values, atol=small)
     np.testing.assert_allclose(mapped.td_error, raw.td_error, rtol=1e-3)
@@ -256,16 +238,15 @@ def test_members_together_equal_members_alone(few, model, hidden):
     for number, (name, policy) in enumerate(candidates(POLICIES[:2]).items()):
         alone = evaluated({name: policy}, *few, model, **options)
         assert alone.names == (name,)
-        np.testing.assert_allclose(
-            alone.initial_values[0], together.initial_values[number], atol=off
-        )
+        initial = together.initial_values[number]
+        np.testing.assert_allclose(alone.initial_values[0], initial, atol=off)
         assert alone.values[0] == pytest.approx(together.values[number], abs=100 * off)
         np.testing.assert_allclose(alone.td_error[0], together.td_error[number], atol=off)
 
 
 def test_choices_computed_for_each_batch_give_the_same_result(few):
-    kept = evaluated(candidates(), *few, updates=30)
-    computed = evaluated(candidates(), *few, updates=30, table_bytes=0)
+    kept = evaluated(candidates(POLICIES), *few, updates=30)
+    computed = evaluated(candidates(POLICIES), *few, updates=30, table_bytes=0)
     np.testing.assert_array_equal(kept.initial_values, computed.initial_values)
     np.testing.assert_array_equal(kept.episodes.scores, computed.episodes.scores)
 
@@ -276,7 +257,7 @@ def test_masks_exclude_actions_also_for_policies_that_do_not_read_them(model):
     masks[np.arange(STATES), np.arange(STATES) % ACTIONS] = True
     behaviour = masks / masks.sum(1, keepdims=True)
     train, held_out = WORLD.log(behaviour, episodes=1000, masks=masks).split(0.6, 0)
-    estimate = evaluated(candidates(), train, held_out, model)
+    estimate = evaluated(candidates(POLICIES), train, held_out, model)
     for number, policy in enumerate(POLICIES):
         allowed = policy * masks / (policy * masks).sum(1, keepdims=True)
         value = counted_value(train, allowed)[first_states(held_out)].mean()
@@ -291,12 +272,12 @@ def test_the_deterministic_policy_is_the_most_probable_action(few, model):
     modes = [np.eye(ACTIONS)[policy.argmax(1)] for policy in POLICIES]
     tables = [torch.as_tensor(policy.argmax(1)) for policy in POLICIES]
     plain = {f"p{i}": policy_of(lambda x, t=t: t[x]) for i, t in enumerate(tables)}
-    one = evaluated(candidates(), *few, model, updates=30, deterministic=True)
+    one = evaluated(candidates(POLICIES), *few, model, updates=30, deterministic=True)
     for who in (candidates(modes), plain):
         other = evaluated(who, *few, model, updates=30)
         np.testing.assert_array_equal(one.initial_values, other.initial_values)
         np.testing.assert_array_equal(one.episodes.scores, other.episodes.scores)
-    sampled = evaluated(candidates(), *few, model, updates=30)
+    sampled = evaluated(candidates(POLICIES), *few, model, updates=30)
     assert np.abs(one.initial_values - sampled.initial_values).mean(1).min() > 0.01
 
 
@@ -321,7 +302,7 @@ def test_td_errors_against_q_of_the_counted_mdp(parts, fitted):
 
 
 def test_critics_begin_as_the_mean_of_the_log(few):
-    begun = evaluated(candidates(), *few, hidden=(8,), updates=1, lr=1e-9)
+    begun = evaluated(candidates(POLICIES), *few, hidden=(8,), updates=1, lr=1e-9)
     mean = Episodes(few[0], DISCOUNT).returns_to_go.mean()
     np.testing.assert_allclose(begun.initial_values, mean, atol=1e-4)
 
@@ -381,7 +362,7 @@ def test_with_many_actions_visits_are_linear_in_features_and_probabilities(
 ):
     """Instead of in their products, of which there would be too many; a short fit is corrected."""
     monkeypatch.setattr(critics_file, "MAX_FEATURES", 1)
-    estimate, values = evaluated(candidates(), *parts, updates=60), fitted["table"].values
+    estimate, values = evaluated(candidates(POLICIES), *parts, updates=60), fitted["table"].values
     gaps = [np.abs(v - values) for v in (estimate.values, estimate.initial_values.mean(1))]
     assert gaps[0].mean() < 0.5 * gaps[1].mean()
 
@@ -402,10 +383,8 @@ def test_continuous_samples_leave_the_caller_s_random_state_as_it_is():
     expected = torch.rand(2)
     torch.manual_seed(3)
     how = {"discount": 0.9, "deterministic": False, **BRIEF}
-    sampled = [
-        fitted_q_evaluation(agents, dataset, dataset, **how, **more)
-        for more in ({}, {}, {"action_samples": 1})
-    ]
+    options = ({}, {}, {"action_samples": 1})
+    sampled = [fitted_q_evaluation(agents, dataset, dataset, **how, **each) for each in options]
     assert torch.equal(torch.rand(2), expected)
     assert agents["one"].actor.training
     np.testing.assert_array_equal(sampled[0].initial_values, sampled[1].initial_values)
@@ -426,11 +405,8 @@ def test_first_states_have_draws_of_their_own_however_many_there_are(monkeypatch
 
 def test_dict_observations_with_a_category():
     draw = np.random.default_rng(0)
-    observation = {
-        "where": draw.normal(size=(40, 2)).astype(np.float32),
-        "ward": draw.integers(3, size=40),
-    }
-    dataset = load_dataset(small_log(observation=observation))
+    where, ward = draw.normal(size=(40, 2)).astype(np.float32), draw.integers(3, size=40)
+    dataset = load_dataset(small_log(observation={"where": where, "ward": ward}))
     policy = TensorDictModule(nn.Linear(2, 2), [("observation", "where")], ["action"])
     estimate = fitted_q_evaluation({"a": policy}, dataset, dataset, discount=0.9, **BRIEF)
     assert np.isfinite(estimate.episodes.scores).all()
@@ -492,7 +468,7 @@ ELSEWHERE = TensorDictModule(nn.Identity(), in_keys=["elsewhere"], out_keys=["ac
     ],
 )
 def test_what_cannot_be_is_refused(parts, changed, message):
-    given = {"train": parts[0], "held_out": parts[1], "candidates": candidates(), **FAST}
+    given = {"train": parts[0], "held_out": parts[1], "candidates": candidates(POLICIES), **FAST}
     kind = TypeError if "TensorDict module" in message else ValueError
     with pytest.raises(kind, match=message):
         fitted_q_evaluation(**given | {"model": "network", "discount": DISCOUNT} | changed)
@@ -501,7 +477,7 @@ def test_what_cannot_be_is_refused(parts, changed, message):
 def test_logs_that_do_not_fit_are_refused(parts):
     other = replace(parts[1], action_space=spaces.Discrete(4))
     with pytest.raises(ValueError, match="action_space of train"):
-        evaluated(candidates(), parts[0], other)
+        evaluated(candidates(POLICIES), parts[0], other)
     with pytest.raises(ValueError, match=r"'a' acts with shape \(20, 1, 1\).* finite vectors"):
         evaluated({"a": line(float("nan"))}, line_log(20), line_log(20, 1))
     square = replace(line_log(20), action_space=spaces.Box(-1, 1, (1, 1)))

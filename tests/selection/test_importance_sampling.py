@@ -123,10 +123,10 @@ def test_it_is_consistent():
 
 def test_long_episodes_neither_overflow_nor_vanish():
     ratio = np.concatenate([np.full(400, 10.0), np.full(400, 9.99)])
-    ended = np.arange(800) % 400 == 399
-    episodes = Episodes(
-        steps_log(800, action=np.arange(800) % 2, reward=np.ones(800), terminated=ended), 1.0
+    log = steps_log(
+        800, action=np.arange(800) % 2, reward=1, terminated=np.arange(800) % 400 == 399
     )
+    episodes = Episodes(log, 1.0)
     for sign in (1, -1):
         scores = per_decision(episodes, sign * ratio, np.zeros(800))
         assert scores.mean() == pytest.approx(400)
@@ -226,10 +226,9 @@ def test_deterministic_takes_the_most_probable_action():
 def test_continuous_densities():
     agents = {"one": box_agent(seed=1), "two": box_agent(seed=2)}
     log = load_dataset(small_log())
+    rows = log.transitions
     with torch.no_grad():
-        gaussian = [
-            agent.actor.get_dist(log.transitions.clone()).base_dist for agent in agents.values()
-        ]
+        gaussian = [a.actor.get_dist(rows.clone()).base_dist for a in agents.values()]
     action = log.transitions["action"].numpy()
     density = [stats.norm(g.loc.numpy(), g.scale.numpy()).logpdf(action).sum(-1) for g in gaussian]
     result = importance_sampling(agents, log, behaviour=agents["one"], discount=0.9)
@@ -239,10 +238,8 @@ def test_continuous_densities():
     expected = (0.9 ** np.arange(10) * (weight * reward).sum(0) / weight.sum(0)).sum()
     assert result.values[1] == pytest.approx(expected, rel=1e-3)
     assert result.effective_sample_size[0] == pytest.approx(4)
-    whole = weight[:, -1]
-    assert result.effective_sample_size[1] == pytest.approx(
-        whole.sum() ** 2 / (whole**2).sum(), rel=1e-3
-    )
+    size = weight[:, -1].sum() ** 2 / (weight[:, -1] ** 2).sum()
+    assert result.effective_sample_size[1] == pytest.approx(size, rel=1e-3)
 
 
 def test_a_key_of_the_data_may_be_nested_and_have_a_last_dimension():

@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
 from scipy import stats
 from small_agents import box_agent, config
 from small_agents import log as small_log
@@ -23,12 +24,15 @@ from small_mdp import (
     steps_log,
     uniform,
 )
+from small_populations import CONDITIONED
 from tensordict.nn import TensorDictModule
 from torch import nn
 from torchrl.modules import Delta, IndependentNormal, ProbabilisticActor
 
-from iql_torchrl import IQLConfig, load_dataset, make_agent
+from iql_torchrl import IQLConfig, load_dataset, make_agent, policies
+from iql_torchrl.evaluation import value_gap
 from iql_torchrl.evaluation.statistics import rank_correlations
+from iql_torchrl.losses import LossCritics
 from iql_torchrl.selection import (
     Ranking,
     bounds,
@@ -118,11 +122,8 @@ def test_a_member_whose_critic_diverged_is_last_and_changes_no_other(again, fitt
     """Its NaN made every simultaneous bound fail, and mixed up the order of the others."""
     result = again(shifted(fitted, math.nan, "greedy", "p1"))
     assert result.recommended != "greedy"
-    assert (
-        {row["candidate"] for row in result.rows[-2:]}
-        == {"greedy", "p1"}
-        == doubted(result, "range")
-    )
+    last = {row["candidate"] for row in result.rows[-2:]}
+    assert last == {"greedy", "p1"} == doubted(result, "range")
     assert all(math.isnan(row["gain_low"]) for row in result.rows[-2:])
     rest = [row["candidate"] for row in ranked.rows if row["candidate"] not in ("greedy", "p1")]
     assert [row["candidate"] for row in result.rows[:-2]] == rest
@@ -195,10 +196,8 @@ def test_no_better_member_no_recommendation(parts):
     worst = {"worst": actor(np.roll(GREEDY, 1, axis=1)), "log": actor(uniform())}
     result = rank_policies(worst, *parts, discount=DISCOUNT, bc_baseline="log")
     assert result.recommended is None
-    assert (
-        "no candidate is reliably better than the behaviour policy (the highest estimate, log"
-        in result.recommendation
-    )
+    text = "no candidate is reliably better than the behaviour policy (the highest estimate, log"
+    assert text in result.recommendation
     assert "doubted" not in result.recommendation
     assert result.rows[0]["candidate"] == "log"
 
@@ -302,10 +301,8 @@ def test_estimators_of_other_orders_and_a_clone_unlike_the_log_are_named(again, 
     result = again(shifted(fitted, -2.0, *TABLES))
     (warning,) = warnings_with(result, "clone, trained by behaviour cloning, is estimated at ")
     assert f"is estimated at {row_of(result, 'clone')['value']:.4g}" in warning
-    assert (
-        f"the behaviour policy at {result.behaviour_value:.4g} ({result.behaviour_low:.4g} to"
-        in warning
-    )
+    text = f"behaviour policy at {result.behaviour_value:.4g} ({result.behaviour_low:.4g} to"
+    assert f"the {text}" in warning
     assert not warnings_with(ranked, "differently") + warnings_with(ranked, "behaviour cloning")
 
 
@@ -330,9 +327,8 @@ def test_no_recommendation_where_logged_probabilities_are_too_low(parts, candida
     rows = parts[1].transitions.clone()
     rows["action_log_prob"] = rows["action_log_prob"] - 0.5
     wrong = parts[0], replace(parts[1], transitions=rows)
-    result = rank_policies(
-        candidates, *wrong, discount=DISCOUNT, fitted_q=fitted, bc_baseline="clone"
-    )
+    options = {"discount": DISCOUNT, "fitted_q": fitted, "bc_baseline": "clone"}
+    result = rank_policies(candidates, *wrong, **options)
     assert "clone" in doubted(result, "propensities")
     assert warnings_with(result, "exact propensities give 1")
     for row in result.rows:
@@ -400,20 +396,16 @@ def test_truncated_returns_are_continued_without_a_clone():
     assert abs(plain_returns(parts[1]).mean() - EXACT["clone"]) > 0.3
     assert result.behaviour_low < EXACT["clone"] < result.behaviour_high
     assert result.recommended == "greedy"
-    clone = rank_policies(
-        policies | {"c": actor(uniform())}, *parts, discount=DISCOUNT, bc_baseline="c"
-    )
+    policies["c"] = actor(uniform())
+    clone = rank_policies(policies, *parts, discount=DISCOUNT, bc_baseline="c")
     assert clone.behaviour_value == result.behaviour_value
 
 
 def test_what_is_unknown_counts_against_members_and_for_the_log(again, fitted):
     """The least return in the lower bound of a gain, for the log the greatest, and vice versa."""
     scores, plain = fitted.episodes, again()
-    higher = {
-        "scores_high": scores.scores + 1.0,
-        "behaviour_scores_high": scores.behaviour_scores + 2.0,
-    }
-    wide = again(higher)
+    behaviour = scores.behaviour_scores + 2.0
+    wide = again({"scores_high": scores.scores + 1.0, "behaviour_scores_high": behaviour})
     for row in plain.rows:
         other = row_of(wide, row["candidate"])
         assert other["gain"] == row["gain"]
@@ -513,13 +505,8 @@ def test_table_and_files(ranked, tmp_path):
     ],
 )
 def test_what_cannot_be_is_refused(parts, candidates, fitted, changed, message):
-    given = {
-        "candidates": candidates,
-        "train": parts[0],
-        "held_out": parts[1],
-        "discount": DISCOUNT,
-    }
-    given |= {"fitted_q": fitted} | changed
+    given = {"candidates": candidates, "train": parts[0], "held_out": parts[1], "fitted_q": fitted}
+    given |= {"discount": DISCOUNT} | changed
     given["held_out"] = given["held_out"] or parts[1].split(0.5, 0)[0]
     with pytest.raises(ValueError, match=message):
         rank_policies(**given)
@@ -624,3 +611,36 @@ def test_both_estimators_evaluate_the_same_continuous_policies(one_step_logs, qu
         "without a density": "because right has no density of actions",
     }[kind]
     assert warnings_with(result, text)
+
+
+class Towards(nn.Module):
+    """The velocity of straight lines: to -0.8 where c is unknown, to 0 where it is 1."""
+
+    def forward(self, joined):
+        x, t, known, _ = joined[..., 1:].unbind(-1)
+        return ((torch.where(known == 1, 0.0, -0.8) - x) / (1 - t)).unsqueeze(-1)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_values_of_w_are_ranked_without_retraining():
+    """Reward -a**2: the conditioned flow is made to act at -0.8 (unknown) and at 0 (c = 1)."""
+    draw = np.random.default_rng(0)
+    observation, action = (draw.uniform(-1, 1, (1200, 1)).astype(np.float32) for _ in range(2))
+    train, held_out = steps_log(
+        1200, {"action_space": spaces.Box(-1.0, 1.0, (1,))}, observation=observation,
+        next_observation=observation, action=action, reward=-(action[:, 0] ** 2),
+    ).split(0.5, 0)  # fmt: skip
+    agent = make_agent(IQLConfig(hidden=(8,), reward="raw", **CONDITIONED), train)
+    agent.actor.head.mlp = Towards()
+    members = {f"w = {w}": policies.guided(agent.policy, w) for w in (0.0, 0.5, 1.0)}
+    result = rank_policies(members, train, held_out, discount=0.9, deterministic=True)
+    expected = {"w = 0.0": -0.64, "w = 0.5": -0.16, "w = 1.0": 0}
+    assert column(result, "value") == pytest.approx(expected, abs=0.12)
+    critics = LossCritics(agent.loss)
+    for w, member in zip((0.0, 0.5, 1.0), members.values(), strict=True):
+        gap = value_gap(member, train.transitions, critics=critics, rows=64)
+        action = torch.full((64, 1), -0.8 * (1 - w))
+        order = torch.randperm(len(train.transitions), generator=torch.Generator().manual_seed(0))
+        data = train.transitions[order[:64]].select("observation").set("action", action)
+        np.testing.assert_allclose(gap.chosen, critics(data)["state_action_value"][:, 0], atol=1e-5)

@@ -14,6 +14,7 @@ from small_mdp import (
     DISCOUNT,
     STATES,
     actor,
+    candidates,
     first_states,
     greedy_policy,
     plain_returns,
@@ -32,8 +33,7 @@ POLICIES = random_policies(4)
 SPACE = {"observation_space": spaces.Discrete(STATES), "action_space": spaces.Discrete(ACTIONS)}
 
 
-def candidates(policies=POLICIES):
-    return {f"p{number}": actor(policy) for number, policy in enumerate(policies)}
+CANDIDATES = candidates(POLICIES)
 
 
 def evaluated(who, train, held_out, **options):
@@ -108,7 +108,7 @@ def by_loop(policy, train, held_out, min_count, limit):
 
 @pytest.mark.parametrize("min_count", [1, 2, 6])
 def test_scores_against_a_loop(small_parts, min_count):
-    estimate = evaluated(candidates(), *small_parts, min_count=min_count)
+    estimate = evaluated(CANDIDATES, *small_parts, min_count=min_count)
     scores = estimate.episodes
     low, high = scores.return_range
     assert low < high
@@ -117,19 +117,15 @@ def test_scores_against_a_loop(small_parts, min_count):
         np.testing.assert_allclose(scores.initial_values[number], initial, atol=1e-6)
         np.testing.assert_allclose(scores.scores[number], expected, atol=1e-5)
         assert estimate.values[number] == pytest.approx(expected.mean(), abs=1e-5)
-        max_score_deviation = max(weight.values()) * (high - low)
-        np.testing.assert_allclose(
-            scores.max_score_deviation[number], max_score_deviation, rtol=1e-5
-        )
+        largest = max(weight.values()) * (high - low)
+        np.testing.assert_allclose(scores.max_score_deviation[number], largest, rtol=1e-5)
         _, expected, weight, _, _ = by_loop(policy, *small_parts, min_count, high)
         np.testing.assert_allclose(scores.scores_high[number], expected, atol=1e-5)
         left = [1 - sum(policy[s, a] for a in range(ACTIONS) if (s, a) in weight) for s in visits]
         outside = sum(mass * miss for mass, miss in zip(visits.values(), left, strict=True))
         assert scores.unsupported[number] == pytest.approx(outside, abs=1e-6)
-        whole = [
-            sum(weight.get(step[:2], 0.0) for step in episode)
-            for episode in episodes_of(small_parts[1])
-        ]
+        held_out = episodes_of(small_parts[1])
+        whole = [sum(weight.get(step[:2], 0.0) for step in episode) for episode in held_out]
         effective = sum(whole) ** 2 / sum(w**2 for w in whole)
         assert scores.effective_episodes[number] == pytest.approx(effective, rel=1e-4)
     assert np.ptp(scores.unsupported) > 0.001
@@ -150,7 +146,7 @@ def test_a_right_model_is_kept_where_visits_are_wrong():
     """The held-out episodes come from another policy: no weight fits, but no step errs."""
     train = WORLD.log(uniform(), episodes=2500, seed=6)
     held_out = WORLD.log(0.9 * POLICIES[1] + 0.1 / 3, episodes=1000, seed=7)
-    estimate = evaluated(candidates(), train, held_out)
+    estimate = evaluated(CANDIDATES, train, held_out)
     exact = np.array([WORLD.values(policy)[first_states(held_out)].mean() for policy in POLICIES])
     np.testing.assert_allclose(estimate.values, exact, atol=0.2)
 
@@ -219,7 +215,7 @@ def test_what_the_log_itself_rarely_does_counts_less():
 
 def test_undiscounted_values():
     train, held_out = WORLD.log(uniform(), episodes=600).split(0.5, 0)
-    estimate = evaluated(candidates(), train, held_out, discount=1.0)
+    estimate = evaluated(CANDIDATES, train, held_out, discount=1.0)
     for number, policy in enumerate(POLICIES):
         going = (policy * (1 - WORLD.ending))[:, :, None] * WORLD.transition
         value = np.linalg.solve(np.eye(STATES) - going.sum(1), (policy * WORLD.reward).sum(1))
@@ -254,20 +250,15 @@ def test_few_distinct_vectors_are_a_table_too(parts):
         )
         for row in rows
     ]  # fmt: skip
-    who = candidates()
+    who = candidates(POLICIES)
     for policy in who.values():
         lookup = policy.module[0].module
         lookup.register_forward_pre_hook(lambda _, inputs: (inputs[0].argmax(-1),))
     one = fitted_q_evaluation(who, *vectors, discount=DISCOUNT)
-    other = fitted_q_evaluation(candidates(), *parts, discount=DISCOUNT, behaviour=False)
+    other = fitted_q_evaluation(CANDIDATES, *parts, discount=DISCOUNT, behaviour=False)
     assert one.backups == np.inf  # chosen without asking
-    for name in (
-        "scores",
-        "initial_values",
-        "behaviour_scores",
-        "max_score_deviation",
-        "unsupported",
-    ):
+    names = ("scores", "initial_values", "behaviour_scores", "max_score_deviation", "unsupported")
+    for name in names:
         result, expected = (getattr(each.episodes, name) for each in (one, other))
         np.testing.assert_allclose(result, expected, atol=1e-6)
 
@@ -313,8 +304,7 @@ def clock(seed, depends="nothing", episodes=300):
 
 
 @pytest.mark.parametrize(
-    "depends",
-    ["nothing", "the number of the step", "the step before", "the number of the episode"],
+    "depends", ["nothing", "the number of the step", "the step before", "the number of the episode"]
 )
 def test_outcomes_that_depend_on_more_than_the_observation_are_noticed(depends):
     who = {"p": actor(np.array([[0.5, 0.5]]))}
@@ -338,7 +328,7 @@ def test_outcomes_of_a_markov_chain_depend_on_nothing_else():
     statistics = []
     for seed in range(10):
         parts = WORLD.log(uniform(), episodes=300, seed=50 + seed).split(0.5, 0)
-        statistics.append([*evaluated(candidates(), *parts).episodes.history.values()])
+        statistics.append([*evaluated(CANDIDATES, *parts).episodes.history.values()])
     assert np.abs(statistics).max() < 4
     assert np.abs(np.mean(statistics, 0)).max() < 1
     assert np.std(statistics) == pytest.approx(1, abs=0.4)

@@ -7,12 +7,10 @@ import pytest
 import torch
 from gymnasium import spaces
 from small_agents import config
-from tensordict.nn import TensorDictModule
-from torch import nn
+from small_mdp import policy_of, steps_log
 from torchrl.data import Categorical
-from torchrl.modules import ProbabilisticActor
 
-from iql_torchrl import fitted_q_evaluation, load_dataset, make_agent
+from iql_torchrl import fitted_q_evaluation, make_agent
 
 MIDDLE = 550e-9
 
@@ -26,17 +24,12 @@ def bandit(unit: float, rows: int = 2000):
 
     wavelength = light()
     action = draw.integers(0, 2, rows)
-    return load_dataset(
-        {
-            "observation": (wavelength * unit).astype(np.float32),
-            "action": action,
-            "reward": (action == (wavelength[:, 0] > MIDDLE)).astype(np.float32),
-            "next_observation": (light() * unit).astype(np.float32),
-            "terminated": np.ones(rows, bool),
-            "truncated": np.zeros(rows, bool),
-        },
-        action_space=spaces.Discrete(2),
-    )
+    return steps_log(
+        rows, {"action_space": spaces.Discrete(2)}, action=action,
+        observation=(wavelength * unit).astype(np.float32),
+        reward=action == (wavelength[:, 0] > MIDDLE),
+        next_observation=(light() * unit).astype(np.float32),
+    )  # fmt: skip
 
 
 pytestmark = pytest.mark.filterwarnings("ignore::iql_torchrl.data.DatasetWarning")
@@ -57,18 +50,11 @@ def test_the_better_arm_is_found_in_metres_as_in_nanometres(unit):
     assert (chosen == (wavelength[:, 0] > MIDDLE)).mean() > 0.95
 
 
-def best_policy(limit: float) -> ProbabilisticActor:
-    class Above(nn.Module):
-        def forward(self, observation):
-            return 100 * torch.cat([limit - observation, observation - limit], -1).sign()
+def best_policy(limit: float):
+    def above(light):
+        return 100 * torch.cat([limit - light, light - limit], -1).sign()
 
-    return ProbabilisticActor(
-        TensorDictModule(Above(), in_keys=["observation"], out_keys=["logits"]),
-        in_keys=["logits"],
-        spec=Categorical(2),
-        distribution_class=torch.distributions.Categorical,
-        distribution_kwargs={"validate_args": False},
-    )
+    return policy_of(above, Categorical(2))
 
 
 @pytest.mark.parametrize("unit", [1.0, 1e9])

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from functools import partial
 
 import pytest
 import torch
 from changes import CHANGES, to_loss
 from conftest import OBS, make_batch, make_networks
-from small_losses import assert_same_state, discrete_networks
+from small_losses import Forms, assert_same_optimizers, assert_same_state, discrete_networks
 from torch import optim
 from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, LambdaLR, OneCycleLR
 from torchrl.data import (
@@ -143,7 +144,7 @@ def groups(loss, **options):
     return [{"params": list(getattr(loss, f"{n}_network_params").parameters())} for n in names]
 
 
-class Pair:
+class Pair(Forms):
     """A plain step and a captured one with the same weights, rows and seed."""
 
     def __init__(
@@ -156,17 +157,14 @@ class Pair:
         updates=5,
         **options,
     ):
-        loss = make_loss() if loss is None else loss
-        self.steps = []
-        for each in (loss, copy.deepcopy(loss)):
-            made = optimizer(groups(each))
+        def make(loss):
+            made = optimizer(groups(loss))
             schedulers = None if schedule is None else schedule(made)
-            self.steps.append(
-                IQLStep(each, made, updater(each), lr_scheduler=schedulers, **options)
-            )
-        data = table() if data is None else data
-        self.sampler, other = (DeviceSampler(data, 16, seed=0) for _ in range(2))
-        self.call = captured(self.steps[1], other, updates=updates)
+            return IQLStep(loss, made, updater(loss), lr_scheduler=schedulers, **options)
+
+        loss, data = make_loss() if loss is None else loss, table() if data is None else data
+        rows = partial(DeviceSampler, data, 16, seed=0)
+        super().__init__(loss, rows, ["captured"], updates, make)
 
     def both(self, change):
         for step in self.steps:
@@ -174,24 +172,10 @@ class Pair:
 
     def run(self, calls: int = 2) -> None:
         """The same updates on both sides; then all must be equal, states and metrics too."""
-        plain = self.steps[0]
         for _ in range(calls):
-            told = self.call()
-            expected = [plain(self.sampler.sample()) for _ in range(self.call.updates)]
-        expected = torch.stack(expected).mean(0)
-        assert set(told.keys()) == set(expected.keys())
-        for name, value in expected.items():
-            torch.testing.assert_close(told[name], value, rtol=1e-8, atol=1e-10, msg=name)
-        self.compare()
-
-    def compare(self) -> None:
-        assert_same_state(*(step.loss for step in self.steps), **CLOSE)
-        mine, theirs = (step.optimizer.state_dict() for step in self.steps)
-        assert mine["param_groups"] == theirs["param_groups"]
-        assert mine["state"].keys() == theirs["state"].keys()
-        for number, state in mine["state"].items():
-            for name, value in state.items():
-                torch.testing.assert_close(theirs["state"][number][name], value, **CLOSE)
+            super().run()
+        self.assert_equal(**CLOSE)
+        assert_same_optimizers(*(step.optimizer for step in self.steps), **CLOSE)
 
 
 def by_group(optimizer):
@@ -231,9 +215,7 @@ CASES = {
     },
     "one update a call": {"updates": 1, "schedule": by_group},
     "five critics": {"loss": lambda: make_loss(num_qvalue_nets=5, diagnostics=True)},
-    "sum, sarsa": {
-        "loss": lambda: make_loss(reduction="sum", value_objective="sarsa_expectile"),
-    },
+    "sum, sarsa": {"loss": lambda: make_loss(reduction="sum", value_objective="sarsa_expectile")},
 }
 TRACED = ("sequential", "simultaneous", "discrete, masked", "categories", "hard target every 4")
 
@@ -249,7 +231,7 @@ def pair_of(case: str) -> Pair:
 @pytest.mark.parametrize("case", CASES)
 def test_update_schedule_and_sampling_equal_the_plain_steps(case):
     pair = pair_of(case)
-    pair.run(40 // pair.call.updates)
+    pair.run(20 // pair.call.updates)
 
 
 @pytest.mark.usefixtures("uncompiled")
@@ -258,7 +240,7 @@ def test_update_schedule_and_sampling_equal_the_plain_steps(case):
 )
 def test_traced_it_equals_the_plain_step(case):
     pair = pair_of(case)
-    pair.run(40 // pair.call.updates)
+    pair.run(20 // pair.call.updates)
 
 
 def test_equals_the_plain_step_when_compiled_by_inductor():
@@ -297,7 +279,7 @@ def test_other_optimizers_make_eager_updates(kind, monkeypatch):
     Pair(optimizer=make, schedule=by_group).run(8)
 
 
-@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.usefixtures("untraced")
 def test_of_a_compiled_step():
     pair = Pair()
     pair.call = captured(compiled(pair.steps[1]), pair.call.replay, updates=5)
@@ -484,10 +466,9 @@ def test_trains_in_a_trainer_and_goes_on_where_it_stopped(tmp_path, kind):
 
 @pytest.mark.usefixtures("uncompiled")
 def test_many_in_one_process_and_nothing_is_kept_of_them():
-    torch._dynamo.reset()
     alive, gone = [], []
     with torch._dynamo.config.patch(recompile_limit=1, accumulated_recompile_limit=1):
-        for _ in range(3):
+        for _ in range(2):
             pair = Pair(updates=1)
             pair.call()
             alive.append(pair)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from changes import CHANGES
 from conftest import ACT, OBS, make_batch, make_networks
-from small_losses import assert_same_state
+from small_losses import assert_same_metrics, assert_same_optimizers, assert_same_state
 from tensordict.nn import NormalParamExtractor, TensorDictModule
 from test_step import make_loss, make_step
 from torch import nn, optim
@@ -18,7 +18,7 @@ from torchrl.envs.utils import ExplorationType
 from torchrl.modules import ProbabilisticActor
 from torchrl.objectives import HardUpdate, SoftUpdate
 
-from iql_torchrl import IQLLoss, IQLStep, compiled, networks
+from iql_torchrl import IQLLoss, IQLStep, compiled
 from iql_torchrl.config import arithmetic
 from iql_torchrl.losses import AdvantageWeighted
 from iql_torchrl.private_apis import untiled_loops_only
@@ -35,20 +35,6 @@ from iql_torchrl.update.compiled import (
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
 
 
-def pair(dtype, make_optimizer, make_updater, schedule, backend="inductor", **options):
-    """A plain and a compiled step of the same weights."""
-    torch._dynamo.reset()
-    loss = make_loss().to(dtype)
-    steps = []
-    for each in (loss, copy.deepcopy(loss)):
-        optimizer = make_optimizer(each.parameters())
-        scheduler = LambdaLR(optimizer, lambda n: 0.9**n) if schedule else None
-        updater = make_updater(each)
-        steps.append(IQLStep(each, optimizer, updater, lr_scheduler=scheduler, **options))
-    traced = {} if backend == "inductor" else {"backend": backend}
-    return steps[0], compiled(steps[1], **traced)
-
-
 def soft(loss):
     return SoftUpdate(loss, tau=0.1)
 
@@ -57,10 +43,30 @@ def hard(loss):
     return HardUpdate(loss, value_network_update_interval=3)
 
 
-def train(plain, fast, updates, dtype):
+def adam(params):
+    return optim.Adam(params, lr=1e-3)
+
+
+def two_steps(make_optimizer=adam, make_updater=soft, schedule=False, **options):
+    """Plain steps of the same weights."""
+    torch._dynamo.reset()
+    loss, steps = make_loss().double(), []
+    for each in (loss, copy.deepcopy(loss)):
+        optimizer, updater = make_optimizer(each.parameters()), make_updater(each)
+        scheduler = LambdaLR(optimizer, lambda n: 0.9**n) if schedule else None
+        steps.append(IQLStep(each, optimizer, updater, lr_scheduler=scheduler, **options))
+    return steps
+
+
+def plain_and_traced(*backend):
+    plain, other = two_steps()
+    return plain, traced(other, *backend)
+
+
+def train(plain, fast, updates):
     for number in range(updates):
         torch.manual_seed(number)
-        batch = make_batch(dtype=dtype)
+        batch = make_batch(dtype=torch.float64)
         # the optimizer's state is made in the first update: from the second on, nothing is new
         with torch._dynamo.config.patch(error_on_recompile=number > 0):
             metrics = plain(batch.clone()), fast(batch.clone())
@@ -68,13 +74,12 @@ def train(plain, fast, updates, dtype):
 
 
 CASES = {
-    "one graph": (lambda p: optim.Adam(p, lr=1e-3), soft, True, {"max_grad_norm": 0.5}),
-    "hard target": (
-        lambda p: optim.AdamW(p, lr=1e-3, weight_decay=0.1),
-        hard,
-        False,
-        {"order": "simultaneous"},
-    ),
+    "one graph": {"schedule": True, "max_grad_norm": 0.5},
+    "hard target": {
+        "make_optimizer": lambda p: optim.AdamW(p, lr=1e-3, weight_decay=0.1),
+        "make_updater": hard,
+        "order": "simultaneous",
+    },
 }
 
 
@@ -88,26 +93,16 @@ CASES = {
     ],
 )
 def test_equals_the_plain_step_but_for_rounding(case, backend):
-    make_optimizer, make_updater, schedule, options = CASES[case]
-    plain, fast = pair(
-        torch.float64, make_optimizer, make_updater, schedule, backend=backend, **options
-    )
-    a, b = train(plain, fast, 12, torch.float64)
+    plain, other = two_steps(**CASES[case])
+    fast = compiled(other, **({} if backend == "inductor" else {"backend": backend}))
+    a, b = train(plain, fast, 12)
     assert_same_state(plain.loss, fast.loss, **CLOSE)
-    for name in a.keys():  # noqa: SIM118
-        torch.testing.assert_close(b[name], a[name], rtol=1e-9, atol=1e-11, msg=name)
-    states = [step.optimizer.state_dict() for step in (plain, fast)]
-    assert states[0]["param_groups"] == states[1]["param_groups"]
-    assert states[0]["state"].keys() == states[1]["state"].keys()
-    for number, one in states[0]["state"].items():
-        other = states[1]["state"][number]
-        assert one.keys() == other.keys()
-        for name in one:
-            torch.testing.assert_close(other[name], one[name], rtol=1e-9, atol=1e-12)
+    assert_same_metrics(b, a, rtol=1e-9, atol=1e-11)
+    assert_same_optimizers(plain.optimizer, fast.optimizer, rtol=1e-9, atol=1e-12)
     if case == "one graph":  # loaded state is used, and a plain step goes on from a compiled one's
         fast.load_state_dict(copy.deepcopy(plain.state_dict()))
         fast.loss.load_state_dict(plain.loss.state_dict())
-        train(plain, fast, 3, torch.float64)
+        train(plain, fast, 3)
         assert_same_state(plain.loss, fast.loss, **CLOSE)
 
 
@@ -206,9 +201,13 @@ def test_guards_are_filtered_beside_the_users_options(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda program, **options: given.append(options))
     step = make_step()
     own, right = {"max_autotune": True}, {"_post_fusion_custom_pass": untiled_loops_only()}
-    for options in ({}, {"options": own}, {"mode": "default"}, {"backend": "eager"}):
-        compiled(step, **options)
-    plain, with_options, with_mode, with_backend = given
+    options = [{}, {"options": own}, {"mode": "default"}, {"backend": "eager"}]
+    for each in (*options, {"mode": None}, {"backend": "inductor"}):
+        compiled(step, **each)
+    plain, with_options, with_mode, with_backend, *others = given
+    for each in others:
+        assert "mode" not in each
+        assert each["options"].keys() >= {*right, "guard_filter_fn"}
     for each in (plain, with_options):
         assert each["options"].pop("guard_filter_fn").__wrapped__ is worth_checking
     assert plain["options"] == {"triton.cudagraphs": False, "cpp_wrapper": True, **right}
@@ -236,15 +235,6 @@ def test_cuda_graphs_of_torch_compile_are_refused(options, message):
     assert "captured(step, replay, updates=K)" in str(caught.value)
 
 
-def plain_and_traced(*backend):
-    loss = make_loss().double()
-    plain, fast = (
-        IQLStep(each, optim.Adam(each.parameters(), lr=1e-3), soft(each))
-        for each in (loss, copy.deepcopy(loss))
-    )
-    return plain, traced(fast, *backend)
-
-
 SOME_CHANGES = ("temperature", "objective", "frozen")
 
 
@@ -255,7 +245,6 @@ SOME_CHANGES = ("temperature", "objective", "frozen")
 )
 def test_a_change_is_seen_despite_the_fewer_guards(names):
     """One change after another, each done to both steps."""
-    torch._dynamo.reset()
     plain, fast = plain_and_traced()
     with torch._dynamo.config.patch(recompile_limit=64):
         for name in (None, *names):
@@ -271,7 +260,6 @@ def test_a_change_is_seen_despite_the_fewer_guards(names):
 
 @pytest.mark.slow
 def test_batches_of_other_shapes_and_with_a_mask():
-    torch._dynamo.reset()
     plain, fast = plain_and_traced()
     shapes = ((32,), (48,), (40,), (4, 6), (32,), (32,))
     batches = [make_batch(*shape, dtype=torch.float64) for shape in shapes]
@@ -289,12 +277,10 @@ def test_batches_of_other_shapes_and_with_a_mask():
 def test_modes_are_followed(name):
     torch._dynamo.reset()
     torch.manual_seed(0)
-    actor, critic, value = make_networks()
-    nets = {"actor_network": actor[0].module, "value_network": value.module}
-    nets[name].mlp = networks.MLP(OBS, nets[name].mlp[-1].out_features, dropout=0.5)
-    loss = IQLLoss(actor, critic, value)
-    step = IQLStep(loss, optim.Adam(loss.parameters(), lr=0.0), None)
-    fast = traced(step)
+    loss = IQLLoss(*make_networks(dropout=0.5))
+    fast = traced(IQLStep(loss, optim.Adam(loss.parameters(), lr=0.0), None))
+    for other in {"actor_network", "qvalue_network", "value_network"} - {name}:
+        getattr(loss, other).eval()
     batch = make_batch()
     key = f"loss_{name.split('_')[0]}"
 
@@ -346,7 +332,6 @@ def test_another_mode_of_the_policys_actions_is_followed():
 
 
 def test_an_annealed_temperature_is_followed_by_one_program():
-    torch._dynamo.reset()
     programs = []
     plain, fast = plain_and_traced(lambda graph, _: programs.append(graph) or graph.forward)
     for number in range(100):
@@ -379,12 +364,7 @@ def test_the_tenth_compilation_is_logged(monkeypatch):
 def test_the_update_for_a_gpu_equals_the_plain_one(order, monkeypatch):
     """Traced on the CPU as for a GPU: norms of joined gradients."""
     monkeypatch.setattr(arithmetic, "LAUNCHING", ("cpu",))
-    torch._dynamo.reset()
-    loss, options = make_loss().double(), {"order": order, "max_grad_norm": 0.1}
-    plain, other = (
-        IQLStep(each, optim.AdamW(each.parameters(), lr=1e-2), soft(each), **options)
-        for each in (loss, copy.deepcopy(loss))
-    )
+    plain, other = two_steps(lambda p: optim.AdamW(p, lr=1e-2), order=order, max_grad_norm=0.1)
     fast = compiled(other, backend=lambda graph, _: graph.forward)
     for number in range(3):
         torch.manual_seed(number)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from changes import CHANGES, set_all
 from fake_cuda import FakeCuda
+from small_losses import assert_same_leaves
 from test_capture import (  # noqa: F401 (fixtures)
     Pair,
     buffer_of,
@@ -280,22 +281,6 @@ def state_of(pair: Pair):
     }
 
 
-def assert_same(before, after) -> None:
-    assert type(before) is type(after)
-    if isinstance(before, dict):
-        assert before.keys() == after.keys()
-        for key, value in before.items():
-            assert_same(value, after[key])
-    elif isinstance(before, list | tuple):
-        assert len(before) == len(after)
-        for one, other in zip(before, after, strict=True):
-            assert_same(one, other)
-    elif isinstance(before, torch.Tensor):
-        assert torch.equal(before, after)
-    elif type(before).__module__ == "builtins":
-        assert before == after
-
-
 @pytest.mark.usefixtures("cuda")
 def test_a_data_parallel_step_is_refused_with_what_to_use():
     loss = make_loss()
@@ -339,7 +324,7 @@ def test_nothing_advances_when_a_capture_raises(cuda, where, updater, monkeypatc
             monkeypatch.setattr(CapturedStep, "_one_update", lambda *given: (update(*given), 1 / 0))
         with pytest.raises((RuntimeError, ZeroDivisionError)):
             pair.call()
-        assert_same(before, state_of(pair))
+        assert_same_leaves(before, state_of(pair))
     monkeypatch.setattr(CapturedStep, "_one_update", update)
     pair.run(3)
     assert cuda.names()[-3:] == ["replay"] * 3
@@ -353,7 +338,7 @@ def test_nothing_advances_when_a_check_raises(cuda):
     before = state_of(pair)
     with pytest.raises(ValueError, match="every 10 updates, next after 9, and a call makes 5"):
         pair.call()
-    assert_same(before, state_of(pair))
+    assert_same_leaves(before, state_of(pair))
 
 
 @pytest.mark.usefixtures("untraced")
@@ -371,5 +356,5 @@ def test_a_refused_schedule_has_not_advanced(tensors):
             pair.call()
         after = state_of(pair)
         before["step"]["optimizer"]["state"] = after["step"]["optimizer"]["state"]  # made: zeros
-        assert_same(before, after)
+        assert_same_leaves(before, after)
     assert all(float(s["step"]) == 0 for s in after["step"]["optimizer"]["state"].values())

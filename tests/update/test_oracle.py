@@ -22,31 +22,28 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def linear_keys(prefix: str, depth: int, extra: str | None = None) -> list[str]:
-    keys = [f"{prefix}/MLP_0/Dense_{i}" for i in range(depth)]
-    return keys + ([extra] if extra else [])
+def recorded_mlp(data, prefix: str, depth: int, last: str | None = None) -> list[tuple]:
+    """Weights and biases in the layout of torch."""
+    keys = [f"{prefix}/MLP_0/Dense_{i}" for i in range(depth)] + ([last] if last else [])
+    parts = ([data[f"{key}/kernel"].T, data[f"{key}/bias"]] for key in keys)
+    return [tuple(map(torch.from_numpy, pair)) for pair in parts]
 
 
-def load_mlp(mlp: torch.nn.Module, data, keys: list[str]) -> None:
+def load_mlp(mlp: torch.nn.Module, recorded: list[tuple]) -> None:
     layers = [layer for layer in mlp if isinstance(layer, torch.nn.Linear)]
-    assert len(layers) == len(keys)
-    with torch.no_grad():
-        for layer, key in zip(layers, keys, strict=True):
-            layer.weight.copy_(torch.from_numpy(data[f"{key}/kernel"].T))
-            layer.bias.copy_(torch.from_numpy(data[f"{key}/bias"]))
+    for layer, (weight, bias) in zip(layers, recorded, strict=True):
+        layer.load_state_dict({"weight": weight, "bias": bias})
 
 
-def mlp_error(params, data, keys: list[str], index: int | None = None) -> float:
+def mlp_error(params, recorded: list[tuple], index: int | None = None) -> float:
     """Largest difference between an MLP's parameters and the recorded ones."""
-    worst = 0.0
+    errors = []
     linear = sorted({int(key[0]) for key in params.keys(True, True)})
-    for layer, key in zip(linear, keys, strict=True):
-        for name, leaf in (("weight", "kernel"), ("bias", "bias")):
+    for layer, pair in zip(linear, recorded, strict=True):
+        for name, theirs in zip(("weight", "bias"), pair, strict=True):
             ours = params[str(layer), name].detach()
-            ours = (ours if index is None else ours[index]).numpy()
-            theirs = data[f"{key}/{leaf}"]
-            worst = max(worst, np.abs(ours - (theirs.T if leaf == "kernel" else theirs)).max())
-    return worst
+            errors.append(float(((ours if index is None else ours[index]) - theirs).abs().max()))
+    return max(errors)
 
 
 def build(data, config):
@@ -54,25 +51,18 @@ def build(data, config):
     obs, act = config["obs_dim"], config["action_dim"]
     actor, _, value = make_networks(obs, act, hidden)
     head = actor.module[0].module
-    load_mlp(head.mlp, data, linear_keys("initial/actor", len(hidden), "initial/actor/Dense_0"))
+    load_mlp(head.mlp, recorded_mlp(data, "initial/actor", len(hidden), "initial/actor/Dense_0"))
     head.log_std.data.copy_(torch.from_numpy(data["initial/actor/log_stds"]))
     depth = len(hidden) + 1
-    load_mlp(value.module.mlp, data, linear_keys("initial/value", depth))
+    load_mlp(value.module.mlp, recorded_mlp(data, "initial/value", depth))
     critics = []
     for k in range(2):
         critic = networks.Critic(obs, act, hidden=hidden)
-        load_mlp(critic.mlp, data, linear_keys(f"initial/critic/Critic_{k}", depth))
+        load_mlp(critic.mlp, recorded_mlp(data, f"initial/critic/Critic_{k}", depth))
         critics.append(ValueOperator(critic, in_keys=["observation", "action"]))
-    loss = IQLLoss(
-        actor,
-        critics,
-        value,
-        expectile=config["expectile"],
-        temperature=config["temperature"],
-        diagnostics=True,
-    )
-    loss.make_value_estimator(gamma=config["discount"])
-    return loss
+    options = {name: config[name] for name in ("expectile", "temperature")}
+    loss = IQLLoss(actor, critics, value, diagnostics=True, **options)
+    return loss.make_value_estimator(gamma=config["discount"])
 
 
 def recorded_batch(data, i: int) -> TensorDict:
@@ -103,18 +93,12 @@ def captured_in_order(step, batches, monkeypatch):
     return lambda batch: call()
 
 
-FORMS = ("eager", "compiled, traced", "captured, traced", "compiled", "captured")
-CASES = [
-    (file, form)
-    if form == "eager" or ("traced" in form and file == FILES[form.startswith("compiled")])
-    else pytest.param(file, form, marks=pytest.mark.slow)
-    for form in FORMS
-    for file in FILES
-]
-
-
-@pytest.mark.parametrize(("file", "form"), CASES)
-def test_replays_the_official_updates(file, form, monkeypatch, request):
+@pytest.mark.parametrize(
+    "form", ["eager", *(pytest.param(f, marks=pytest.mark.slow) for f in ("compiled", "captured"))]
+)
+@pytest.mark.parametrize("file", FILES)
+def test_replays_the_official_updates(file, form, monkeypatch):
+    """Traced updates are compared with eager ones in test_compilation.py and test_capture.py too."""
     data = np.load(file)
     config = ast.literal_eval(str(data["config"]))
     loss = build(data, config)
@@ -132,12 +116,11 @@ def test_replays_the_official_updates(file, form, monkeypatch, request):
         scheduler = LambdaLR(optimizer, [cosine, lambda _: 1.0, lambda _: 1.0])
     step = IQLStep(loss, optimizer, SoftUpdate(loss, tau=config["tau"]), lr_scheduler=scheduler)
     batches = [recorded_batch(data, i) for i in range(config["steps"])]
-    if "traced" in form:  # the program as Dynamo made it, without Inductor
-        request.getfixturevalue("uncompiled")
-    torch._dynamo.reset()  # the shapes of another test's networks are none of this one's
-    if form.startswith("compiled"):
-        step = compiled(step, backend="aot_eager") if "traced" in form else compiled(step)
-    elif form.startswith("captured"):
+    if form != "eager":
+        torch._dynamo.reset()  # the shapes of another test's networks are none of this one's
+    if form == "compiled":
+        step = compiled(step)
+    elif form == "captured":
         step = captured_in_order(step, batches, monkeypatch)
 
     depth = len(config["hidden"]) + 1
@@ -157,11 +140,11 @@ def test_replays_the_official_updates(file, form, monkeypatch, request):
             online, target = loss.qvalue_network_params, loss.target_qvalue_network_params
             errors = [
                 np.abs(actor["log_std"].detach().numpy() - data[f"{when}/actor/log_stds"]).max(),
-                mlp_error(actor["mlp"], data, linear_keys(f"{when}/actor", depth - 1, last)),
-                mlp_error(value, data, linear_keys(f"{when}/value", depth)),
+                mlp_error(actor["mlp"], recorded_mlp(data, f"{when}/actor", depth - 1, last)),
+                mlp_error(value, recorded_mlp(data, f"{when}/value", depth)),
             ]
             for params, name in ((online, "critic"), (target, "target_critic")):
                 for k in range(2):
-                    keys = linear_keys(f"{when}/{name}/Critic_{k}", depth)
-                    errors.append(mlp_error(params["module", "mlp"], data, keys, k))
+                    recorded = recorded_mlp(data, f"{when}/{name}/Critic_{k}", depth)
+                    errors.append(mlp_error(params["module", "mlp"], recorded, k))
             assert max(errors) < 2e-5, errors

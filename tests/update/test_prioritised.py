@@ -6,9 +6,10 @@ import copy
 
 import numpy as np
 import pytest
+import small_losses
 import torch
 from conftest import make_networks
-from torch import optim
+from small_agents import log
 from torchrl.data import (
     LazyTensorStorage,
     PrioritizedSampler,
@@ -16,7 +17,6 @@ from torchrl.data import (
     TensorDictPrioritizedReplayBuffer,
     TensorStorage,
 )
-from torchrl.objectives import SoftUpdate
 
 from iql_torchrl import IQLLoss, IQLStep, OfflineTrainer, compiled, load_dataset
 from iql_torchrl.files import CheckpointError
@@ -27,22 +27,11 @@ ROWS, BATCH = 40, 16
 
 @pytest.fixture(scope="module")
 def dataset():
-    """Eight episodes of five steps of random walks; every other one is truncated."""
-    generator = np.random.default_rng(0)
-    starts = generator.normal(size=(8, 1, OBS))
-    walks = starts + 0.1 * generator.normal(size=(8, 6, OBS)).cumsum(1)
-    last = np.tile(np.arange(5) == 4, (8, 1))
-    terminated = last & (np.arange(8) % 2 == 0)[:, None]
-    return load_dataset(
-        {
-            "observation": walks[:, :-1].reshape(ROWS, OBS).astype(np.float32),
-            "action": generator.uniform(-0.9, 0.9, (ROWS, ACT)).astype(np.float32),
-            "reward": generator.normal(size=ROWS).astype(np.float32),
-            "next_observation": walks[:, 1:].reshape(ROWS, OBS).astype(np.float32),
-            "terminated": terminated.reshape(ROWS),
-            "truncated": (last & ~terminated).reshape(ROWS),
-        }
-    )
+    """Eight episodes of five steps; every other one is truncated."""
+    rows, draw = np.arange(ROWS), np.random.default_rng(0)
+    observation = draw.normal(size=(ROWS, OBS)).astype(np.float32)
+    ends = {"terminated": rows % 10 == 4, "truncated": rows % 10 == 9}
+    return load_dataset(log(ROWS, observation, **ends))
 
 
 def make_sampler() -> PrioritizedSampler:
@@ -78,8 +67,7 @@ BUFFERS = {
 def make_step() -> IQLStep:
     torch.manual_seed(0)
     loss = IQLLoss(*make_networks(OBS, ACT))
-    loss.make_value_estimator(gamma=GAMMA)
-    return IQLStep(loss, optim.Adam(loss.parameters(), lr=1e-2), SoftUpdate(loss, tau=0.1))
+    return small_losses.make_step(loss.make_value_estimator(gamma=GAMMA))
 
 
 def draws(buffer, batches: int):

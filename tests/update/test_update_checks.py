@@ -5,17 +5,20 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import small_losses
 import torch
-from conftest import make_batch
+from conftest import ACT, OBS, make_batch, make_networks
 from small_populations import BASE, dataset
 from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
+from test_capture import untraced  # noqa: F401 (fixture)
 from test_step import make_loss, make_step, snapshot
-from torch import distributed, optim
+from torch import distributed, nn, optim
 from torch.nn.parallel import DistributedDataParallel
 from torchrl.objectives import IQLLoss as TorchRLLoss
 from torchrl.objectives import SoftUpdate
 
-from iql_torchrl import IQLPopulation, IQLStep, captured, compiled
+from iql_torchrl import IQLLoss, IQLPopulation, IQLStep, captured, compiled
 from iql_torchrl.data import DeviceSampler
 
 MODES = {"torch.no_grad()": torch.no_grad, "torch.inference_mode()": torch.inference_mode}
@@ -126,7 +129,7 @@ def test_several_ranks_are_refused_by_every_form(form, ranks):
     assert "independent_ranks=True" in str(caught.value)
 
 
-@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.usefixtures("untraced")
 def test_a_group_of_one_rank_and_independent_ranks_are_allowed(ranks):
     step = make_step()
     ranks(1)
@@ -169,3 +172,27 @@ def test_a_batch_of_another_dtype_than_the_weights_is_named():
         step(make_batch(dtype=torch.float64))
     with torch.autocast("cpu", torch.bfloat16):  # which casts by itself
         step(make_batch().apply(lambda x: x.bfloat16() if x.is_floating_point() else x))
+
+
+class LastState(nn.Module):
+    """The action that an LSTM gives after one step."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell = nn.LSTM(OBS, ACT, batch_first=True)
+
+    def forward(self, observation):
+        return self.cell(observation.unsqueeze(-2))[0].squeeze(-2)
+
+
+def test_a_recurrent_layer_of_torch_is_refused_by_name_and_trains_eagerly():
+    actor = TensorDictModule(LastState(), in_keys=["observation"], out_keys=["action"])
+    step = small_losses.make_step(IQLLoss(*make_networks(policy=actor), actor_objective="mse"))
+    before = actor.module.cell.weight_ih_l0.clone()
+    step(make_batch(8))
+    assert not before.equal(actor.module.cell.weight_ih_l0)
+    for form in (through_compiled, through_captured):
+        with pytest.raises(TypeError, match=r"actor_network has a torch\.nn\.LSTM at") as caught:
+            form(step)
+        assert "'module.cell'" in str(caught.value)
+        assert "networks.LSTMEncoder" in str(caught.value)
