@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
+from small_logs import refused
 
 from iql_torchrl.data.readers.arrays import column_of_parts, columns_of_parts
-from iql_torchrl.data.schema import DatasetError
 
 LENGTHS = (0, 3, 0, 1, 4)
 ROWS = np.arange(8)
@@ -67,23 +67,20 @@ def test_text_of_any_length_is_complete():
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        (np.zeros(4, np.int64), ("log: a of episode 4", "int64", "expected (4,) and int32")),
-        (np.zeros(3, np.int32), ("log: a of episode 4", "(3,)", "expected (4,)")),
-        (np.zeros((4, 1), np.int32), ("(4, 1)", "expected (4,)")),
+        (np.zeros(4, np.int64), "log: a of episode 4|int64|expected (4,) and int32"),
+        (np.zeros(3, np.int32), "log: a of episode 4|(3,)|expected (4,)"),
+        (np.zeros((4, 1), np.int32), "(4, 1)|expected (4,)"),
     ],
 )
 def test_parts_of_another_shape_or_dtype_are_refused(values, words):
     columns = columns_of_parts(LENGTHS, Reads(a=values), "log")
     assert columns["a"][:4].tolist() == [0, 1, 2, 3]
-    with pytest.raises(DatasetError) as error:
-        columns["a"][3:5]
-    assert all(word in str(error.value) for word in words)
+    refused(words, slice(3, 5), columns["a"].__getitem__)
 
 
 def test_a_missing_column_is_refused_and_narrower_numbers_are_not():
     columns = columns_of_parts([1, 1], lambda n: {"a": np.ones(1)} if n == 0 else {}, "log")
-    with pytest.raises(DatasetError, match="log: a of episode 1 is missing"):
-        columns["a"][:]
+    refused("log: a of episode 1 is missing", slice(None), columns["a"].__getitem__)
     column = columns_of_parts(LENGTHS, Reads(b=np.ones((4, 2), np.float32)))["b"]
     assert column[4:].tolist() == [[1, 1]] * 4
     assert columns_of_parts([], Reads()) == {}
