@@ -13,7 +13,7 @@ from small_populations import MEMBERS, configs, dataset, double
 from iql_torchrl import IQLPopulation
 from iql_torchrl.distributed import Ranks
 
-UPDATES, BEFORE = 10, 4
+UPDATES, BEFORE = 20, 8
 # options of all configs, batches; three runs, so that the ranks have one and two
 CASES = {
     "shared": ({"schedule": "cosine", "max_grad_norm": 0.5}, "shared"),
