@@ -340,7 +340,7 @@ D4RL = {
     "umaze-terminals": ("umaze", "--reached", "terminals"),
     "umaze-noisy": ("umaze", "--noisy"),
 }
-#: Environment of the logs ``NAME-replay``, and options of make_replay.py.
+#: Environment of each dataset ``NAME-replay``, and options of make_replay.py.
 REPLAYS = {"hopper": ("Hopper-v5", ("--steps", "100000", "--width", "256", "--seed", "1"))}
 LOGS: dict[str, Log] = {
     "pendulum": Log(pendulum, updates=5_000, episodes=20),
@@ -703,6 +703,8 @@ def measure(o: argparse.Namespace, path: Path) -> None:
 
 
 def with_interval(value: float, interval: Sequence[float], digits: int = 1) -> str:
+    if np.isnan(interval).any():  # of one seed
+        return f"{value:.{digits}f}"
     low, high = (f"{end:.{digits}f}" for end in interval)
     return f"{value:.{digits}f}<br>({low} to {high})"
 
