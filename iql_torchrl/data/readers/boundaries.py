@@ -193,7 +193,7 @@ def _numbers_begin_again(columns: Columns, codes: NDArray[np.int64], ends: Flags
     """Ids occur again because their numbers begin again, not because they take turns.
 
     Decided for the blocks of rows whose id occurs again, by the first that is known: done flags at all
-    of their ends; next observations, of which the most are not those of the id's next row; blocks of
+    of their ends; next observations, half of which are not those of the id's next row; blocks of
     one row, which take turns; the median distance to the id's next row, which is above 90 % of the
     steps inside blocks.
     """
@@ -208,7 +208,7 @@ def _numbers_begin_again(columns: Columns, codes: NDArray[np.int64], ends: Flags
     if following := columns.leaves("next/observation"):
         here = {key: np.asarray(column[:])[successors] for key, column in observed.items()}
         after = {key: np.asarray(column[:])[rows] for key, column in following.items()}
-        return bool(differs(here, after, len(rows), 0).mean() > 0.5)
+        return bool(differs(here, after, len(rows), 0).mean() >= 0.5)
     if len(codes) < 2 * int(ends.sum()):
         return False
     values = leading_values(observed)
@@ -216,7 +216,7 @@ def _numbers_begin_again(columns: Columns, codes: NDArray[np.int64], ends: Flags
     if steps is None or not (known := successors < len(values)).any():
         return True
     jump = distance(steps.values[successors[known]] - steps.values[rows[known]], steps.unit)
-    return bool(np.median(jump) > np.quantile(steps.inside, 0.9))
+    return bool(np.median(jump) > np.quantile(steps.length[~steps.ended], 0.9))
 
 
 def _time_gaps(columns: Columns, inside: Flags) -> tuple[Flags, list[str]]:
