@@ -185,8 +185,11 @@ def _id_codes(columns: Columns, key: str) -> NDArray[np.int64]:
         )
     if values.dtype.kind == "O":
         values = values.astype(str)
-    _, first, inverse = np.unique(values, return_index=True, return_inverse=True)
-    return np.argsort(np.argsort(first))[inverse]
+    # blocks of equal ids are few: numbers them, not the rows
+    starts = np.flatnonzero(np.append(True, values[1:] != values[:-1]))
+    _, first, inverse = np.unique(values[starts], return_index=True, return_inverse=True)
+    rank = np.argsort(np.argsort(first))
+    return np.repeat(rank[inverse], np.diff(np.append(starts, len(values))))
 
 
 def _numbers_begin_again(columns: Columns, codes: NDArray[np.int64], ends: Flags) -> bool:

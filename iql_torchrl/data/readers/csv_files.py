@@ -157,6 +157,11 @@ def _read_by_arrow(
 
 def _column(cells: list[str], subject: str, comma: bool) -> Column:
     """The values of a column of cells."""
+    every = "".join(cells)
+    if not comma and not set(every) & set("_+"):  # in all but rare columns of numbers
+        kind, convert = (np.float64, float) if set(every) & set(".eEiInN") else (np.int64, int)
+        with suppress(ValueError, OverflowError):
+            return np.array(list(map(convert, cells)), kind)
     places: dict[str, int] = {}
     inverse = np.array([places.setdefault(cell, len(places)) for cell in cells])
     distinct = [cell.strip() for cell in places]

@@ -27,7 +27,7 @@ from iql_torchrl.data.codec import (
     leaf_of,
     leaf_spaces,
 )
-from iql_torchrl.data.readers.arrays import Column, Columns, columns_of_parts, reading
+from iql_torchrl.data.readers.arrays import Column, Columns, columns_of_parts, package, reading
 from iql_torchrl.data.readers.options import ReadOptions
 from iql_torchrl.data.schema import DatasetError, Key
 from iql_torchrl.descriptions import describe_space, one_line
@@ -112,12 +112,7 @@ def open_minari(dataset: minari.MinariDataset, options: ReadOptions) -> Columns:
         )
     if not len(dataset.episode_indices):
         raise DatasetError(f"{name}: the dataset has no episodes.")
-    values, actions, notes = _reader(dataset), dataset.action_space, list[str]()
-    with _reading(dataset):
-        flags = [
-            np.stack([values(number, (key,)) for key in ("terminations", "truncations")], axis=1)
-            for number in range(len(dataset.episode_indices))
-        ]
+    flags, values, actions, notes = _flags(dataset), _reader(dataset), dataset.action_space, []
     if flat := isinstance(actions, gym.spaces.Dict | gym.spaces.Tuple):
         order = ", ".join(map("/".join, action_leaves(actions)))
         actions = flat_action_space(actions, name)
@@ -193,6 +188,30 @@ def _columns(
     }
 
 
+def _flags(dataset: minari.MinariDataset) -> list[NDArray[Any]]:
+    """The flags of each selected episode: terminated and truncated, ``(steps, 2)``."""
+    storage, names = dataset.storage, ("terminations", "truncations")
+    indices, folder = [int(i) for i in dataset.episode_indices], Path(storage.data_path)
+    with _reading(dataset):
+        if storage.FORMAT == "hdf5":
+            with h5py.File(folder / MAIN_FILE, "r") as file:
+                return [np.stack([_stored(file, i, (n,)) for n in names], axis=1) for i in indices]
+        arrow = package("pyarrow.dataset", "Minari's Arrow and Parquet files")
+        skipped = {"ignore_prefixes": ["_", ".", "metadata.json"]}
+        files = (arrow.dataset(folder / str(i), format=storage.FORMAT, **skipped) for i in indices)
+        tables = [each.to_table(columns=list(names)) for each in files]
+        # An episode's last row has an observation alone.
+        return [np.stack([table[name].to_numpy() for name in names], 1)[:-1] for table in tables]
+
+
+def _stored(file: h5py.File, index: int, path: Key) -> NDArray[Any]:
+    """An array of an episode. h5py's other interface takes twice as long."""
+    stored = h5py.h5d.open(file.id, "/".join((f"episode_{index}", *path)).encode())
+    values = np.empty(stored.shape, stored.dtype)
+    stored.read(h5py.h5s.ALL, h5py.h5s.ALL, values)
+    return values
+
+
 def _reader(dataset: minari.MinariDataset) -> Callable[[int, Key], Any]:
     """What gives the array at a path of the selected episode with a number, or None.
 
@@ -202,14 +221,8 @@ def _reader(dataset: minari.MinariDataset) -> Callable[[int, Key], Any]:
     indices = [int(i) for i in dataset.episode_indices]
 
     def direct(number: int, path: Key) -> Any:
-        name = "/".join((f"episode_{indices[number]}", *path))
         with _reading(dataset), suppress(KeyError):
-            stored = h5py.h5d.open(
-                file.id, name.encode()
-            )  # h5py's other interface is twice as slow
-            array = np.empty(stored.shape, stored.dtype)
-            stored.read(h5py.h5s.ALL, h5py.h5s.ALL, array)
-            return array
+            return _stored(file, indices[number], path)
 
     @lru_cache(maxsize=1)
     def episode(number: int) -> dict[str, Any]:
