@@ -192,19 +192,6 @@ def test_a_buffer_yields_the_batches_of_the_same_rows_and_a_sampler_goes_on(mixe
     assert whole["index"].sort().values.tolist() == list(range(11))
 
 
-@pytest.mark.gpu
-def test_a_sampler_on_a_gpu_does_not_wait_for_it(mixed):
-    windows = mixed.windows(3)
-    sampler = windows.device_sampler(8, "cuda", seed=0)
-    rows = sampler.indices()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        batch = sampler.gather(rows)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert (batch.cpu() == windows[rows.cpu()].exclude("collector")).all()
-
-
 def test_wrong_windows_are_refused():
     data = load_dataset(counted(3, 2))
     refused("windows of 4 steps | the longest has 3;", 4, data.windows)

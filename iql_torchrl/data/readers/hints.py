@@ -92,6 +92,9 @@ def _opposite(
     ends = flags["terminated"][going_on]
     if len(ends) <= MANY or 2 * len(ends) < columns.rows or ends.mean() <= MOST:
         return []
+    sides = columns.leaves("observation"), columns.leaves("next/observation")
+    if broken is not None and differs(*sides, LOOKED_AT, 7).mean() < 0.8:
+        return []  # few states: rows equal each other by chance
     path = columns.paths[key]
     return [
         f"{path!r} says that {ends.mean():.0%} of the rows terminate that the following row continues: "
