@@ -702,11 +702,12 @@ def measure(o: argparse.Namespace, path: Path) -> None:
 # -- tables ----------------------------------------------------------------------------------------
 
 
-def with_interval(value: float, interval: Sequence[float], digits: int = 1) -> str:
-    if np.isnan(interval).any():  # of one seed
-        return f"{value:.{digits}f}"
-    low, high = (f"{end:.{digits}f}" for end in interval)
-    return f"{value:.{digits}f}<br>({low} to {high})"
+def score_cell(line: Mapping[str, Any]) -> str:
+    """A score with its interval over seeds; with its number of seeds if they are fewer than three."""
+    low, high = line["score_interval"]
+    several = line["seeds"] > 2
+    seeds = f"{line['seeds']} seed{'s' if line['seeds'] > 1 else ''}"
+    return f"{line['score']:.1f}<br>({f'{low:.1f} to {high:.1f}' if several else seeds})"
 
 
 def table(content: Mapping[str, Any]) -> str:
@@ -720,10 +721,7 @@ def table(content: Mapping[str, Any]) -> str:
             for line in content["summary"]
             if (line["log"], line["updates"]) == (name, updates)
         }
-        cells = [
-            with_interval(lines[m]["score"], lines[m]["score_interval"]) if m in lines else "-"
-            for m in methods
-        ]
+        cells = [score_cell(lines[m]) if m in lines else "-" for m in methods]
         log = content["logs"][name]
         cells.append("; ".join(dict.fromkeys(each for e in lines.values() for each in _on(e))))
         text.append("| " + " | ".join([name, f"{updates:,}", f"{log['score']:.1f}", *cells]) + " |")

@@ -324,9 +324,11 @@ def test_maze2d_rewards_the_surroundings_of_its_goal_and_never_terminates():
     env.close()
 
 
-def test_one_seed_has_no_interval():
-    assert bench_scores.with_interval(12.34, [np.nan, np.nan]) == "12.3"
-    assert bench_scores.with_interval(12.34, [11.0, 13.0]) == "12.3<br>(11.0 to 13.0)"
+def test_fewer_than_three_seeds_have_no_interval():
+    line = {"score": 12.34, "score_interval": [11.0, 13.0], "seeds": 3}
+    assert bench_scores.score_cell(line) == "12.3<br>(11.0 to 13.0)"
+    assert bench_scores.score_cell(line | {"seeds": 2}) == "12.3<br>(2 seeds)"
+    assert bench_scores.score_cell(line | {"seeds": 1}) == "12.3<br>(1 seed)"
 
 
 def test_the_cost_is_the_median_of_the_runs_and_their_sum():
