@@ -33,6 +33,7 @@ from iql_torchrl.data.saved import (
     Location,
     SavedDataset,
     is_saved,
+    is_sharded,
     open_saved,
     read_record,
     write_dataset,
@@ -209,7 +210,7 @@ def _reusable(folder: Path, built_from: dict[str, Any]) -> SavedDataset | None:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
     saved = None
-    if (folder / RECORD).is_file() and not (folder / "shard-00001").is_dir():
+    if (folder / RECORD).is_file() and not is_sharded(folder):
         try:
             saved = read_record(Location(str(folder)))
             saved.check(contents=False)

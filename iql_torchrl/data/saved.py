@@ -403,6 +403,11 @@ def is_saved(source: Any) -> TypeGuard[str | Path]:
     return isinstance(source, str | Path) and any(os.path.isfile(Path(source, n)) for n in names)
 
 
+def is_sharded(source: Any) -> bool:
+    """True if ``source`` is the path of a folder of several shards."""
+    return is_saved(source) and Path(source, "shard-00001").is_dir()
+
+
 def open_saved(folder: Path, reward: Any, dtype: torch.dtype) -> tuple[TensorDict, Description]:
     """The transitions and the description of a folder of one shard.
 

@@ -5,16 +5,16 @@ import pytest
 from small_logs import drift
 
 from iql_torchrl.data.readers.arrays import Columns
-from iql_torchrl.data.readers.distances import (
+from iql_torchrl.data.readers.boundaries import differs
+from iql_torchrl.data.readers.hints import (
     ROWS,
-    differs,
+    boundary_hints,
     distance,
     interleaved_by,
     leading_values,
     rank,
     steps_of,
 )
-from iql_torchrl.data.readers.hints import boundary_hints
 
 KEY = ("observation",)
 LENGTHS = [40, 25, 33, 28, 45, 31, 20, 36, 29, 41, 38, 27]
@@ -38,9 +38,9 @@ def test_steps_of_a_table_by_hand():
     assert steps.values.shape == (31, 2)  # neither the constant column nor the one with NaN
     assert steps.unit.tolist() == [2.0, 1.0]
     assert steps.length.tolist() == [1.0] * 9 + [3.0] + [1.0] * 20  # (5 + 1) / 2 at the jump
-    assert len(steps.inside) == 28
+    assert steps.inside.sum() == 28
     few = steps_of(values, time[:-1] < 25)  # 5 rows inside are too few: all count
-    assert len(few.inside) == 30
+    assert few.inside.all()
     assert steps_of(values[:20], ended[:19]) is None
     assert steps_of(values[:, 2:], ended) is None
 
@@ -74,12 +74,16 @@ def walk(lengths=LENGTHS, seed=0):
     return data["observation"], data["next_observation"], ends
 
 
-def hints(observation, last, *, terminated=None, following=None, reward=None, ids=False):
+def hints(observation, last, *, terminated=None, following=None, reward=None, ids=False, unused=()):
     rows, names = len(last), {"truncated": "timeouts", "terminated": "dead"}
-    reward = np.ones(rows) if reward is None else reward
-    paths = names | ({"episode": "id"} if ids else {})
+    columns = {
+        "observation": observation,
+        "next/reward": np.ones(rows) if reward is None else reward,
+    }
     return boundary_hints(
-        Columns("log", {"observation": observation, "next/reward": reward}, paths=paths, unused={}),
+        Columns(
+            "log", columns, paths=names | ({"episode": "id"} if ids else {}), unused=dict(unused)
+        ),
         np.zeros(rows, bool) if terminated is None else terminated,
         last,
         None if following is None else differs({KEY: observation}, {KEY: following}, rows),
@@ -91,16 +95,34 @@ def said(words, *arguments, **options):
     assert all(word in text for word in words.split("|")), text
 
 
+def test_right_flags_give_no_hint():
+    observation, following, ends = walk()
+    for options in ({}, {"terminated": ends}, {"following": following}, {"ids": True}):
+        assert hints(observation, ends, **options) == []
+
+
 def test_missing_flags():
     observation, following, ends = walk()
     rows = np.flatnonzero(ends)
-    last, one = (ends & ~np.isin(np.arange(len(ends)), rows[n]) for n in ([0, 2, 3, 6], [0, 2]))
-    said("jumps in 4 rows inside episodes (of 393 looked at)", observation, last)
+    removed = rows[[0, 2, 3, 6]]  # 39, 97, 125, 221
+    last = ends & ~np.isin(np.arange(len(ends)), removed)
+    said(
+        "jumps in 4 rows inside episodes (of 393 looked at), first at row 39|missing",
+        observation,
+        last,
+    )
     assert hints(observation, last, ids=True) == []
     assert hints(observation, last, following=following) == []  # exact checks compare these
-    assert hints(observation, one) == []  # too few
+    assert hints(observation, ends & ~np.isin(np.arange(len(ends)), removed[:2])) == []  # too few
     none = np.arange(len(ends)) == len(ends) - 1
     said("in 11 rows|first at row 39|all 393 rows were read as one episode", observation, none)
+    unused = {"done": ends.astype(int), "is_last": ends[:, None] * 2, "other": ends}
+    said(
+        "'done' looks like done flags: columns={'truncated': 'done'}",
+        observation,
+        none,
+        unused=unused.items(),
+    )
 
 
 @pytest.mark.parametrize(
@@ -119,8 +141,15 @@ def test_rows_that_continue():
     observation, following, _ = walk([400])
     last = np.arange(400) % 25 == 24  # 15 of these rows are followed by a row
     said("15 of the 15 rows flagged truncated ('timeouts')|on purpose", observation, last)
+    terminated = last & (np.arange(400) % 50 == 49)
+    words = "7 of the 7 rows flagged terminated ('dead')|{'terminated': None, 'truncated': 'dead'}"
+    texts = hints(observation, last, terminated=terminated, following=following)
+    assert len(texts) == 2
+    assert all(word in texts[0] for word in words.split("|"))
+    assert "8 of the 8 rows flagged truncated" in texts[1]
     # Next observations that are not the next rows' prove that episodes end there.
     assert hints(observation, last, following=following + 0.01) == []
+    said("columns={'not_terminated': 'dead'}", observation, ~last, terminated=~last)
 
 
 def vector_rows(reward):
@@ -141,13 +170,6 @@ def test_recorded_resets_of_vector_environments(ids):
     sparse = hints(*vector_rows(0.0)[:2], reward=reward * 0, ids=ids)
     assert ids or ("shifted" in sparse[0] and "autoreset=True" in sparse[0])
     assert not (ids and sparse)
-
-
-def test_rare_rewards_of_a_bandit_are_no_resets():
-    observation, ones = np.random.default_rng(0).standard_normal((400, 4)), np.ones(400, bool)
-    reward = (np.arange(400) % 20 == 0).astype(float)
-    for terminated in (ones, ones & False):
-        assert hints(observation, ones, terminated=terminated, reward=reward) == []
 
 
 def test_recorded_resets_after_large_steps():
@@ -182,23 +204,38 @@ def test_next_observations_of_vector_environments_that_reset_in_the_same_step(id
 # -- silence
 
 
+def independent(rng):
+    return rng.standard_normal((400, 4))
+
+
+def categories(rng):
+    return np.eye(6)[rng.integers(6, size=400)]
+
+
+def near_constant(rng):
+    return 20 + 0.01 * rng.integers(-1, 2, (400, 3))
+
+
+def constant(rng):
+    return np.ones((400, 2))
+
+
+def states(rng):
+    return rng.permutation(64)[np.cumsum(rng.choice([-1, 1, -8, 8], 400)) % 64]
+
+
 def period(rng):
     """A week's pattern with noise: rows 7 apart are near, but not nearer than rows 14 apart."""
-    week = np.tile(rng.standard_normal((7, 3)), (58, 1))[:400]
-    return 3 * week + 0.1 * rng.standard_normal((400, 3))
+    return 3 * np.tile(rng.standard_normal((7, 3)), (58, 1))[:400] + 0.1 * rng.standard_normal(
+        (400, 3)
+    )
 
 
-STILL = {
-    "independent": lambda rng: rng.standard_normal((400, 4)),
-    "categories": lambda rng: np.eye(6)[rng.integers(6, size=400)],
-    "near_constant": lambda rng: 20 + 0.01 * rng.integers(-1, 2, (400, 3)),
-    "constant": lambda rng: np.ones((400, 2)),
-    "states": lambda rng: rng.permutation(64)[np.cumsum(rng.choice([-1, 1, -8, 8], 400)) % 64],
-    "period": period,
-}
-
-
-@pytest.mark.parametrize("make", STILL.values(), ids=STILL)
+@pytest.mark.parametrize(
+    "make",
+    [independent, categories, near_constant, constant, states, period],
+    ids=lambda f: f.__name__,
+)
 @pytest.mark.parametrize("seed", range(3))
 def test_rows_that_do_not_move_give_no_hint(make, seed):
     rng = np.random.default_rng(seed)

@@ -9,20 +9,27 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from iql_torchrl.data.readers.arrays import Columns, text_seconds
+from iql_torchrl.data.readers.arrays import Column, Columns, text_seconds
 from iql_torchrl.data.readers.columns import FLAGS, IDS
-from iql_torchrl.data.readers.distances import (
-    Flags,
-    differs,
+from iql_torchrl.data.readers.hints import (
+    boundary_hints,
     distance,
+    interleaved_by,
     leading_values,
-    refuse_interleaved,
     steps_of,
 )
-from iql_torchrl.data.readers.hints import MANY, boundary_hints, contradictions
 from iql_torchrl.data.readers.options import ReadOptions
-from iql_torchrl.data.schema import DatasetError
+from iql_torchrl.data.schema import DatasetError, Key
+from iql_torchrl.tolerance import EQUAL, rounding
 
+Flags = NDArray[np.bool_]
+#: In sources of up to so many rows, or episodes, nothing is said about what most of them are.
+MANY = 20
+#: Share of rows above which a statement about them is made.
+MOST = 0.9
+#: Most rows that are compared to find out what wrong next observations are; most numbers of a column
+#: that are compared at once; and how many leading rows tell the spread of a column.
+LOOKED_AT, VALUES, SAMPLE = 32_768, 2**22, 4096
 #: A gap ends an episode if it is longer than so many usual steps: where most steps of time are equal
 #: (within 1 %), and where they are not.
 REGULAR_GAP, IRREGULAR_GAP = 1.5, 20.0
@@ -98,7 +105,7 @@ def find_episodes(source: Columns, options: ReadOptions) -> tuple[Columns, Episo
     broken = differs(observed, following, columns.rows) if following else None
     follows = broken is not None and 2 * int(broken.sum()) < len(broken)
     if not (ids or follows) and options.columns.get("env_index", "") is not None:
-        refuse_interleaved(columns)
+        _refuse_interleaved(columns)
     ended &= ~ids.get("env_index", none)
     ended[-1:] = False
     resets, warnings = none, list[str]()
@@ -118,12 +125,11 @@ def find_episodes(source: Columns, options: ReadOptions) -> tuple[Columns, Episo
     elif "not_terminated" in has:
         truncated = truncated & ~flags["terminated"]
     found = _transitions(columns, flags | {"truncated": truncated}, last, options.reward_offset)
-    warnings = contradictions(columns, flags, last, broken, found.lengths) + warnings
+    warnings = _contradictions(columns, flags, last, broken, found.lengths) + warnings
     if not warnings:
         proved = None if broken is None else broken | ~flags["valid"][:-1]
         warnings = boundary_hints(columns, flags["terminated"], last, proved)
-        # the user knows that these rows are steps, or why their rewards are 0
-        if options.autoreset is False or options.reward_offset:
+        if options.autoreset is False:  # the user knows that these rows are steps
             warnings = [text for text in warnings if "autoreset" not in text]
         elif unflagged and not (warnings or ids or last[:-1].any()) and columns.rows > MANY:
             warnings = [
@@ -135,6 +141,45 @@ def find_episodes(source: Columns, options: ReadOptions) -> tuple[Columns, Episo
     return columns, replace(
         found, notes=(*notes, *found.notes), warnings=(*found.warnings, *warnings)
     )
+
+
+# -- comparison of next observations with the observations of other rows
+
+
+def differs(
+    observed: Mapping[Key, Column], following: Mapping[Key, Column], steps: int, ahead: int = 1
+) -> Flags:
+    """True where ``following`` is not ``observed`` so many rows ``ahead``, in leading ``steps`` rows.
+
+    The norm of the difference is above ``tolerance.EQUAL``; columns of a standard deviation below 1
+    are divided by their standard deviation. Entries that differ by rounding of the less precise dtype
+    are equal, and so is NaN, which is reported elsewhere.
+    """
+    with np.errstate(invalid="ignore"):
+        units = [_leading({(): column}, np.float64).std(axis=0) for column in observed.values()]
+    size = max(1, min(65_536, VALUES // max(map(len, units))))
+    gap = np.zeros(max(0, min(steps, next(iter(observed.values())).shape[0] - ahead)))
+    # columns of one chunk often lie in the same part of a file
+    for start in range(0, len(gap), size):
+        stop = min(start + size, len(gap))
+        for (key, column), unit in zip(observed.items(), units, strict=True):
+            later = np.asarray(column[start + ahead : stop + ahead]).reshape(stop - start, -1)
+            after = np.asarray(following[key][start:stop]).reshape(stop - start, -1)
+            relative = rounding(later.dtype, after.dtype)
+            unequal = (later != after).any(axis=1)  # few rows, and the rest is slow
+            later, after = (part[unequal].astype(np.float64) for part in (later, after))
+            with np.errstate(invalid="ignore"):
+                difference = np.abs(later - after)
+                difference[difference <= relative * np.abs(later)] = 0
+                difference /= np.where((unit > 0) & (unit < 1), unit, 1)
+                gap[start:stop][unequal] += np.square(difference).sum(1)
+    return np.asarray(np.sqrt(np.nan_to_num(gap)) > EQUAL)
+
+
+def _leading(columns: Mapping[Key, Column], dtype: Any) -> NDArray[Any]:
+    """The leading rows of all columns, flattened: ``(rows, numbers)``."""
+    parts = [np.asarray(column[:SAMPLE], dtype) for column in columns.values()]
+    return np.hstack([part.reshape(len(part), -1) for part in parts])
 
 
 # -- the order of rows
@@ -196,7 +241,7 @@ def _numbers_begin_again(columns: Columns, codes: NDArray[np.int64], ends: Flags
     """Ids occur again because their numbers begin again, not because they take turns.
 
     Decided for the blocks of rows whose id occurs again, by the first that is known: done flags at all
-    of their ends; next observations, half of which are not those of the id's next row; blocks of
+    of their ends; next observations, of which the most are not those of the id's next row; blocks of
     one row, which take turns; the median distance to the id's next row, which is above 90 % of the
     steps inside blocks.
     """
@@ -209,9 +254,12 @@ def _numbers_begin_again(columns: Columns, codes: NDArray[np.int64], ends: Flags
         return True
     observed = columns.leaves("observation")
     if following := columns.leaves("next/observation"):
-        here = {key: np.asarray(column[:])[successors] for key, column in observed.items()}
-        after = {key: np.asarray(column[:])[rows] for key, column in following.items()}
-        return bool(differs(here, after, len(rows), 0).mean() >= 0.5)
+        gaps = [
+            np.asarray(following[key][:])[rows] - np.asarray(column[:], np.float64)[successors]
+            for key, column in observed.items()
+        ]
+        largest = [np.abs(gap).reshape(len(rows), -1).max(axis=1) for gap in gaps]
+        return bool(np.median(np.max(largest, axis=0)) > EQUAL)
     if len(codes) < 2 * int(ends.sum()):
         return False
     values = leading_values(observed)
@@ -220,6 +268,24 @@ def _numbers_begin_again(columns: Columns, codes: NDArray[np.int64], ends: Flags
         return True
     jump = distance(steps.values[successors[known]] - steps.values[rows[known]], steps.unit)
     return bool(np.median(jump) > np.quantile(steps.length[~steps.ended], 0.9))
+
+
+def _refuse_interleaved(columns: Columns) -> None:
+    """Raise where the rows of several environments take turns, and no ids say so.
+
+    The observations say how many environments may take turns; next observations, if known, must agree.
+    """
+    observed, following = columns.leaves("observation"), columns.leaves("next/observation")
+    envs = interleaved_by(observed)
+    if envs is None or (following and differs(observed, following, SAMPLE, envs).mean() > 0.5):
+        return
+    raise DatasetError(
+        f"{columns.name}: the rows of {envs} environments are interleaved (row = t * {envs} + env): "
+        f"the observation {envs} rows ahead is much nearer than the next one. Add a column that "
+        f"numbers the environments, numpy.arange(rows) % {envs}, and pass columns={{'env_index': "
+        "...}: rows are then sorted by it. If all rows are of one environment, pass "
+        "columns={'env_index': None}."
+    )
 
 
 def _time_gaps(columns: Columns, inside: Flags) -> tuple[Flags, list[str]]:
@@ -298,17 +364,18 @@ def _read_flags(columns: Columns) -> dict[str, Flags]:
 def _resets(
     columns: Columns, ended: Flags, broken: Flags | None, options: ReadOptions
 ) -> tuple[Flags, list[str]]:
-    """Rows that a vector environment wrote in the step after an episode's end, ``(rows,)``; warnings.
+    """Rows that a vector environment wrote in the step after an episode's end, ``(rows,)``.
 
     Gymnasium's vector environments (1.0 and later, by default) reset in that step: its row leads from
     the last observation to the first one of the next episode, its action is ignored, its reward is 0.
     Recognised if every ended row's next observation is the following row's observation, whose row
-    has no reward and does not end, while most other rows have rewards. ``autoreset=True`` takes every
-    row after an end. With ``reward_offset`` the reward of that row is not for its action.
+    has no reward and does not end, while most other rows have rewards. Without next observations there
+    is a warning if 99 % of the other rows have rewards. ``autoreset=True`` takes every row after an
+    end. With ``reward_offset`` the reward of that row is not for its action.
     """
     after, none = np.append(False, ended[:-1]), np.zeros_like(ended)
     rewarded = np.asarray(columns.columns["next/reward"][:]).reshape(-1) != 0
-    wrong, count = rewarded & after, int(ended.sum())
+    wrong, usual, count = rewarded & after, float(rewarded[~after].mean()), int(ended.sum())
     if options.autoreset:
         text = (
             f"autoreset=True dropped {count} rows, of which {int(wrong.sum())} have rewards, first at "
@@ -316,11 +383,18 @@ def _resets(
             "has the reward 0. If these rows are transitions, pass autoreset=False."
         )
         return after, [text] if wrong.any() else []
-    if broken is None or options.reward_offset or wrong.any() or (after & ended).any():
+    if options.reward_offset or wrong.any() or (after & ended).any() or usual < 0.5:
         return none, []
-    if rewarded[~after].mean() < 0.5:
+    if broken is not None:
+        return after if count > 1 and not (broken & ended[:-1]).any() else none, []
+    # a warning of the reader explains such rewards: d3rlpy before 1.1 moved them by one row
+    if usual < 0.99 or count < 3 or columns.warnings:
         return none, []
-    return after if count > 1 and not (broken & ended[:-1]).any() else none, []
+    return none, [
+        f"the rows after all {count} ends of episodes have reward 0, and hardly any other "
+        "row: they look like rows that a vector environment wrote when it reset itself, whose actions "
+        "were ignored. Pass autoreset=True to drop them, or autoreset=False if they are steps."
+    ]
 
 
 def _last_rows(
@@ -493,3 +567,133 @@ def _lost_rewards(columns: Columns, cut: Flags, drop: Flags) -> list[str]:
         "if nothing follows, pass next_observation, or reward_offset=1 if a row's reward belongs to "
         "the action of the row before."
     ]
+
+
+# -- what cannot be right
+
+
+def _contradictions(
+    columns: Columns, flags: Mapping[str, Flags], last: Flags, broken: Flags | None,
+    lengths: NDArray[np.int64],
+) -> list[str]:  # fmt: skip
+    """Sentences on what cannot be right; empty if there is nothing.
+
+    ``broken``: rows whose next observation is not the following row's observation, if known; ``last``:
+    last rows of episodes; ``lengths``: of the episodes' transitions.
+    """
+    paths, texts = columns.paths, list[str]()
+    if "trajectory_end" in paths and not {"terminated", "not_terminated"} & paths.keys():
+        path = paths["trajectory_end"]
+        texts.append(
+            f"no column says which rows terminate: together with {paths['valid']!r}, {path!r} "
+            "ends trajectories, and all of them were read as truncated. Add 'masks' (0 where a "
+            f"row terminates), or pass columns={{'terminated': None, 'truncated': {path!r}}} if none "
+            "does."
+        )
+    elif 3 * int(flags["terminated"].sum()) > columns.rows:
+        texts += _opposite(columns, flags, last, broken)
+    if broken is not None:
+        known = {"truncated", "trajectory_end", "valid", "time", *IDS} & paths.keys()
+        inside = flags["valid"][:-1] & ~(last if known else flags["terminated"])[:-1]
+        if (breaks := broken & inside).any():
+            texts += _breaks_inside(columns, inside, breaks, last[:-1] & ~broken, bool(known))
+    remedy = (
+        "check which column has the done flags and whether it is 1 where an episode ends "
+        "(columns={...} names it)."
+    )
+    rows, remaining = int(flags["valid"].sum()), int(lengths.sum())
+    single = int((lengths == 1).sum())
+    flagged = (last & (flags["terminated"] | flags["truncated"])).sum()
+    if rows > MANY and 2 * remaining < rows:
+        texts.append(f"only {remaining} of {rows} rows make transitions, see the notes: {remedy}")
+    elif not texts and 2 * single > len(lengths) > MANY and 2 * flagged <= last.sum():
+        texts.append(f"{single} of {len(lengths)} episodes have one row: {remedy}")
+    return texts
+
+
+def _opposite(
+    columns: Columns, flags: Mapping[str, Flags], last: Flags, broken: Flags | None
+) -> list[str]:
+    """Nearly all rows terminate, although the following rows continue their trajectories."""
+    key, other = "terminated", "not_terminated"
+    if other in columns.paths:
+        key, other = other, key
+        going_on = flags["valid"] & ~last
+    elif broken is not None and not flags["terminated"].all():  # as those of a bandit
+        going_on = np.append(~broken, False)
+    else:
+        return []
+    ends = flags["terminated"][going_on]
+    if len(ends) <= MANY or 2 * len(ends) < columns.rows or ends.mean() <= MOST:
+        return []
+    sides = columns.leaves("observation"), columns.leaves("next/observation")
+    if broken is not None and differs(*sides, LOOKED_AT, 7).mean() < 0.8:
+        return []  # few states: rows equal each other by chance
+    path = columns.paths[key]
+    return [
+        f"{path!r} says that {ends.mean():.0%} of the rows terminate that the following row continues: "
+        f"it may mean the opposite. columns={{{other!r}: {path!r}}} reads it in this way."
+    ]
+
+
+def _breaks_inside(
+    columns: Columns, inside: Flags, breaks: Flags, flagged: Flags, known: bool
+) -> list[str]:
+    """Rows ``inside`` episodes whose ``next_observation`` is not the following row's: ``breaks``.
+
+    ``flagged``: ends of episodes that do not break. ``known``: a column says where episodes end.
+    """
+    count, total = int(breaks.sum()), int(inside.sum())
+    text = (
+        f"next_observation ({columns.paths['next_observation']!r}) is not the following row's "
+        f"observation in {count} "
+    )
+    if 2 * count > total:
+        return [f"{text}of {total} rows inside episodes: {_unrelated(columns, inside)}"]
+    if not known:  # episodes were cut where rows break
+        return []
+    text += f"rows inside episodes, first at row {columns.source_row(int(breaks.argmax()))}: "
+    if {*IDS} & columns.paths.keys():
+        return [
+            f"{text}rows may be missing there, or be in another order. Each transition is used as it "
+            "stands; windows of observations and chunks of actions need rows that follow each other."
+        ]
+    why = "done flags are missing there"
+    if count == 1:
+        why = (
+            "a done flag is missing there, or it is where a ring buffer overwrote its oldest rows "
+            "(begin the table with the row after it)"
+        )
+    for shift, place in ((-1, "after"), (1, "before")):
+        if (np.roll(flagged, shift) & breaks).sum() >= MOST * count:
+            why = f"the done flags are shifted: each lies one row {place} such a row"
+    return [
+        f"{text}{why}. Flag those rows as truncated or terminated; where no termination is missing, "
+        "columns={'truncated': None} ends episodes at such rows."
+    ]
+
+
+def _unrelated(columns: Columns, inside: Flags) -> str:
+    """Most rows break: what the next observations seem to be, and a remedy."""
+    observed, following = columns.leaves("observation"), columns.leaves("next/observation")
+    remedy = (
+        "Repair the column, or pass columns={'next_observation': None} to use the following rows."
+    )
+    for ahead, meaning in (
+        (0, "the same row's observation: they are copies, or shifted by one row to the end"),
+        (2, "the observation two rows later: they are shifted by one row to the beginning"),
+    ):
+        equal = ~differs(observed, following, min(LOOKED_AT, len(inside)), ahead)
+        rows = inside[: len(equal)]
+        count = int((equal & rows).sum())
+        if 2 * count > rows.sum():
+            return f"{count} of {rows.sum()} rows looked at contain {meaning}. {remedy}"
+    # Of shuffled rows, the leading next observations are as often among the leading observations.
+    known = set(map(bytes, _leading(observed, np.float32)))
+    sides = _leading({key: following[key] for key in observed}, np.float32)
+    if np.mean([bytes(row) in known for row in sides]) > 0.5 * min(1.0, SAMPLE / columns.rows):
+        return (
+            "the rows are not in the order of time, as shuffled transitions are. Each transition "
+            "is used as it stands, but lengths and returns of episodes have no meaning."
+        )
+    return f"the next observations may be shifted, in another scale, or of other rows. {remedy}"
