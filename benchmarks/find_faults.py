@@ -7,8 +7,8 @@
 ``faults.txt`` says at its beginning how a fault is written. A fault is found when a test fails because
 of it, or takes longer than the limit; tests that fail without any fault are left out. A fault is tried
 with its own tests first. Those that these do not find are tried with the whole default suite: because
-this takes many minutes, it runs once with all of them, and each test that fails then runs with each of
-them alone. The checkout is not modified: faults are made in a copy of it, in a temporary folder.
+this takes many minutes, it runs once with all of them, and each test that fails then runs with one
+of them at a time. The checkout stays as it is: faults are made in a temporary copy.
 
 With ``--output`` the file is written after every fault. Started again with the same file, checkout and
 tests, only what is missing is tried.

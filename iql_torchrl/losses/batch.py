@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -62,16 +62,18 @@ class Batch:
     def with_draws(
         self,
         inputs: Mapping[str, Draw],
-        like: Tensor,
+        parameters: Iterator[Tensor],
         draws: Mapping[str, Tensor] | None = None,
         generator: torch.Generator | None = None,
     ) -> Batch:
         """With the random tensors ``inputs``: the batch's entries, else ``draws``, else new ones.
 
-        New ones have dtype and device of ``like``, and are by default drawn from torch's generator.
+        New ones have dtype and device of the first of ``parameters``, and are by default drawn from
+        torch's generator.
         """
         if not inputs:
             return self
+        like = next(parameters)
         drawn: dict[str, Tensor] = {}
         for key, draw in inputs.items():
             given = self.data.get(key, None)

@@ -285,7 +285,7 @@ class IQLLoss(NetworkLoss):
         """
         batch = self.read_batch(tensordict)
         inputs = self.random_inputs(batch.data.batch_size)
-        return batch.with_draws(inputs, next(self.parameters()), draws)
+        return batch.with_draws(inputs, self.parameters(), draws)
 
     def read_batch(self, tensordict: TensorDictBase) -> Batch:
         """The batch without random tensors."""

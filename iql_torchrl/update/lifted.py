@@ -217,7 +217,7 @@ class Lift:
             )
         batch = self.loss.read_batch(tensordict)
         inputs = self.random_inputs(shape)
-        return batch.with_draws(inputs, next(self.loss.parameters()), draws, self.generator)
+        return batch.with_draws(inputs, self.loss.parameters(), draws, self.generator)
 
     def outputs(
         self, batch: TensorDictBase, losses: dict[str, Tensor], summary: dict[str, Tensor]

@@ -183,7 +183,7 @@ class IQLStep(Step):
 
     @property
     def evaluated(self) -> IQLLoss | Lift:
-        """What reads batches and makes the metrics: the loss, or of a population its lift."""
+        """The part that reads batches and makes the metrics: the loss, or a population's lift."""
         return self.loss if self.lift is None else self.lift
 
     # -- the update --------------------------------------------------------------------------------
