@@ -4,13 +4,14 @@
 #   benchmarks/gpu_session.sh [FOLDER]            # results in FOLDER, by default benchmarks/results
 #   benchmarks/gpu_session.sh --dry-run [FOLDER]  # the same stages on the CPU with small sizes
 #
-# Stages: the tests marked gpu; bench_step.py in float32, TF32 and bfloat16; bench_population.py;
-# profile_step.py of each form; time and memory with 1,000,000 rows. Each has a time limit, and a
-# stage that fails does not end the others. Compiling takes most of their time: with eight processors
-# or more all of them run first at once, beside the tests, to fill the compilers' caches (their output
-# is not kept but for logs_CARD/first), and then each alone. FOLDER then holds the JSON files, whose names contain the
-# card's, the output of each stage in logs_CARD/, and session_CARD.json: which stages passed, their
-# seconds, hardware and versions. The exit status is the number of stages that failed.
+# Stages: the tests marked gpu; bench_step.py in float32, with max_autotune_gemm, and with it in TF32 and
+# bfloat16; bench_population.py; profile_step.py of each form; time and memory with 1,000,000 rows. Each
+# has a time limit, and a stage that fails does not end the others. Compiling takes most of their time:
+# with eight processors or more all of them run first at once, beside the tests, to fill the compilers'
+# caches (their output is not kept but for logs_CARD/first), and then each alone. FOLDER then holds the
+# JSON files, whose names contain the card's, the output of each stage in logs_CARD/, and
+# session_CARD.json: which stages passed, their seconds, hardware and versions. The exit status is the
+# number of stages that failed.
 #
 # PYTHON names the interpreter, DEVICE the device (cuda), STAGES a subset of the stages
 # (STAGES="tests float32"). No network is used. Of pytest no plugin is needed.
@@ -88,11 +89,13 @@ else
 fi
 
 timed() {
-    bench float32 $((100 * slow)) bench_step.py --rows $few --only "$rivals" \
-        --result "${card}_float32" "${step[@]}" "${long[@]}" "${tuned[@]}"
-    bench tf32 $((65 * slow)) bench_step.py --rows $few --only "$again" --result "${card}_tf32" \
+    bench float32 $((85 * slow)) bench_step.py --rows $few --only "$rivals" \
+        --result "${card}_float32" "${step[@]}" "${long[@]}"
+    bench autotune $((65 * slow)) bench_step.py --rows $few --only "$again" \
+        --result "${card}_float32_autotune" "${step[@]}" "${tuned[@]}"
+    bench tf32 $((50 * slow)) bench_step.py --rows $few --only "$again" --result "${card}_tf32" \
         --matmul-precision high "${step[@]}" "${tuned[@]}"
-    bench bfloat16 $((65 * slow)) bench_step.py --rows $few --only "$again" \
+    bench bfloat16 $((50 * slow)) bench_step.py --rows $few --only "$again" \
         --result "${card}_bfloat16" --dtype bfloat16 "${step[@]}" "${tuned[@]}"
     bench population $((100 * slow)) bench_population.py --result "$card" \
         --only "shared captured,single captured,floor batched" "${people[@]}"
@@ -100,7 +103,7 @@ timed() {
         bench "profile_$form" $((25 * slow)) profile_step.py --form $form --result "$card" \
             --updates "$(profiled $form)" "${sizes[@]}"
     done
-    bench memory $((40 * slow)) bench_step.py --rows $many --result "${card}_memory" \
+    bench memory $((35 * slow)) bench_step.py --rows $many --result "${card}_memory" \
         --only "TorchRL eager,ours sequential captured" "${step[@]}"
 }
 

@@ -6,9 +6,9 @@
 ``train`` trains one ``IQLPopulation`` for each dataset, whose runs are those of ``bench_scores.py``
 with the seeds 0, 1, ... (own batches, captured updates). On CUDA each population has a stream, so that
 several share the card. At ``--points`` numbers of updates the policies' weights are written to FOLDER.
-Where ``--seconds`` would not suffice for all, the last population ends early. ``play`` evaluates them
-with the environments, episodes and seeds of ``bench_scores.py`` and adds the runs to its result file,
-which draw_scores.py draws.
+Where ``--seconds`` would not suffice for all, the last population waits for the others and is trained
+as far as the time allows. ``play`` evaluates them with the environments, episodes and seeds of
+``bench_scores.py`` and adds the runs to its result file, which draw_scores.py draws.
 """
 
 from __future__ import annotations
@@ -117,23 +117,25 @@ def train(o: argparse.Namespace) -> None:
     trainings = [Training(name, o) for name in o.logs]
     for each in trainings:
         each.advance()  # compiles
-    compiled = time.perf_counter()
-    while trainings:
-        for each in trainings:
+    compiled, active = time.perf_counter(), list(trainings)
+    while active:
+        for each in active:
             each.advance()
-        trainings = [each for each in trainings if each.calls < each.last]
-        if not trainings or trainings[0].calls % CALLS_A_CHECK:
+        unfinished = [each for each in trainings if each.calls < each.last]
+        active = [each for each in active if each in unfinished] or unfinished
+        if not active or active[0].calls % CALLS_A_CHECK:
             continue
         if o.device.startswith("cuda"):
             torch.cuda.synchronize()
         now = time.perf_counter()
-        to_come = (trainings[0].last - trainings[0].calls) * (now - compiled) / trainings[0].calls
+        to_come = (active[0].last - active[0].calls) * (now - compiled) / active[0].calls
         if now - began > o.seconds:
-            print(f"ended after {now - began:.0f} s")
+            for each in unfinished:
+                each.write()
             return
-        if len(trainings) > 1 and now - began + to_come > o.seconds:
-            print(f"{trainings[-1].name} ends at {trainings[-1].calls * UPDATES_A_CALL:,} updates")
-            trainings.pop().write()
+        if len(active) > 1 and now - began + to_come > o.seconds:
+            waiting = active.pop()
+            print(f"{waiting.name} waits after {waiting.calls * UPDATES_A_CALL:,} updates")
 
 
 def play(o: argparse.Namespace) -> None:

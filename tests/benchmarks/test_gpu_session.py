@@ -14,7 +14,7 @@ import pytest
 TOP = Path(__file__).resolve().parents[2]
 SCRIPT = TOP / "benchmarks" / "gpu_session.sh"
 STAGES = [
-    "collect", "tests", "float32", "tf32", "bfloat16", "population", "profile_eager",
+    "collect", "tests", "float32", "autotune", "tf32", "bfloat16", "population", "profile_eager",
     "profile_compiled", "profile_captured", "memory",
 ]  # fmt: skip
 
@@ -51,7 +51,7 @@ def test_time_limits_fit_into_ten_minutes():
         for i, word in enumerate(words)
         if word.startswith("$((") and words[i + 1 : i + 3] == ["*", "slow))"]
     ]
-    assert len(limits) == 7
+    assert len(limits) == 8
     assert sum(limits) <= 600
 
 
@@ -80,7 +80,7 @@ def test_with_many_processors_all_stages_run_once_before_they_are_timed(
     )
     lines = calls.read_text().splitlines()
     assert sum("-m pytest" in line for line in lines) == 1
-    for name in ("bench_population.py", "--form captured", "_float32", "_memory"):
+    for name in ("bench_population.py", "--form captured", "_float32 ", "_memory"):
         outputs = [line.split("--output ")[1].split()[0] for line in lines if name in line]
         assert len(outputs) == times, name
         assert outputs[-1] == str(folder)

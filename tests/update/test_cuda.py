@@ -183,6 +183,19 @@ def test_a_replay_of_an_agent_never_waits(device):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.gpu
+def test_a_call_does_not_wait_for_the_calls_before():
+    pair = Pair("cuda", schedule="cosine")
+    for _ in range(3):
+        pair.call()
+    torch.cuda._sleep(2**31)  # cycles, about a second
+    asleep = torch.cuda.Event()
+    asleep.record()
+    pair.call()
+    pair.call()
+    assert not asleep.query()
+
+
 def test_a_device_that_is_not_the_current_one(other_device):
     pair = Pair(other_device)
     before = weights(pair.agent)
