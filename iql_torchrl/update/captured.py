@@ -220,9 +220,6 @@ class CapturedStep:
             graph.record(work, rows.generator, self._fixed(rows, program))
         rates = upcoming_lrs(self.step, self.updates)
         if rates is not None:
-            rates = rates.to(self._rates.dtype)
-            if self._device.type == "cuda" and not rates.is_cuda:
-                rates = rates.pin_memory()  # a copy from other memory waits for the calls before
             self._rates.copy_(rates, non_blocking=True)
         if graph is None:
             work()
