@@ -30,6 +30,7 @@ AXES = {"width": "width", "batch": "batch", "critics": "critics", "rows": "datas
 COLOURS = {"ours": "#0072B2", "JAX": "#E69F00", "": "0.5"}
 #: competitors that are not updates: what they are
 SHOWN = {FLOOR: "matmuls alone, by torch.mm", "floor of ours": "matmuls of ours alone",
+         "floor graph": "matmuls alone, in a CUDA graph",
          "floor of ours graph": "matmuls of ours alone, in a CUDA graph"}  # fmt: skip
 #: competitors of the picture of the sweeps: how their lines look
 SWEPT = {
