@@ -247,6 +247,29 @@ def test_rows_that_do_not_move_give_no_hint(make, seed):
 
 
 @pytest.mark.parametrize("seed", range(3))
+def test_flags_where_a_controller_reaches_its_target_are_not_shifted(seed):
+    """It turns to the next target one row later, as in D4RL's maze2d; nothing is reset."""
+    rng = np.random.default_rng(seed)
+    place, speed, target, states, reached = np.zeros(2), np.zeros(2), np.ones(2), [], []
+    for _ in range(4000):
+        states.append(np.concatenate([place, speed]))
+        reached.append(bool(np.linalg.norm(target - place) < 0.3))
+        place = place + 0.05 * speed
+        force = 10 * (target - place) - 6 * speed + 0.1 * rng.standard_normal(2)
+        speed = speed + 0.05 * force
+        if reached[-1]:
+            target = rng.uniform(-3, 3, 2)
+    observation, ends = np.array(states), np.array(reached)
+    ends[-1] = True
+    steps = steps_of(observation, ends[:-1])
+    rows = np.flatnonzero(steps.ended)[:-1] + 1
+    assert len(rows) > 100
+    assert rank(steps.length[rows], steps.length[steps.inside]) > 0.85  # longer, but no jump
+    for following in (observation[np.minimum(np.arange(4000) + 1, 3999)], None):
+        assert not any("shifted" in text for text in hints(observation, ends, following=following))
+
+
+@pytest.mark.parametrize("seed", range(3))
 def test_events_inside_episodes_give_no_hint(seed):
     """A stock that is refilled, and a ball that bounces: few columns change at once."""
     rng = np.random.default_rng(seed)

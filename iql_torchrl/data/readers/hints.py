@@ -187,17 +187,20 @@ def _shift(steps: Steps) -> tuple[int, bool]:
     """1 or -1 where the observation jumps after the rows after or before the ends; else 0.
 
     And True if it jumps after the rows after the ends: the shift is 1, or nine tenths of those steps
-    are longer than that at the end, and than most steps.
+    are longer than that at the end, and than most steps. Half of the jumps are longer than a tenth of
+    the random pairs: where a goal was reached, a controller accelerates towards the next one.
     """
     ends, inside = np.flatnonzero(steps.ended), steps.length[steps.inside]
     if len(ends) < FEWEST:
         return 0, False
-    before = ends[ends + 1 < len(steps.length)]
+    before, tenth = ends[ends + 1 < len(steps.length)], np.quantile(steps.unrelated, 0.1)
     usual = np.maximum(steps.length[before], np.median(inside))
     one_later = len(before) >= FEWEST and (steps.length[before + 1] > usual).mean() >= 0.9
+    one_later = one_later and np.median(steps.length[before + 1]) > tenth
     for shift in (1, -1) if rank(steps.length[ends], inside) <= 0.8 else ():
         rows = (ends + shift)[(ends + shift >= 0) & (ends + shift < len(steps.length))]
-        if rank(steps.length[rows], inside) >= max(0.85, 0.5 + np.sqrt(0.75 / len(rows))):
+        longer = rank(steps.length[rows], inside) >= max(0.85, 0.5 + np.sqrt(0.75 / len(rows)))
+        if longer and np.median(steps.length[rows]) > tenth:
             return shift, bool(one_later or shift == 1)
     return 0, bool(one_later)
 
