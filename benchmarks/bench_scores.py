@@ -923,8 +923,13 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     if min(o.seeds, o.jobs, o.points, o.rounds, o.block) < 1 or o.block % CAPTURED:
         parser.error(f"numbers must be at least 1, and --block a multiple of {CAPTURED}")
     o.updates = updates
-    o.change = {key: _value(text) for key, _, text in (each.partition("=") for each in o.change)}
+    o.change = changes(o.change)
     return o
+
+
+def changes(texts: Sequence[str]) -> dict[str, Any]:
+    """Settings of ``KEY=VALUE``."""
+    return {key: _value(text) for key, _, text in (each.partition("=") for each in texts)}
 
 
 def _value(text: str) -> Any:

@@ -28,6 +28,7 @@ from bench_scores import (
     RESULTS,
     about_log,
     add,
+    changes,
     log_data,
     options_of,
     read,
@@ -49,7 +50,7 @@ def population(name: str, rows: dict[str, Any], o: argparse.Namespace, device: s
     """One run a seed, with the settings of ``ours`` in bench_scores.py."""
     data, _ = log_data(name, o.peers)
     settings = options_of(LOGS[name], "ours", data, None)
-    settings |= {"hidden": tuple(OURS["hidden"])}  # type: ignore[arg-type]
+    settings |= {"hidden": tuple(OURS["hidden"])} | o.change  # type: ignore[arg-type]
     configs = [
         IQLConfig(seed=seed, updates=o.updates, device=device, **settings)
         for seed in range(o.seeds)
@@ -187,10 +188,12 @@ def main() -> None:
     option("--seeds", type=int, default=4, help="runs of a population")
     option("--updates", type=int, default=1_000_000)
     option("--points", type=int, default=10, help="how often the policies are written")
+    option("--change", nargs="+", default=[], metavar="KEY=VALUE", help="settings of IQLConfig")
     option("--device", default="cuda", help="of the training")
     option("--seconds", type=float, default=float("inf"), help="of all training, at most")
     option("--result", default="scores_million", help="name of the result file")
     o = parser.parse_args()
+    o.change = changes(o.change)
     {"train": train, "play": play}[o.work](o)
 
 
