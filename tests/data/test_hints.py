@@ -264,7 +264,7 @@ def test_flags_where_a_controller_reaches_its_target_are_not_shifted(seed):
     steps = steps_of(observation, ends[:-1])
     rows = np.flatnonzero(steps.ended)[:-1] + 1
     assert len(rows) > 100
-    assert rank(steps.length[rows], steps.length[steps.inside]) > 0.85  # longer, but no jump
+    assert rank(steps.length[rows], steps.length[steps.inside]) > 0.85  # longer, but not a reset
     for following in (observation[np.minimum(np.arange(4000) + 1, 3999)], None):
         assert not any("shifted" in text for text in hints(observation, ends, following=following))
 

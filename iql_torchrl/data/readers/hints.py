@@ -187,8 +187,8 @@ def _shift(steps: Steps) -> tuple[int, bool]:
     """1 or -1 where the observation jumps after the rows after or before the ends; else 0.
 
     And True if it jumps after the rows after the ends: the shift is 1, or nine tenths of those steps
-    are longer than that at the end, and than most steps. Half of the jumps are longer than a tenth of
-    the random pairs: where a goal was reached, a controller accelerates towards the next one.
+    are longer than that at the end, and than most steps. The median discontinuity is longer than a
+    tenth of the random pairs: a controller that accelerates towards its next goal is not a reset.
     """
     ends, inside = np.flatnonzero(steps.ended), steps.length[steps.inside]
     if len(ends) < FEWEST:
