@@ -341,7 +341,14 @@ D4RL = {
     "umaze-noisy": ("umaze", "--noisy"),
 }
 #: Environment of each dataset ``NAME-replay``, and options of make_replay.py.
-REPLAYS = {"hopper": ("Hopper-v5", ("--steps", "100000", "--width", "256", "--seed", "1"))}
+REPLAYS = {
+    name: (environment, ("--steps", "215000", "--width", "256", "--seed", "1"))
+    for name, environment in (
+        ("hopper", "Hopper-v5"),
+        ("halfcheetah", "HalfCheetah-v5"),
+        ("walker2d", "Walker2d-v5"),
+    )
+}
 LOGS: dict[str, Log] = {
     "pendulum": Log(pendulum, updates=5_000, episodes=20),
     "sepsis": Log(sepsis, updates=1_000, episodes=0, methods=DISCRETE, options={"ours": SEPSIS}),
