@@ -266,7 +266,7 @@ def replay(task: str, folder: Path) -> Data:
     if not path.is_file():
         import make_replay
 
-        make_replay.main([environment, str(path), *options])
+        make_replay.main([f"{environment}={path}", *options])
     dataset = load_dataset(path, env=environment, progress=False)
     make_env = partial(gymnasium.make, environment)
     return Data(columns(dataset), make_env, REFERENCE_RETURNS[task], dataset.episode_returns)
@@ -740,13 +740,14 @@ def _on(line: Mapping[str, Any]) -> list[str]:
 
 
 def cost_table(content: Mapping[str, Any]) -> str:
-    """Markdown: what the runs of each method cost, without their evaluations."""
+    """Markdown: what the runs of each method cost, without their evaluations and populations."""
     text = [
         "| method | runs | seconds of 1,000 updates | hours of all runs |",
         "|---|---:|---:|---:|",
     ]
     for method in CONTINUOUS:
         cells = [cell for cell in content["cells"] if cell["method"] == method]
+        cells = [cell for cell in cells if "cpu_seconds" in cell]
         if cells:
             each = [1000 * cell["cpu_seconds"] / cell["updates"] for cell in cells]
             hours = sum(cell["cpu_seconds"] for cell in cells) / 3600

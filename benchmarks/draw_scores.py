@@ -42,16 +42,22 @@ def picture(
     }
     logs = list(dict.fromkeys(name for name, _ in runs))
     panels = 1 if together else len(logs)
-    figure = Figure(figsize=(max(7.0, 4.5 * panels), 4.8), layout="constrained")
-    areas = figure.subplots(1, panels, squeeze=False)[0]
+    across = panels if panels < 4 else (panels + 1) // 2  # four and more in two rows
+    down = -(-panels // across)
+    size = (max(7.0, 4.5 * across), 4.8 * down)
+    figure = Figure(figsize=size, layout="constrained")
+    areas = figure.subplots(down, across, squeeze=False).ravel()
+    for unused in areas[panels:]:
+        unused.set_axis_off()
     methods = sorted({method for _, method in runs})
     for number, ((name, method), each) in enumerate(runs.items()):
         axes = areas[0 if together else logs.index(name)]
         color = f"C{number if together else methods.index(method)}"
         label = f"{method}, {name}" if together else method
         seeds = f"{len(each)} seed{'s' if len(each) > 1 else ''}"
-        draw_line(axes, each, color=color, label=f"{label} ({seeds})")
-    for axes, title in zip(areas, [""] if together else logs, strict=True):
+        width = 2.5 if method == "ours" and not together else 1.5
+        draw_line(axes, each, color=color, linewidth=width, label=f"{label} ({seeds})")
+    for axes, title in zip(areas[:panels], [""] if together else logs, strict=True):
         axes.set(xlabel="updates", ylabel="score", title=title)
         axes.grid(alpha=0.3, linewidth=0.5)
         if not together and title in content["logs"]:

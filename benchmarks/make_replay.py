@@ -1,12 +1,13 @@
 """A log of mixed quality: everything that SAC collects while it learns a task of MuJoCo.
 
-    python benchmarks/make_replay.py Hopper-v5 hopper_replay.npz
+    python benchmarks/make_replay.py Hopper-v5=hopper_replay.npz
 
 Trains TorchRL's ``SACLoss``, one update a step after ``--random-steps`` uniform ones, and writes every
 transition in the order of collection, so the dataset holds episodes of an untrained policy next to
 those of a trained one. One thread and fixed seeds; the last digits differ between machines. With
-``--device cuda`` policy and update are CUDA graphs. The file is replaced every 10,000 steps and is a
-complete table at any time: the one of a shorter run.
+``--device cuda`` policy and update are CUDA graphs, and several tasks, each on a stream, take their
+steps in turn. A file is replaced every 10,000 steps and is a complete table at any time: the one of a
+shorter run.
 """
 
 from __future__ import annotations
@@ -173,50 +174,47 @@ class Learner:
 class Recording:
     """A task, its learner and the steps made so far."""
 
-    def __init__(self, o: argparse.Namespace) -> None:
-        self.o, self.made = o, 0
-        self.env = gymnasium.make(o.environment)
+    def __init__(self, environment: str, path: Path, o: argparse.Namespace) -> None:
+        self.path, self.steps, self.random_steps, self.made = path, o.steps, o.random_steps, 0
+        self.env = gymnasium.make(environment)
         self.env.action_space.seed(o.seed)
         self.learner = Learner(self.env, o.width, o.steps, o.device)
         self.observation, _ = self.env.reset(seed=o.seed)
 
     def step(self) -> None:
         """One step of the environment, and one update after the uniform actions."""
-        uniform = self.made < self.o.random_steps
+        uniform = self.made < self.random_steps
         action = self.env.action_space.sample() if uniform else self.learner.act(self.observation)
         after, reward, terminated, truncated, _ = self.env.step(action)
-        last = self.made + 1 == self.o.steps  # the recording ends by truncation at the latest
-        truncated_row = truncated or (last and not terminated)
-        self.learner.add(
-            self.made, self.observation, action, after, reward, terminated, truncated_row
-        )
+        self.learner.add(self.made, self.observation, action, after, reward, terminated, truncated)
         self.made += 1
         self.observation = after
         if terminated or truncated:
             self.observation, _ = self.env.reset()
         if not uniform:
             self.learner.update()
-        if self.made % EVERY == 0 or last:
-            table = self.write()
-            print(f"{self.made:,} steps; {of_the_episodes(table)}", flush=True)
+        if self.made % EVERY == 0 or self.made == self.steps:
+            print(f"{self.path}: {self.made:,} steps; {of_the_episodes(self.write())}", flush=True)
 
     def write(self) -> dict[str, NDArray[Any]]:
         """Write the rows so far, of which the last ends an episode, to the file; return the columns."""
         table = self.learner.columns(self.made)
         table["truncated"][-1] |= not table["terminated"][-1]
-        with atomic_write(self.o.path) as temporary, temporary.open("wb") as file:
+        with atomic_write(self.path) as temporary, temporary.open("wb") as file:
             np.savez(file, **table)  # type: ignore[arg-type]
         return table
 
 
 def collect(o: argparse.Namespace) -> None:
-    """Train for ``o.steps`` environment steps, and write the dataset."""
+    """Train for ``o.steps`` environment steps of each task, and write the datasets."""
     torch.set_num_threads(1)
     torch.manual_seed(o.seed)
-    recording = Recording(o)
-    for _ in tqdm(range(o.steps), desc=f"SAC on {o.environment}", unit="step", disable=None):
-        recording.step()
-    recording.env.close()
+    recordings = [Recording(environment, path, o) for environment, path in o.tasks]
+    for _ in tqdm(range(o.steps), desc="SAC", unit="step", disable=None):
+        for recording in recordings:
+            recording.step()
+    for recording in recordings:
+        recording.env.close()
 
 
 def of_the_episodes(table: dict[str, NDArray[Any]]) -> str:
@@ -231,20 +229,27 @@ def of_the_episodes(table: dict[str, NDArray[Any]]) -> str:
     )
 
 
+def task(text: str) -> tuple[str, Path]:
+    """Environment and file of ENVIRONMENT=FILE."""
+    environment, _, path = text.partition("=")
+    if not environment or Path(path).suffix != ".npz":
+        raise argparse.ArgumentTypeError(
+            f"{text!r}; expected ENVIRONMENT=FILE with a file name that ends in .npz, such as "
+            "Hopper-v5=hopper_replay.npz"
+        )
+    return environment, Path(path)
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
-    add("environment", help="Gymnasium's name, such as Hopper-v5")
-    add("path", type=Path, help="the file to write, .npz")
+    add("tasks", type=task, nargs="+", metavar="ENVIRONMENT=FILE", help="Gymnasium's name, .npz")
     add("--steps", type=int, default=100_000, help="environment steps, one row each")
     add("--random-steps", type=int, default=5_000, help="uniform actions at the start")
     add("--width", type=int, default=128, help="of the two hidden layers of each network")
     add("--seed", type=int, default=0)
     add("--device", default="cpu", help="of the learner, such as cuda")
-    o = parser.parse_args(arguments)
-    if o.path.suffix != ".npz":
-        parser.error(f"path is {o.path}; expected a name that ends in .npz.")
-    collect(o)
+    collect(parser.parse_args(arguments))
 
 
 if __name__ == "__main__":

@@ -336,6 +336,7 @@ def test_the_cost_is_the_median_of_the_runs_and_their_sum():
         {"method": "ours", "updates": 2_000, "cpu_seconds": seconds} for seconds in (4, 6, 1790)
     ]
     cells.append({"method": "CORL", "updates": 1_000, "cpu_seconds": 36})
+    cells.append({"method": "ours", "updates": 1_000, "population": 5, "wall_seconds": 9})
     lines = bench_scores.cost_table({"cells": cells}).splitlines()[2:]
     assert lines == ["| ours | 3 | 3.0 | 0.50 |", "| CORL | 1 | 36.0 | 0.01 |"]
 

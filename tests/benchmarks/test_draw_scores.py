@@ -46,3 +46,14 @@ def test_datasets_have_panels_of_their_own_or_share_one():
         "ours, other (1 seed)",
         "CORL's README, maze2d-umaze-v1",
     ]
+
+
+def test_four_datasets_have_two_rows_of_panels():
+    both = content({"ours": [[1.0]]})
+    for name in ("b", "c", "d", "e"):
+        both["cells"].append({"log": name, "method": "ours", "curve": [[1, 0.0, 2.0]]})
+    panels = draw_scores.picture(both, ["b", "c", "d", "e"], False, False).axes
+    assert panels[0].get_gridspec().get_geometry() == (2, 2)
+    assert [axes.get_title() for axes in panels] == ["b", "c", "d", "e"]
+    five = draw_scores.picture(both, None, False, False).axes
+    assert [axes.axison for axes in five] == [True] * 5 + [False]
