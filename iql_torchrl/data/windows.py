@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.types import Device
 from torchrl.data import ImmutableDatasetWriter, Storage, TensorDictReplayBuffer
 
-from iql_torchrl.data.readers.boundaries import differs
+from iql_torchrl.data.readers.contradictions import differs
 from iql_torchrl.data.replay import DeviceSampler, device_of, generator_on, leaf_keys
 from iql_torchrl.data.schema import DatasetError, Key, dotted
 from iql_torchrl.networks import HISTORY_MASK, History, stack_frames

@@ -5,7 +5,7 @@ import pytest
 from small_logs import drift
 
 from iql_torchrl.data.readers.arrays import Columns
-from iql_torchrl.data.readers.boundaries import differs
+from iql_torchrl.data.readers.contradictions import differs
 from iql_torchrl.data.readers.hints import (
     ROWS,
     boundary_hints,

@@ -1,4 +1,4 @@
-"""Which rows are transitions, where episodes end, and what ids, flags and rows contradict exactly."""
+"""Which rows are transitions, and where episodes end."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from iql_torchrl.data.readers.arrays import Column, Columns, text_seconds
-from iql_torchrl.data.readers.columns import FLAGS, IDS
+from iql_torchrl.data.readers.arrays import Columns
+from iql_torchrl.data.readers.columns import IDS
+from iql_torchrl.data.readers.contradictions import MANY, SAMPLE, contradictions, differs
+from iql_torchrl.data.readers.ends import read_flags, reset_rows, time_gaps
 from iql_torchrl.data.readers.hints import (
     boundary_hints,
     distance,
@@ -19,20 +21,10 @@ from iql_torchrl.data.readers.hints import (
     steps_of,
 )
 from iql_torchrl.data.readers.options import ReadOptions
-from iql_torchrl.data.schema import DatasetError, Key
-from iql_torchrl.tolerance import EQUAL, rounding
+from iql_torchrl.data.schema import DatasetError
+from iql_torchrl.tolerance import EQUAL
 
 Flags = NDArray[np.bool_]
-#: In sources of up to so many rows, or episodes, nothing is said about what most of them are.
-MANY = 20
-#: Share of rows above which a statement about them is made.
-MOST = 0.9
-#: Most rows that are compared to find out what wrong next observations are; most numbers of a column
-#: that are compared at once; and how many leading rows tell the spread of a column.
-LOOKED_AT, VALUES, SAMPLE = 32_768, 2**22, 4096
-#: A gap ends an episode if it is longer than so many usual steps: where most steps of time are equal
-#: (within 1 %), and where they are not.
-REGULAR_GAP, IRREGULAR_GAP = 1.5, 20.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +67,7 @@ def find_episodes(source: Columns, options: ReadOptions) -> tuple[Columns, Episo
     """The episodes of named columns, and the columns in the order of the episodes.
 
     Episodes end at rows that are terminated or truncated, where ``episode`` or ``env_index`` changes,
-    and at gaps of ``time`` (:func:`_time_gaps`). Without truncated flags and ids they also end where
+    and at gaps of ``time`` (:func:`time_gaps`). Without truncated flags and ids they also end where
     ``next_observation`` is not the following row's observation (:func:`differs`), and after
     ``max_episode_steps``. Rows whose ids recur are sorted by them (:func:`_sorted_rows`).
 
@@ -85,7 +77,7 @@ def find_episodes(source: Columns, options: ReadOptions) -> tuple[Columns, Episo
     an id, is ``done`` and is not bootstrapped, but the episode continues; without ``terminals``, or
     where these equal the terminations, only if ``next_observation`` is the next row's observation. A
     row where ``valid`` is 0, or that a vector environment wrote after an episode's end
-    (:func:`_resets`), is not a transition.
+    (:func:`reset_rows`), is not a transition.
 
     Without ``next_observation`` the following row has the next observation. At the end of an episode
     there is none: a truncated row is dropped and the row before it becomes the last, truncated (as in
@@ -95,11 +87,11 @@ def find_episodes(source: Columns, options: ReadOptions) -> tuple[Columns, Episo
     name what contradicts the flags (hints: what observations make unlikely).
     """
     columns, ids, notes = _sorted_rows(source)
-    has, flags = columns.paths.keys(), _read_flags(columns)
+    has, flags = columns.paths.keys(), read_flags(columns)
     ended = flags["terminated"] | flags["truncated"] | flags["trajectory_end"]
     unflagged, none = not ended.any(), np.zeros_like(ended)
     id_ends = np.any([none, *ids.values()], axis=0)
-    gaps, texts = _time_gaps(columns, ~(ended | id_ends)) if "time" in has else (none, [])
+    gaps, texts = time_gaps(columns, ~(ended | id_ends)) if "time" in has else (none, [])
     notes += texts
     observed, following = columns.leaves("observation"), columns.leaves("next/observation")
     broken = differs(observed, following, columns.rows) if following else None
@@ -110,7 +102,7 @@ def find_episodes(source: Columns, options: ReadOptions) -> tuple[Columns, Episo
     ended[-1:] = False
     resets, warnings = none, list[str]()
     if options.autoreset is not False and ended.any() and "valid" not in has:
-        resets, warnings = _resets(columns, ended, broken, options)
+        resets, warnings = reset_rows(columns, ended, broken, options)
     if resets.any():
         flags["valid"] = flags["valid"] & ~resets
         notes.append(
@@ -125,7 +117,7 @@ def find_episodes(source: Columns, options: ReadOptions) -> tuple[Columns, Episo
     elif "not_terminated" in has:
         truncated = truncated & ~flags["terminated"]
     found = _transitions(columns, flags | {"truncated": truncated}, last, options.reward_offset)
-    warnings = _contradictions(columns, flags, last, broken, found.lengths) + warnings
+    warnings = contradictions(columns, flags, last, broken, found.lengths) + warnings
     if not warnings:
         proved = None if broken is None else broken | ~flags["valid"][:-1]
         warnings = boundary_hints(columns, flags["terminated"], last, proved)
@@ -141,45 +133,6 @@ def find_episodes(source: Columns, options: ReadOptions) -> tuple[Columns, Episo
     return columns, replace(
         found, notes=(*notes, *found.notes), warnings=(*found.warnings, *warnings)
     )
-
-
-# -- comparison of next observations with the observations of other rows
-
-
-def differs(
-    observed: Mapping[Key, Column], following: Mapping[Key, Column], steps: int, ahead: int = 1
-) -> Flags:
-    """True where ``following`` is not ``observed`` so many rows ``ahead``, in leading ``steps`` rows.
-
-    The norm of the difference is above ``tolerance.EQUAL``; columns of a standard deviation below 1
-    are divided by their standard deviation. Entries that differ by rounding of the less precise dtype
-    are equal, and so is NaN, which is reported elsewhere.
-    """
-    with np.errstate(invalid="ignore"):
-        units = [_leading({(): column}, np.float64).std(axis=0) for column in observed.values()]
-    size = max(1, min(65_536, VALUES // max(map(len, units))))
-    gap = np.zeros(max(0, min(steps, next(iter(observed.values())).shape[0] - ahead)))
-    # columns of one chunk often lie in the same part of a file
-    for start in range(0, len(gap), size):
-        stop = min(start + size, len(gap))
-        for (key, column), unit in zip(observed.items(), units, strict=True):
-            later = np.asarray(column[start + ahead : stop + ahead]).reshape(stop - start, -1)
-            after = np.asarray(following[key][start:stop]).reshape(stop - start, -1)
-            relative = rounding(later.dtype, after.dtype)
-            unequal = (later != after).any(axis=1)  # few rows, and the rest is slow
-            later, after = (part[unequal].astype(np.float64) for part in (later, after))
-            with np.errstate(invalid="ignore"):
-                difference = np.abs(later - after)
-                difference[difference <= relative * np.abs(later)] = 0
-                difference /= np.where((unit > 0) & (unit < 1), unit, 1)
-                gap[start:stop][unequal] += np.square(difference).sum(1)
-    return np.asarray(np.sqrt(np.nan_to_num(gap)) > EQUAL)
-
-
-def _leading(columns: Mapping[Key, Column], dtype: Any) -> NDArray[Any]:
-    """The leading rows of all columns, flattened: ``(rows, numbers)``."""
-    parts = [np.asarray(column[:SAMPLE], dtype) for column in columns.values()]
-    return np.hstack([part.reshape(len(part), -1) for part in parts])
 
 
 # -- the order of rows
@@ -245,7 +198,7 @@ def _numbers_begin_again(columns: Columns, codes: NDArray[np.int64], ends: Flags
     one row, which take turns; the median distance to the id's next row, which is above 90 % of the
     steps inside blocks.
     """
-    flags = _read_flags(columns)
+    flags = read_flags(columns)
     done = flags["terminated"] | flags["truncated"] | flags["trajectory_end"]
     order = np.argsort(codes, kind="stable")
     again = (codes[order[1:]] == codes[order[:-1]]) & ends[order[:-1]]
@@ -288,113 +241,7 @@ def _refuse_interleaved(columns: Columns) -> None:
     )
 
 
-def _time_gaps(columns: Columns, inside: Flags) -> tuple[Flags, list[str]]:
-    """Rows after which ``time`` has a gap or goes back inside episodes, ``(rows,)``; and notes.
-
-    A gap is a step of more than 1.5 usual (median) ones where most steps are equal, and of more than
-    20 where they are not. ``inside``: rows that do not end an episode.
-    """
-    subject = f"time ({columns.paths['time']!r})"
-    raw: Any = np.asarray(columns.columns["time"][:]).reshape(-1)
-    if raw.dtype.kind in "UO":
-        text, raw = raw[0], text_seconds(raw.tolist())
-        if raw is None:
-            raise DatasetError(
-                f"{columns.name}: {subject} has text that is not a date of ISO 8601, such as "
-                f"{text!s}; convert it to numbers, or pass columns={{'time': None}}."
-            )
-    if raw.dtype.kind in "mM":
-        raw = (raw - raw[0]) / np.timedelta64(1, "s")
-    times = raw.astype(np.float64)
-    if (unknown := ~np.isfinite(times)).any():
-        raise DatasetError(
-            f"{columns.name}: {subject} is missing in {columns.place_of(unknown)}; expected a time in "
-            "every row, or columns={'time': None}."
-        )
-    step, inside, notes = np.append(np.diff(times), 0), inside.copy(), list[str]()
-    inside[-1] = False
-    if not (usual := step[inside & (step > 0)]).size:
-        return np.zeros_like(inside), []
-    middle = float(np.median(usual))
-    regular = (np.abs(usual - middle) <= 0.01 * middle).mean() >= 0.5
-    limit = (REGULAR_GAP if regular else IRREGULAR_GAP) * middle
-    gap, back = inside & (step > limit), inside & (step < 0)
-    gap_text = f"has gaps of more than {limit:g} (a usual step is {middle:g})"
-    for where, text in ((gap, gap_text), (back, "goes back")):
-        if where.any():
-            notes.append(
-                f"{subject} {text} after {int(where.sum())} rows inside episodes, first after "
-                f"row {columns.source_row(int(where.argmax()))}: episodes are truncated there. "
-                "columns={'time': None} ignores the column."
-            )
-    return gap | back, notes
-
-
-# -- flags, last rows and transitions
-
-
-def _read_flags(columns: Columns) -> dict[str, Flags]:
-    """Each of ``FLAGS`` as bool ``(rows,)``; rows are valid, and nothing else, where it is missing."""
-    flags, name, paths = dict[str, Flags](), columns.name, columns.paths
-    for key in FLAGS:
-        if key not in columns.columns:
-            flags[key] = np.full(columns.rows, key == "valid")
-            continue
-        values = np.ravel(columns.columns[key][:])
-        if (wrong := (values != 0) & (values != 1)).any():
-            raise DatasetError(
-                f"{name}: {key} ({paths[key]!r}) has {values[wrong][0]} in {columns.place_of(wrong)}, "
-                "with other values than 0 and 1; expected 0 or 1."
-            )
-        flags[key] = values.astype(np.bool_)
-    if "not_terminated" in paths:
-        opposite = ~flags["not_terminated"]
-        differ = flags["terminated"] != opposite
-        if "terminated" in paths and differ.any():
-            first, second = paths["not_terminated"], paths["terminated"]
-            raise DatasetError(
-                f"{name}: {first!r} (0 where a row terminates) and {second!r} (1 there) disagree in "
-                f"{columns.place_of(differ)}; choose one with columns={{'terminated': {second!r}}} or "
-                f"columns={{'not_terminated': {first!r}, 'terminated': None}}."
-            )
-        flags["terminated"] = opposite
-    return flags
-
-
-def _resets(
-    columns: Columns, ended: Flags, broken: Flags | None, options: ReadOptions
-) -> tuple[Flags, list[str]]:
-    """Rows that a vector environment wrote in the step after an episode's end, ``(rows,)``.
-
-    Gymnasium's vector environments (1.0 and later, by default) reset in that step: its row leads from
-    the last observation to the first one of the next episode, its action is ignored, its reward is 0.
-    Recognised if every ended row's next observation is the following row's observation, whose row
-    has no reward and does not end, while most other rows have rewards. Without next observations there
-    is a warning if 99 % of the other rows have rewards. ``autoreset=True`` takes every row after an
-    end. With ``reward_offset`` the reward of that row is not for its action.
-    """
-    after, none = np.append(False, ended[:-1]), np.zeros_like(ended)
-    rewarded = np.asarray(columns.columns["next/reward"][:]).reshape(-1) != 0
-    wrong, usual, count = rewarded & after, float(rewarded[~after].mean()), int(ended.sum())
-    if options.autoreset:
-        text = (
-            f"autoreset=True dropped {count} rows, of which {int(wrong.sum())} have rewards, first at "
-            f"row {columns.source_row(int(wrong.argmax()))}; the step that resets a vector environment "
-            "has the reward 0. If these rows are transitions, pass autoreset=False."
-        )
-        return after, [text] if wrong.any() else []
-    if options.reward_offset or wrong.any() or (after & ended).any() or usual < 0.5:
-        return none, []
-    if broken is not None:
-        return after if count > 1 and not (broken & ended[:-1]).any() else none, []
-    # a warning of the reader explains such rewards: d3rlpy before 1.1 moved them by one row
-    if usual < 0.99 or count < 3 or columns.warnings:
-        return none, []
-    return none, [
-        f"the rows after all {count} ends of episodes have reward 0, and hardly any other "
-        "row: they look like rows that a vector environment wrote when it reset itself, whose actions "
-        "were ignored. Pass autoreset=True to drop them, or autoreset=False if they are steps."
-    ]
+# -- last rows and transitions
 
 
 def _last_rows(
@@ -567,133 +414,3 @@ def _lost_rewards(columns: Columns, cut: Flags, drop: Flags) -> list[str]:
         "if nothing follows, pass next_observation, or reward_offset=1 if a row's reward belongs to "
         "the action of the row before."
     ]
-
-
-# -- what cannot be right
-
-
-def _contradictions(
-    columns: Columns, flags: Mapping[str, Flags], last: Flags, broken: Flags | None,
-    lengths: NDArray[np.int64],
-) -> list[str]:  # fmt: skip
-    """Sentences on what cannot be right; empty if there is nothing.
-
-    ``broken``: rows whose next observation is not the following row's observation, if known; ``last``:
-    last rows of episodes; ``lengths``: of the episodes' transitions.
-    """
-    paths, texts = columns.paths, list[str]()
-    if "trajectory_end" in paths and not {"terminated", "not_terminated"} & paths.keys():
-        path = paths["trajectory_end"]
-        texts.append(
-            f"no column says which rows terminate: together with {paths['valid']!r}, {path!r} "
-            "ends trajectories, and all of them were read as truncated. Add 'masks' (0 where a "
-            f"row terminates), or pass columns={{'terminated': None, 'truncated': {path!r}}} if none "
-            "does."
-        )
-    elif 3 * int(flags["terminated"].sum()) > columns.rows:
-        texts += _opposite(columns, flags, last, broken)
-    if broken is not None:
-        known = {"truncated", "trajectory_end", "valid", "time", *IDS} & paths.keys()
-        inside = flags["valid"][:-1] & ~(last if known else flags["terminated"])[:-1]
-        if (breaks := broken & inside).any():
-            texts += _breaks_inside(columns, inside, breaks, last[:-1] & ~broken, bool(known))
-    remedy = (
-        "check which column has the done flags and whether it is 1 where an episode ends "
-        "(columns={...} names it)."
-    )
-    rows, remaining = int(flags["valid"].sum()), int(lengths.sum())
-    single = int((lengths == 1).sum())
-    flagged = (last & (flags["terminated"] | flags["truncated"])).sum()
-    if rows > MANY and 2 * remaining < rows:
-        texts.append(f"only {remaining} of {rows} rows make transitions, see the notes: {remedy}")
-    elif not texts and 2 * single > len(lengths) > MANY and 2 * flagged <= last.sum():
-        texts.append(f"{single} of {len(lengths)} episodes have one row: {remedy}")
-    return texts
-
-
-def _opposite(
-    columns: Columns, flags: Mapping[str, Flags], last: Flags, broken: Flags | None
-) -> list[str]:
-    """Nearly all rows terminate, although the following rows continue their trajectories."""
-    key, other = "terminated", "not_terminated"
-    if other in columns.paths:
-        key, other = other, key
-        going_on = flags["valid"] & ~last
-    elif broken is not None and not flags["terminated"].all():  # as those of a bandit
-        going_on = np.append(~broken, False)
-    else:
-        return []
-    ends = flags["terminated"][going_on]
-    if len(ends) <= MANY or 2 * len(ends) < columns.rows or ends.mean() <= MOST:
-        return []
-    sides = columns.leaves("observation"), columns.leaves("next/observation")
-    if broken is not None and differs(*sides, LOOKED_AT, 7).mean() < 0.8:
-        return []  # few states: rows equal each other by chance
-    path = columns.paths[key]
-    return [
-        f"{path!r} says that {ends.mean():.0%} of the rows terminate that the following row continues: "
-        f"it may mean the opposite. columns={{{other!r}: {path!r}}} reads it in this way."
-    ]
-
-
-def _breaks_inside(
-    columns: Columns, inside: Flags, breaks: Flags, flagged: Flags, known: bool
-) -> list[str]:
-    """Rows ``inside`` episodes whose ``next_observation`` is not the following row's: ``breaks``.
-
-    ``flagged``: ends of episodes that do not break. ``known``: a column says where episodes end.
-    """
-    count, total = int(breaks.sum()), int(inside.sum())
-    text = (
-        f"next_observation ({columns.paths['next_observation']!r}) is not the following row's "
-        f"observation in {count} "
-    )
-    if 2 * count > total:
-        return [f"{text}of {total} rows inside episodes: {_unrelated(columns, inside)}"]
-    if not known:  # episodes were cut where rows break
-        return []
-    text += f"rows inside episodes, first at row {columns.source_row(int(breaks.argmax()))}: "
-    if {*IDS} & columns.paths.keys():
-        return [
-            f"{text}rows may be missing there, or be in another order. Each transition is used as it "
-            "stands; windows of observations and chunks of actions need rows that follow each other."
-        ]
-    why = "done flags are missing there"
-    if count == 1:
-        why = (
-            "a done flag is missing there, or it is where a ring buffer overwrote its oldest rows "
-            "(begin the table with the row after it)"
-        )
-    for shift, place in ((-1, "after"), (1, "before")):
-        if (np.roll(flagged, shift) & breaks).sum() >= MOST * count:
-            why = f"the done flags are shifted: each lies one row {place} such a row"
-    return [
-        f"{text}{why}. Flag those rows as truncated or terminated; where no termination is missing, "
-        "columns={'truncated': None} ends episodes at such rows."
-    ]
-
-
-def _unrelated(columns: Columns, inside: Flags) -> str:
-    """Most rows break: what the next observations seem to be, and a remedy."""
-    observed, following = columns.leaves("observation"), columns.leaves("next/observation")
-    remedy = (
-        "Repair the column, or pass columns={'next_observation': None} to use the following rows."
-    )
-    for ahead, meaning in (
-        (0, "the same row's observation: they are copies, or shifted by one row to the end"),
-        (2, "the observation two rows later: they are shifted by one row to the beginning"),
-    ):
-        equal = ~differs(observed, following, min(LOOKED_AT, len(inside)), ahead)
-        rows = inside[: len(equal)]
-        count = int((equal & rows).sum())
-        if 2 * count > rows.sum():
-            return f"{count} of {rows.sum()} rows looked at contain {meaning}. {remedy}"
-    # Of shuffled rows, the leading next observations are as often among the leading observations.
-    known = set(map(bytes, _leading(observed, np.float32)))
-    sides = _leading({key: following[key] for key in observed}, np.float32)
-    if np.mean([bytes(row) in known for row in sides]) > 0.5 * min(1.0, SAMPLE / columns.rows):
-        return (
-            "the rows are not in the order of time, as shuffled transitions are. Each transition "
-            "is used as it stands, but lengths and returns of episodes have no meaning."
-        )
-    return f"the next observations may be shifted, in another scale, or of other rows. {remedy}"
