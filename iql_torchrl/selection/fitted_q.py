@@ -20,7 +20,7 @@ from iql_torchrl.selection.bounds import FloatArray
 from iql_torchrl.selection.candidates import resolve_candidates
 from iql_torchrl.selection.coverage import Coverage
 from iql_torchrl.selection.critics import TABLE_BYTES, Critics, Steps, network_scores
-from iql_torchrl.selection.episodes import EpisodeScores, read_datasets, return_range
+from iql_torchrl.selection.episodes import Episodes, EpisodeScores, read_datasets, return_range
 from iql_torchrl.selection.estimators import exact_weights
 from iql_torchrl.selection.tabular import finite_states, table_scores
 
@@ -129,21 +129,12 @@ def fitted_q_evaluation(
     """
     resolved = resolve_candidates(candidates)
     fit, fresh = read_datasets(train, held_out, discount)
-    check_choice("model", model, MODELS)
-    check_whole(
-        updates=updates, batch_size=batch_size, action_samples=action_samples, min_count=min_count,
-        **{f"hidden[{number}]": width for number, width in enumerate(hidden)},
+    _check_settings(
+        model, lr, polyak, hidden, updates=updates, batch_size=batch_size,
+        action_samples=action_samples, min_count=min_count,
     )  # fmt: skip
-    if not 0 < lr < float("inf"):
-        raise ValueError(f"lr is {lr}; expected a learning rate above 0.")
-    if not 0 < polyak <= 1:
-        raise ValueError(f"polyak is {polyak}; it must lie in (0, 1].")
-    for name, part in (("train", fit), ("held_out", fresh)):
-        if discount == 1 and (cut := int(part.never_terminated.sum())):
-            raise ValueError(
-                f"discount is 1 and {cut} of {len(part)} episodes of {name} end without termination, "
-                "past which undiscounted values have no bound; choose a discount below 1."
-            )
+    if discount == 1:
+        _check_all_terminate(train=fit, held_out=fresh)
     if deterministic is None:
         deterministic = fit.continuous
     finite = None if model == "network" else finite_states(train, held_out)
@@ -171,3 +162,24 @@ def fitted_q_evaluation(
         passes, backups = updates * batch_size / len(train), updates * polyak
     names = tuple(candidate.name for candidate in resolved)
     return FittedQ(names, discount, scores, error, error_training, backups, passes, deterministic)
+
+
+def _check_settings(
+    model: str, lr: float, polyak: float, hidden: Sequence[int], **whole: int
+) -> None:
+    check_choice("model", model, MODELS)
+    widths = {f"hidden[{number}]": width for number, width in enumerate(hidden)}
+    check_whole(**whole, **widths)
+    if not 0 < lr < float("inf"):
+        raise ValueError(f"lr is {lr}; expected a learning rate above 0.")
+    if not 0 < polyak <= 1:
+        raise ValueError(f"polyak is {polyak}; it must lie in (0, 1].")
+
+
+def _check_all_terminate(**parts: Episodes) -> None:
+    for name, part in parts.items():
+        if cut := int(part.never_terminated.sum()):
+            raise ValueError(
+                f"discount is 1 and {cut} of {len(part)} episodes of {name} end without termination, "
+                "past which undiscounted values have no bound; choose a discount below 1."
+            )

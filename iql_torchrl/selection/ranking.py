@@ -214,10 +214,7 @@ def rank_policies(
     """
     resolved = resolve_candidates(candidates)
     fit, fresh = read_datasets(train, held_out, discount)
-    for name, share in (("max_extrapolation", max_extrapolation), ("confidence", confidence)):
-        ends = name == "confidence" and share in (0, 1)
-        if isinstance(share, bool) or not 0 <= share <= 1 or ends:
-            raise ValueError(f"{name} is {share!r}; it must lie between 0 and 1.")
+    _check_shares(max_extrapolation, confidence)
     baseline = _bc_baseline(resolved, bc_baseline)
     if behaviour is None and LOG_PROB in held_out.transitions:
         behaviour = LOG_PROB
@@ -230,13 +227,7 @@ def rank_policies(
             candidates, train, held_out, discount=discount, min_count=min_count, seed=seed,
             behaviour=behaviour, deterministic=chosen, progress=progress,
         )  # fmt: skip
-    actual = (fitted_q.names, fitted_q.episodes.scores.shape[1], fitted_q.discount)
-    expected = (tuple(candidate.name for candidate in resolved), len(fresh), discount)
-    if actual != expected:
-        raise ValueError(
-            f"fitted_q has (candidates, episodes, discount) {actual}, expected {expected}: "
-            "pass what fitted_q_evaluation returned for the same arguments."
-        )
+    _check_is_of(fitted_q, resolved, fresh, discount)
     columns = _columns(resolved, fitted_q, fresh, baseline, confidence, seed)
     if not unchecked:
         # Intervals that hold for all candidates at once (Bonferroni), in the range of logged returns.
@@ -249,16 +240,10 @@ def rank_policies(
         columns |= {column: getattr(result, name) for column, name in IMPORTANCE.items()}
     facts = facts_of(fitted_q, fit, fresh)
     enough = max(min_effective_episodes, MIN_EFFECTIVE_SHARE * len(fresh))
-    rows: list[dict[str, Any]] = []
-    for rank, number in enumerate(np.argsort(-fitted_q.values, kind="stable").tolist(), 1):
-        row = {"rank": rank, "candidate": resolved[number].name}
-        row |= {key: np.asarray(values)[number].item() for key, values in columns.items()}
-        rows.append(row | {"caveats": caveats_of(row, facts, max_extrapolation, enough)})
-    sound = [row for row in rows if "importance" not in row["caveats"]]
-    agreement = math.nan, math.nan
-    if len(sound) >= MIN_COMPARED:
-        pairs = ([row[key] for row in sound] for key in ("value", "importance_value"))
-        agreement = rank_correlations(*pairs)
+    rows = _ranked(columns, resolved)
+    for row in rows:
+        row["caveats"] = caveats_of(row, facts, max_extrapolation, enough)
+    agreement = _agreement(rows)
     value = fitted_q.episodes.behaviour_value(confidence, seed)
     blocking = [*blocking_warnings(fitted_q, fit, fresh, facts["converged"])]
     clone = next((row for row in rows if baseline and row["candidate"] == baseline.name), None)
@@ -273,6 +258,43 @@ def rank_policies(
         tuple(rows), *value, fitted_q.episodes.behaviour_unsupported, *agreement, recommended,
         sentence, warnings, discount, len(fresh),
     )  # fmt: skip
+
+
+def _check_shares(max_extrapolation: float, confidence: float) -> None:
+    for name, share in (("max_extrapolation", max_extrapolation), ("confidence", confidence)):
+        ends = name == "confidence" and share in (0, 1)
+        if isinstance(share, bool) or not 0 <= share <= 1 or ends:
+            raise ValueError(f"{name} is {share!r}; it must lie between 0 and 1.")
+
+
+def _check_is_of(
+    fitted_q: FittedQ, candidates: Sequence[Candidate], held_out: Episodes, discount: float
+) -> None:
+    """Raise ``ValueError`` unless ``fitted_q`` is an evaluation of these candidates and episodes."""
+    actual = (fitted_q.names, fitted_q.episodes.scores.shape[1], fitted_q.discount)
+    expected = (tuple(candidate.name for candidate in candidates), len(held_out), discount)
+    if actual != expected:
+        raise ValueError(
+            f"fitted_q has (candidates, episodes, discount) {actual}, expected {expected}: "
+            "pass what fitted_q_evaluation returned for the same arguments."
+        )
+
+
+def _ranked(columns: Mapping[str, Any], candidates: Sequence[Candidate]) -> list[dict[str, Any]]:
+    """One dict per candidate with its numbers in ``columns``, best value first."""
+    rows: list[dict[str, Any]] = []
+    for number in np.argsort(-np.asarray(columns["value"]), kind="stable").tolist():
+        row = {"rank": len(rows) + 1, "candidate": candidates[number].name}
+        rows.append(row | {k: np.asarray(values)[number].item() for k, values in columns.items()})
+    return rows
+
+
+def _agreement(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
+    """Spearman's and Kendall's correlation of the two estimators; NaN for fewer than three rows."""
+    sound = [row for row in rows if "importance" not in row["caveats"]]
+    if len(sound) < MIN_COMPARED:
+        return math.nan, math.nan
+    return rank_correlations(*([r[key] for r in sound] for key in ("value", "importance_value")))
 
 
 def _columns(
