@@ -23,6 +23,7 @@ from iql_torchrl.data.codec import UNCHANGED, Adaptation
 from iql_torchrl.data.schema import DatasetError, Key, MissingPackageError
 from iql_torchrl.descriptions import one_line
 
+Flags = NDArray[np.bool_]
 #: About how many bytes of parts that were read are kept in memory.
 KEPT_BYTES = 64 * 2**20
 #: A date and time in ISO 8601: day, time, and the zone's sign, hours and minutes.

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from iql_torchrl.data.readers.arrays import Columns
+from iql_torchrl.data.readers.arrays import Columns, Flags
 from iql_torchrl.data.readers.columns import IDS
 from iql_torchrl.data.readers.contradictions import MANY, SAMPLE, contradictions, differs
 from iql_torchrl.data.readers.ends import read_flags, reset_rows, time_gaps
@@ -23,8 +23,6 @@ from iql_torchrl.data.readers.hints import (
 from iql_torchrl.data.readers.options import ReadOptions
 from iql_torchrl.data.schema import DatasetError
 from iql_torchrl.tolerance import EQUAL
-
-Flags = NDArray[np.bool_]
 
 
 @dataclass(frozen=True, kw_only=True)

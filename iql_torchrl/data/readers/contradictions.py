@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from iql_torchrl.data.readers.arrays import Column, Columns
+from iql_torchrl.data.readers.arrays import Column, Columns, Flags
 from iql_torchrl.data.readers.columns import IDS
 from iql_torchrl.data.schema import Key
 from iql_torchrl.tolerance import EQUAL, rounding
 
-Flags = NDArray[np.bool_]
 #: In sources of up to so many rows, or episodes, nothing is said about what most of them are.
 MANY = 20
 #: Share of rows above which a statement about them is made.

@@ -5,14 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from iql_torchrl.data.readers.arrays import Columns, text_seconds
+from iql_torchrl.data.readers.arrays import Columns, Flags, text_seconds
 from iql_torchrl.data.readers.columns import FLAGS
 from iql_torchrl.data.readers.options import ReadOptions
 from iql_torchrl.data.schema import DatasetError
 
-Flags = NDArray[np.bool_]
 #: A gap ends an episode if it is longer than so many usual steps: where most steps of time are equal
 #: (within 1 %), and where they are not.
 REGULAR_GAP, IRREGULAR_GAP = 1.5, 20.0

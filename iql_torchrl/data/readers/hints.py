@@ -13,11 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from iql_torchrl.data.readers.arrays import Column, Columns, UnreadableColumn
+from iql_torchrl.data.readers.arrays import Column, Columns, Flags, UnreadableColumn
 from iql_torchrl.data.readers.columns import IDS
 from iql_torchrl.data.schema import Key
 
-Flags = NDArray[np.bool_]
 Floats = NDArray[np.float64]
 #: Most leading rows and numbers of a column that are read, columns and random pairs that are used.
 ROWS, VALUES, COLUMNS, PAIRS = 32_768, 2**21, 128, 4096
