@@ -342,11 +342,11 @@ D4RL = {
 }
 #: Environment of each dataset ``NAME-replay``, and options of make_replay.py.
 REPLAYS = {
-    name: (environment, ("--steps", "215000", "--width", "256", "--seed", "1"))
-    for name, environment in (
-        ("hopper", "Hopper-v5"),
-        ("halfcheetah", "HalfCheetah-v5"),
-        ("walker2d", "Walker2d-v5"),
+    name: (environment, ("--steps", str(steps), "--width", "256", "--seed", "1"))
+    for name, environment, steps in (
+        ("hopper", "Hopper-v5", 110_000),
+        ("halfcheetah", "HalfCheetah-v5", 120_000),
+        ("walker2d", "Walker2d-v5", 120_000),
     )
 }
 LOGS: dict[str, Log] = {

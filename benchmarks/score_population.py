@@ -25,6 +25,7 @@ from bench_scores import (
     EVALUATION_SEED,
     LOGS,
     OURS,
+    OWN,
     RESULTS,
     about_log,
     add,
@@ -47,9 +48,9 @@ PACKAGES = ("torch", "torchrl", "tensordict")
 
 
 def population(name: str, rows: dict[str, Any], o: argparse.Namespace, device: str) -> Any:
-    """One run a seed, with the settings of ``ours`` in bench_scores.py."""
+    """One run a seed, with the settings of ``o.method`` in bench_scores.py."""
     data, _ = log_data(name, o.peers)
-    settings = options_of(LOGS[name], "ours", data, None)
+    settings = options_of(LOGS[name], o.method, data, None)
     settings |= {"hidden": tuple(OURS["hidden"])} | o.change  # type: ignore[arg-type]
     configs = [
         IQLConfig(seed=seed, updates=o.updates, device=device, **settings)
@@ -169,7 +170,7 @@ def play(o: argparse.Namespace) -> None:
         versions = {package: trained_on[package] for package in PACKAGES}
         for config, curve in zip(runs.configs, played_at, strict=True):
             add(content, {
-                "log": name, "method": "ours", "seed": config.seed, "updates": points[-1],
+                "log": name, "method": o.method, "seed": config.seed, "updates": points[-1],
                 "return": curve[-1][1], "score": curve[-1][2], "curve": curve,
                 "population": o.seeds, "wall_seconds": about["wall_seconds"],
                 "trained_on": trained_on["name"], "processor": processor(),
@@ -185,6 +186,7 @@ def main() -> None:
     option("folder", type=Path, help="of the policies' weights")
     option("--peers", type=Path, default=CACHE, help="folder of the datasets; may be new")
     option("--logs", nargs="+", choices=LOGS, default=["d4rl-umaze"])
+    option("--method", choices=OWN, default="ours")
     option("--seeds", type=int, default=4, help="runs of a population")
     option("--updates", type=int, default=1_000_000)
     option("--points", type=int, default=10, help="how often the policies are written")

@@ -36,6 +36,32 @@ def test_the_log_has_every_step_and_the_ends_of_its_episodes(tmp_path):
         assert table["truncated"].sum() == 1  # its episodes have 1,000 steps
 
 
+@pytest.mark.gpu
+def test_on_cuda_graphs_act_and_learn_from_the_rows_so_far(tmp_path, monkeypatch):
+    needs("mujoco")
+    made = []
+
+    class Observed(make_replay.Learner):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            made.append((self, [p.detach().clone() for p in self.loss.parameters()]))
+
+    monkeypatch.setattr(make_replay, "Learner", Observed)
+    path, other = tmp_path / "log.npz", tmp_path / "other.npz"
+    sizes = ["--steps", "120", "--random-steps", "90", "--width", "8", "--device", "cuda"]
+    make_replay.main([f"Hopper-v5={path}", f"HalfCheetah-v5={other}", *sizes])
+    for (learner, before), file, size in zip(made, (path, other), (3, 6), strict=True):
+        assert learner.update.graph is not None
+        assert learner._act.graph is not None
+        assert learner.filled.item() == 120
+        after = list(learner.loss.parameters())
+        assert all(torch.isfinite(p).all() for p in after)
+        assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        with np.load(file) as table:
+            assert table["action"].shape == (120, size)
+            assert len(np.unique(table["action"], axis=0)) == 120  # each replay draws anew
+
+
 @pytest.mark.parametrize("wrong", ["Hopper-v5", "Hopper-v5=log.csv", "=log.npz"])
 def test_a_task_is_an_environment_and_a_file(wrong, capsys):
     with pytest.raises(SystemExit):
