@@ -299,13 +299,8 @@ def d3rlpy_iql(task: Task) -> Learner:
     return Learner(learn, act, settings, ("torch", "d3rlpy", "gymnasium"))
 
 
-def corl_iql(task: Task) -> Learner:
-    """CORL's algorithms/offline/iql.py, a file that the user fetched, with its networks and update.
-
-    Its imports of D4RL, gym, pyrallis and wandb are replaced by empty modules, which its update does
-    not use. As in its ``train``, observations are standardised. Its policy is a tanh times the bound
-    (and learns from unscaled actions), so actions are divided by their bounds here.
-    """
+def corl_trainer(task: Task) -> tuple[Any, Any, tuple[Any, Any, Any]]:
+    """CORL's ``ImplicitQLearning``, its buffer, and means, deviations and bounds of its inputs."""
     o, rows = task.options, task.rows
     corl = import_file(Path(o["file"]), ("d4rl", "gym", "pyrallis", "wandb"))
     observation = torch.as_tensor(rows["observation"])
@@ -335,6 +330,18 @@ def corl_iql(task: Task) -> Learner:
         iql_tau=o["iql_tau"], beta=o["beta"], max_steps=task.updates, discount=o["discount"],
         tau=o["tau"], device="cpu",
     )  # fmt: skip
+    return trainer, replay, (mean, std, bound)
+
+
+def corl_iql(task: Task) -> Learner:
+    """CORL's algorithms/offline/iql.py, a file that the user fetched, with its networks and update.
+
+    Its imports of D4RL, gym, pyrallis and wandb are replaced by empty modules, which its update does
+    not use. As in its ``train``, observations are standardised. Its policy is a tanh times the bound
+    (and learns from unscaled actions), so actions are divided by their bounds here.
+    """
+    o = task.options
+    trainer, replay, (mean, std, bound) = corl_trainer(task)
 
     def learn(updates: int) -> None:
         for _ in range(updates):
@@ -342,7 +349,7 @@ def corl_iql(task: Task) -> Learner:
 
     def act(observations: Any, _: Any) -> Any:
         state = (torch.as_tensor(np.asarray(observations, np.float32)) - mean) / std
-        output = actor(state)
+        output = trainer.actor(state)
         return bound * (output if torch.is_tensor(output) else output.mean).clamp(-1, 1)
 
     settings = {name: value for name, value in o.items() if name != "file"}
