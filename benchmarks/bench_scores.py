@@ -18,8 +18,10 @@ CORL takes part if ``--corl FILE`` names its iql.py, which is not a package:
 
     curl -O https://raw.githubusercontent.com/corl-team/CORL/main/algorithms/offline/iql.py
 
-``--time`` measures the time of 1,000 updates instead: blocks of all methods alternate, each in its
-own process while the others wait, and medians are written to benchmarks/results/scores_time.json.
+``--join NAME ...`` adds the cells of other result files, of runs at the same time or of
+score_population.py. ``--time`` measures the time of 1,000 updates instead: blocks of all methods
+alternate, each in its own process while the others wait, and medians are written to
+benchmarks/results/scores_time.json.
 """
 
 from __future__ import annotations
@@ -554,7 +556,7 @@ def cell(
 
 def missing(o: argparse.Namespace, cells: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
     """The cells of the plan that are not in ``cells``; all methods of a seed before the next seed."""
-    done = {(c["log"], c["method"], c["seed"], c["updates"]) for c in cells}
+    done = set(map(identity, cells))
     plan = [
         (name, method, seed)
         for name in o.logs
@@ -579,6 +581,25 @@ def add(content: dict[str, Any], result: dict[str, Any]) -> None:
         )
     content["cells"].append(result)
     content["summary"] = summarise(content["cells"])
+
+
+def join(names: Sequence[str], path: Path) -> None:
+    """Add the cells of the result files ``names`` that ``path`` does not have yet."""
+    content = read(path)
+    for name in names:
+        other = read(RESULTS / f"{name}.json")
+        for key, about in other["logs"].items():
+            if content["logs"].setdefault(key, about) != about:
+                raise SystemExit(f"{name}: {key} is another dataset than that of {path.name}")
+        for each in other["cells"]:
+            about = other["settings"][each["log"]][each["method"]]
+            if identity(each) not in map(identity, content["cells"]):
+                add(content, each | about)
+    save(path, content, packages=("gymnasium", "mujoco"))
+
+
+def identity(cell: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(cell[key] for key in ("log", "method", "seed", "updates"))
 
 
 def summarise(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -890,6 +911,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     o = _options(arguments)
     if o.page is not None:
         write_page(o.page, o.result)
+    elif o.join:
+        join(o.join, RESULTS / f"{o.result}.json")
     elif o.time:
         measure(o, RESULTS / f"{o.result}_time.json")
     else:
@@ -913,6 +936,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--change", nargs="+", default=[], metavar="KEY=VALUE",
         help="other settings of ours; give --result too",
     )  # fmt: skip
+    add("--join", nargs="+", default=[], metavar="NAME", help="result files whose cells are added")
     add("--time", action="store_true", help="measure times instead of scores")
     add("--block", type=int, default=100, help="of --time: updates between two changes")
     add("--rounds", type=int, default=11, help="of --time: blocks of each method")

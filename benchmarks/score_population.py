@@ -8,7 +8,7 @@ with the seeds 0, 1, ... (own batches, captured updates). On CUDA each populatio
 several share the card. At ``--points`` numbers of updates the policies' weights are written to FOLDER.
 Where ``--seconds`` would not suffice for all, the last population waits for the others and is trained
 as far as the time allows. ``play`` evaluates them with the environments, episodes and seeds of
-``bench_scores.py`` and adds the runs to its result file, which draw_scores.py draws.
+``bench_scores.py`` and puts the runs into its result file, which draw_scores.py draws.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from bench_scores import (
     about_log,
     add,
     changes,
+    identity,
     log_data,
     options_of,
     read,
@@ -168,6 +169,8 @@ def play(o: argparse.Namespace) -> None:
         content["logs"][name] = about_log(name, o.peers)
         trained_on = about["machine"]
         versions = {package: trained_on[package] for package in PACKAGES}
+        new = {(name, o.method, config.seed, points[-1]) for config in runs.configs}
+        content["cells"] = [each for each in content["cells"] if identity(each) not in new]
         for config, curve in zip(runs.configs, played_at, strict=True):
             add(content, {
                 "log": name, "method": o.method, "seed": config.seed, "updates": points[-1],

@@ -224,6 +224,27 @@ def test_every_cell_is_written_when_it_is_done(tmp_path, monkeypatch):
         assert len(json.loads(path.read_text())["cells"]) == first + 2
 
 
+def test_cells_of_other_files_are_added_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_scores, "RESULTS", tmp_path)
+    files = {
+        "first": filled(ours=[1.0, 2.0]),
+        "second": filled(ours=[1.0, 5.0, 3.0], TorchRL=[4.0]),
+    }
+    for name, content in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    for _ in range(2):
+        bench_scores.main(["--join", "second", "--result", "first"])
+    content = json.loads((tmp_path / "first.json").read_text())
+    scores = [(each["method"], each["score"]) for each in content["cells"]]
+    assert scores == [("ours", 1.0), ("ours", 2.0), ("ours", 3.0), ("TorchRL", 4.0)]
+    assert content["settings"]["pendulum"].keys() == {"ours", "TorchRL"}
+    assert [line["seeds"] for line in content["summary"]] == [3, 1]
+    files["second"]["logs"]["pendulum"]["score"] = 30.0
+    (tmp_path / "second.json").write_text(json.dumps(files["second"]))
+    with pytest.raises(SystemExit, match="second: pendulum is another dataset"):
+        bench_scores.main(["--join", "second", "--result", "first"])
+
+
 def test_other_settings_are_refused():
     content = filled(ours=[1.0])
     changed = result("ours", 1, 2.0)
