@@ -118,6 +118,12 @@ PUBLISHED = {
 }
 #: Updates that the table of published scores shows.
 MILLION = (100_000, 200_000, 300_000, 400_000, 500_000, 700_000, 1_000_000)
+#: Ends of the names of its result files, and what was changed in ours.
+MILLION_SETTINGS = {
+    "": "",
+    "_torch": "torch's weights",
+    "_corl_settings": "CORL's weights and order",
+}
 CONTINUOUS = ("cloning", "ours", "d3rlpy", "TorchRL", "CORL")
 DISCRETE = ("cloning", "ours", "TorchRL")
 
@@ -788,17 +794,26 @@ def curves(content: Mapping[str, Any]) -> dict[tuple[str, str], list[dict[int, f
     return runs
 
 
-def published_table(content: Mapping[str, Any]) -> str:
-    """Markdown: means and deviations over seeds during training here, and those of CORL's README."""
+def published_table(contents: Mapping[str, Mapping[str, Any]]) -> str:
+    """Markdown: means and deviations over seeds during training here, and those of CORL's README.
+
+    ``contents``: result files, each by what its settings of ours are.
+    """
     heads = [f"{point // 1000:,}" for point in MILLION]
     text = ["| dataset | method | seeds | " + " | ".join(heads) + " | CORL's README |"]
     text.append("|---|---|---:|" + "---:|" * (len(heads) + 1))
-    for (name, method), runs in sorted(curves(content).items()):
+    groups = [
+        (name, method, settings, runs)
+        for settings, content in contents.items()
+        for (name, method), runs in curves(content).items()
+    ]
+    for name, method, settings, runs in sorted(groups, key=lambda group: group[:3]):
         scores = [[run[point] for run in runs if point in run] for point in MILLION]
         cells = [_mean_and_deviation(each) for each in scores]
         published = PUBLISHED["-".join(name.split("-")[:2])][method]
         cells.append(f"{published[0]} ± {published[1]}")
-        text.append("| " + " | ".join([name, method, str(len(runs)), *cells]) + " |")
+        label = f"{method}, {settings}" if settings else method
+        text.append("| " + " | ".join([name, label, str(len(runs)), *cells]) + " |")
     return "\n".join(text)
 
 
@@ -876,6 +891,21 @@ def tutorial_table(content: Mapping[str, Any]) -> str:
     return "\n".join(text)
 
 
+def corl_table(content: Mapping[str, Any]) -> str:
+    """Markdown: what compare_corl.py wrote: the largest differences of weights, a row a point."""
+    names = [name for name, found in content.items() if "differences" in found]
+    text = [f"| updates | {' | '.join(names)} | CORL's code against itself, disturbed |"]
+    text.append("|---:" * (len(names) + 2) + "|")
+    for updates in content[names[0]]["differences"]:
+        found = {
+            kind: [max(content[name][kind][updates].values()) for name in names]
+            for kind in ("differences", "disturbed")
+        }
+        cells = [f"{value:.0e}" for value in (*found["differences"], min(found["disturbed"]))]
+        text.append("| " + " | ".join([f"{int(updates):,}", *cells]) + " |")
+    return "\n".join(text)
+
+
 def reference_table() -> str:
     """Markdown: the returns of score 0 and 100 of every log for which the package knows them."""
     text = ["| log | score 0 | score 100 | from |", "|---|---:|---:|---|"]
@@ -891,18 +921,27 @@ def write_page(page: Path, result: str) -> None:
     makers = [
         ("scores table", result, table),
         ("long table", f"{result}_50k", table),
+        ("first table", f"{result}_replay_first", table),
         ("cost table", f"{result}_50k", cost_table),
         ("learning table", result, learning_table),
         ("settings table", result, settings_table),
         ("times table", f"{result}_time", times_table),
         ("tutorial table", "minari_tutorial", tutorial_table),
-        ("published table", f"{result}_million", published_table),
+        ("corl table", "compare_corl", corl_table),
     ]
-    texts = {
-        name: maker(json.loads((RESULTS / f"{file}.json").read_text()))
-        for name, file, maker in makers
-        if (RESULTS / f"{file}.json").is_file()
+    names = {file for _, file, _ in makers} | {f"{result}_million{end}" for end in MILLION_SETTINGS}
+    contents = {
+        name: json.loads(path.read_text())
+        for name in names
+        if (path := RESULTS / f"{name}.json").is_file()
     }
+    texts = {name: maker(contents[file]) for name, file, maker in makers if file in contents}
+    long = {
+        settings: contents[f"{result}_million{end}"]
+        for end, settings in MILLION_SETTINGS.items()
+        if f"{result}_million{end}" in contents
+    }
+    texts |= {"published table": published_table(long)} if long else {}
     for name, text in (texts | {"reference table": reference_table()}).items():
         replace_table(page, text, f"<!-- {name} -->", f"<!-- /{name} -->")
 

@@ -283,12 +283,39 @@ def test_means_and_deviations_next_to_published_ones():
         {"log": "d4rl-medium", "method": "cloning", "curve": curve(1.0)},
     ]
     unfinished = {"d4rl-umaze-noisy, CORL, 0, 1000000": {"curve": curve(7.25)}}
-    text = bench_scores.published_table({"cells": cells, "unfinished": unfinished})
+    text = bench_scores.published_table(
+        {
+            "": {"cells": cells, "unfinished": unfinished},
+            "torch's weights": {"cells": [cells[0]], "unfinished": {}},
+        }
+    )
     rest = " | -" * 5
     assert text.splitlines()[2:] == [
         f"| d4rl-medium | cloning | 1 | 1.0 | -{rest} | 0.79 ± 3.25 |",
         f"| d4rl-umaze | ours | 2 | 28.5 ± 0.5 | 32.0 ± 2.0{rest} | 42.11 ± 0.58 |",
+        f"| d4rl-umaze | ours, torch's weights | 1 | 28.0 | 30.0{rest} | 42.11 ± 0.58 |",
         f"| d4rl-umaze-noisy | CORL | 1 | 7.2 | -{rest} | 42.11 ± 0.58 |",
+    ]
+
+
+def test_the_largest_difference_of_any_network_is_shown():
+    """The last column has the smallest of the datasets."""
+    content = {
+        "command": "python",
+        "hopper": {
+            "differences": {"1": {"v": 1e-9, "q": 3e-9}, "1000": {"v": 2e-7, "q": 0.0}},
+            "disturbed": {"1": {"v": 2e-8, "q": 0.0}, "1000": {"v": 0.05, "q": 0.1}},
+        },
+        "walker": {
+            "differences": {"1": {"v": 5e-16}, "1000": {"v": 4e-5}},
+            "disturbed": {"1": {"v": 6e-8}, "1000": {"v": 0.02}},
+        },
+    }
+    assert bench_scores.corl_table(content).splitlines() == [
+        "| updates | hopper | walker | CORL's code against itself, disturbed |",
+        "|---:|---:|---:|---:|",
+        "| 1 | 3e-09 | 5e-16 | 2e-08 |",
+        "| 1,000 | 2e-07 | 4e-05 | 2e-02 |",
     ]
 
 
