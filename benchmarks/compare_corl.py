@@ -19,11 +19,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bench_scores import CACHE, LOGS, log_data, options_of
 from iql_torchrl import IQLConfig, load_dataset, make_agent
 from iql_torchrl.agent import Agent
 from iql_torchrl.data import OfflineDataset
 from record import RESULTS, save
+from score_logs import CACHE, LOGS, log_data, options_of
 from score_methods import Task, corl_trainer
 
 import gymnasium

@@ -14,9 +14,10 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from bench_scores import PUBLISHED, RESULTS, curves, read
 from iql_torchrl.evaluation.statistics import interquartile_mean, stratified_interval
 from iql_torchrl.report.figures import save
+from record import RESULTS
+from score_tables import PUBLISHED, curves, read
 
 import numpy as np
 from matplotlib.figure import Figure

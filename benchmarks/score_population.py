@@ -20,24 +20,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench_scores import (
-    CACHE,
-    EVALUATION_SEED,
-    LOGS,
-    OURS,
-    OWN,
-    RESULTS,
-    about_log,
-    add,
-    changes,
-    identity,
-    log_data,
-    options_of,
-    read,
-)
+from bench_scores import EVALUATION_SEED, changes
 from iql_torchrl import IQLConfig, IQLPopulation, captured, load_dataset
 from iql_torchrl.files import atomic_write
-from record import machine, processor, save
+from record import RESULTS, machine, processor, save
+from score_logs import CACHE, LOGS, OURS, OWN, about_log, log_data, options_of
+from score_tables import add, identity, read
 
 import numpy as np
 import torch

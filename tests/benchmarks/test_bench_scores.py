@@ -16,7 +16,9 @@ from iql_torchrl.evaluation.statistics import interquartile_mean, stratified_int
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import bench_scores
+import score_logs
 import score_methods
+import score_tables
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 3
@@ -50,8 +52,8 @@ def data(discrete: bool = False) -> dict[str, np.ndarray]:
     )  # fmt: skip
 
 
-def log(play=None) -> bench_scores.Data:
-    return bench_scores.Data(data(), Sum, (0.0, 2.0), np.array([1.0, 3.0]), play)
+def log(play=None) -> score_logs.Data:
+    return score_logs.Data(data(), Sum, (0.0, 2.0), np.array([1.0, 3.0]), play)
 
 
 def options(*arguments: str):
@@ -124,8 +126,8 @@ def test_an_environment_is_made_once(tmp_path, monkeypatch):
 
 SMALL = {
     "ours": {"hidden": [8, 8], "batch_size": 16, "reward": "raw"},
-    "TorchRL": {**bench_scores.TORCHRL, "hidden": [8, 8], "batch_size": 16},
-    "TorchRL, discrete": {**bench_scores.TORCHRL_DISCRETE, "hidden": [8, 8], "batch_size": 16},
+    "TorchRL": {**score_logs.TORCHRL, "hidden": [8, 8], "batch_size": 16},
+    "TorchRL, discrete": {**score_logs.TORCHRL_DISCRETE, "hidden": [8, 8], "batch_size": 16},
 }
 
 
@@ -186,7 +188,7 @@ def filled(**scores: list[float]) -> dict:
     content = {"logs": {"pendulum": {"score": 31.5}}, "settings": {}, "cells": [], "summary": []}
     for method, values in scores.items():
         for seed, value in enumerate(values):
-            bench_scores.add(content, result(method, seed, value))
+            score_tables.add(content, result(method, seed, value))
     return content
 
 
@@ -250,7 +252,7 @@ def test_other_settings_are_refused():
     changed = result("ours", 1, 2.0)
     changed["settings"]["rate"] = 0.2
     with pytest.raises(SystemExit, match="settings or versions are not those"):
-        bench_scores.add(content, changed)
+        score_tables.add(content, changed)
 
 
 def test_summary_and_table():
@@ -262,13 +264,13 @@ def test_summary_and_table():
     assert line["score_interval"] == [low, high]
     # pairs in which ours is better: 1 of 5 (and an equal one), then 2 with 3 equal, then all
     assert content["summary"][1]["ours_better"] == pytest.approx((1.5 + 3.5 + 15) / 25)
-    text = bench_scores.table(content)
+    text = score_tables.table(content)
     assert text.splitlines()[0] == "| log | updates | of the dataset | cloning | ours | processor |"
     cells = f"1.7<br>(0.3 to 2.0) | 3.0<br>({low:.1f} to {high:.1f})"
     on = "Make Chip5000, family 6"
     assert text.splitlines()[-1] == f"| pendulum | 5,000 | 31.5 | {cells} | {on} |"
-    assert "| pendulum | ours | 10.0, 20.0 |" in bench_scores.learning_table(content)
-    assert "| ours | pendulum |  | torch 2 |" in bench_scores.settings_table(content)
+    assert "| pendulum | ours | 10.0, 20.0 |" in score_tables.learning_table(content)
+    assert "| ours | pendulum |  | torch 2 |" in score_tables.settings_table(content)
 
 
 def test_means_and_deviations_next_to_published_ones():
@@ -283,7 +285,7 @@ def test_means_and_deviations_next_to_published_ones():
         {"log": "d4rl-medium", "method": "cloning", "curve": curve(1.0)},
     ]
     unfinished = {"d4rl-umaze-noisy, CORL, 0, 1000000": {"curve": curve(7.25)}}
-    text = bench_scores.published_table(
+    text = score_tables.published_table(
         {
             "": {"cells": cells, "unfinished": unfinished},
             "torch's weights": {"cells": [cells[0]], "unfinished": {}},
@@ -311,7 +313,7 @@ def test_the_largest_difference_of_any_network_is_shown():
             "disturbed": {"1": {"v": 6e-8}, "1000": {"v": 0.02}},
         },
     }
-    assert bench_scores.corl_table(content).splitlines() == [
+    assert score_tables.corl_table(content).splitlines() == [
         "| updates | hopper | walker | CORL's code against itself, disturbed |",
         "|---:|---:|---:|---:|",
         "| 1 | 3e-09 | 5e-16 | 2e-08 |",
@@ -324,7 +326,7 @@ def test_times_are_ratios_of_neighbouring_blocks():
         {"log": "pendulum", "method": "ours", "seconds": 5.0, "of_ours": 1.0},
         {"log": "pendulum", "method": "d3rlpy", "seconds": 9.96, "of_ours": 2.04},
     ]
-    assert bench_scores.times_table({"times": times}).splitlines()[-1] == "| d3rlpy | 10.0 (2.04) |"
+    assert score_tables.times_table({"times": times}).splitlines()[-1] == "| d3rlpy | 10.0 (2.04) |"
 
 
 def test_settings_of_ours_can_be_changed():
@@ -344,8 +346,8 @@ def test_wrong_options_are_refused(capsys):
 
 
 def test_the_cartpole_log(tmp_path):
-    bench_scores.make_cartpole(tmp_path / "cartpole_mixed.npz", episodes=8)
-    made = bench_scores.cartpole(tmp_path)
+    score_logs.make_cartpole(tmp_path / "cartpole_mixed.npz", episodes=8)
+    made = score_logs.cartpole(tmp_path)
     assert len(made.returns) == 8
     assert made.rows["reward"].sum() == made.returns.sum() == len(made.rows["action"])
     assert set(made.rows["action"]) == {0, 1}
@@ -354,7 +356,7 @@ def test_the_cartpole_log(tmp_path):
 
 def test_maze2d_rewards_the_surroundings_of_its_goal_and_never_terminates():
     needs("gymnasium_robotics")
-    env = bench_scores.Maze2d(
+    env = score_logs.Maze2d(
         gymnasium.make("PointMaze_UMaze-v3", continuing_task=True, reset_target=False), (1, 1)
     )
     goal = env.maze.cell_rowcol_to_xy(np.array([1, 1]))
@@ -374,9 +376,9 @@ def test_maze2d_rewards_the_surroundings_of_its_goal_and_never_terminates():
 
 def test_fewer_than_three_seeds_have_no_interval():
     line = {"score": 12.34, "score_interval": [11.0, 13.0], "seeds": 3}
-    assert bench_scores.score_cell(line) == "12.3<br>(11.0 to 13.0)"
-    assert bench_scores.score_cell(line | {"seeds": 2}) == "12.3<br>(2 seeds)"
-    assert bench_scores.score_cell(line | {"seeds": 1}) == "12.3<br>(1 seed)"
+    assert score_tables.score_cell(line) == "12.3<br>(11.0 to 13.0)"
+    assert score_tables.score_cell(line | {"seeds": 2}) == "12.3<br>(2 seeds)"
+    assert score_tables.score_cell(line | {"seeds": 1}) == "12.3<br>(1 seed)"
 
 
 def test_the_cost_is_the_median_of_the_runs_and_their_sum():
@@ -385,14 +387,14 @@ def test_the_cost_is_the_median_of_the_runs_and_their_sum():
     ]
     cells.append({"method": "CORL", "updates": 1_000, "cpu_seconds": 36})
     cells.append({"method": "ours", "updates": 1_000, "population": 5, "wall_seconds": 9})
-    lines = bench_scores.cost_table({"cells": cells}).splitlines()[2:]
+    lines = score_tables.cost_table({"cells": cells}).splitlines()[2:]
     assert lines == ["| ours | 3 | 3.0 | 0.50 |", "| CORL | 1 | 36.0 | 0.01 |"]
 
 
 def test_the_page_has_the_tables_of_the_result_files(tmp_path):
     page, copy = ROOT / "docs" / "scores.md", tmp_path / "scores.md"
     copy.write_text(page.read_text())
-    bench_scores.write_page(copy, "scores")
+    score_tables.write_page(copy, "scores")
     assert copy.read_text() == page.read_text(), (
         "run: python benchmarks/bench_scores.py --page docs/scores.md"
     )

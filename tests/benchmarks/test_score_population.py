@@ -12,7 +12,7 @@ import pytest
 import test_bench_scores
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-import bench_scores
+import score_logs
 import score_population
 
 
@@ -77,12 +77,13 @@ def test_what_is_unfinished_is_written_when_time_is_over(populations):
 @pytest.mark.slow
 def test_trained_policies_are_evaluated_and_added_to_the_results(tmp_path, monkeypatch):
     small = {"hidden": [8, 8], "batch_size": 16}
-    log = bench_scores.Log(
+    log = score_logs.Log(
         lambda folder: test_bench_scores.log(), 20, 2, raw_reward=True, options={"ours": small}
     )
-    for module in (bench_scores, score_population):
+    for module in (score_logs, score_population):
         monkeypatch.setattr(module, "LOGS", {"sum": log})
-        monkeypatch.setattr(module, "RESULTS", tmp_path)
+
+    monkeypatch.setattr(score_population, "RESULTS", tmp_path)
     monkeypatch.setattr(score_population, "UPDATES_A_CALL", 5)
     monkeypatch.setattr(score_population, "OURS", small)
     monkeypatch.setattr(score_population, "EVALUATION_SEED", 0)
