@@ -196,7 +196,7 @@ def cell(
 ) -> dict[str, Any]:
     """Train and evaluate one method with one seed; ``evaluated`` gets the curve so far."""
     log, updates, began = LOGS[name], o.updates[name], time.perf_counter()
-    changed = o.change if method in OWN else {}
+    changed = o.change if method in OWN or o.methods == [method] else {}
     with worker(o, name, method, seed, updates, **changed) as (process, data):
         about = process.ask(about=True)
         points = sorted({updates * (i + 1) // o.points // CHUNK * CHUNK for i in range(o.points)})
@@ -324,7 +324,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--result", default="scores", help="name of the result file")
     add(
         "--change", nargs="+", default=[], metavar="KEY=VALUE",
-        help="other settings of ours; give --result too",
+        help="other settings of ours, or of the only one of --methods; give --result too",
     )  # fmt: skip
     add("--join", nargs="+", default=[], metavar="NAME", help="result files whose cells are added")
     add("--time", action="store_true", help="measure times instead of scores")

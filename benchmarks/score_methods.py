@@ -257,7 +257,7 @@ def d3rlpy_iql(task: Task) -> Learner:
 
     Its policy is a tanh, so actions are scaled to [-1, 1] by its own ``MinMaxActionScaler`` where the
     bounds are others. Its table has no observation after the last step of a truncated episode; that
-    step is not a transition there.
+    step is not a transition there. ``standardise`` among the options: its ``StandardObservationScaler``.
     """
     import d3rlpy
 
@@ -282,6 +282,9 @@ def d3rlpy_iql(task: Task) -> Learner:
         expectile=o["expectile"],
         reward_scaler=d3rlpy.preprocessing.ReturnBasedRewardScaler(multiplier=o["multiplier"]),
         action_scaler=scaler,
+        observation_scaler=d3rlpy.preprocessing.StandardObservationScaler()
+        if o.get("standardise")
+        else None,
     ).create(device=False)
     rounds = algorithm.fitter(
         dataset, n_steps=2**40, n_steps_per_epoch=task.chunk, show_progress=False,
