@@ -257,7 +257,8 @@ def d3rlpy_iql(task: Task) -> Learner:
 
     Its policy is a tanh, so actions are scaled to [-1, 1] by its own ``MinMaxActionScaler`` where the
     bounds are others. Its table has no observation after the last step of a truncated episode; that
-    step is not a transition there. ``standardise`` among the options: its ``StandardObservationScaler``.
+    step is not a transition there. With ``standardise`` among the options it has its own
+    ``StandardObservationScaler``.
     """
     import d3rlpy
 
