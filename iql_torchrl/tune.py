@@ -139,8 +139,9 @@ def _with_settings(saved: dict[str, Any], own: Mapping[str, Any]) -> dict[str, A
     """The ``saved`` state of a trainer with the settings in its ``own`` state: Tune may change them."""
     step, now = saved["step"], own["step"]
     for group, new in zip(*(s["optimizer"]["param_groups"] for s in (step, now)), strict=True):
-        group["lr"] *= new["initial_lr"] / group["initial_lr"]  # at the same place of the schedule
-        group["initial_lr"] = new["initial_lr"]
+        rate = group["lr"] * new["initial_lr"] / group["initial_lr"]  # at its place of the schedule
+        group |= new | {"lr": rate, "params": group["params"]}
+    step["hyperparameters"] = now["hyperparameters"]
     for schedule, new in zip(step["lr_schedulers"], now["lr_schedulers"], strict=True):
         schedule["base_lrs"] = new["base_lrs"]
     weights = {n: v for n, v in saved["loss_module"].items() if "_network" in n}

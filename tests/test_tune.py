@@ -103,11 +103,12 @@ def continued(session, first, second):
 
 def test_population_based_training_changes_settings_and_keeps_weights(session):
     """The learning rate at update 3 of 6 of the new cosine: 2 (1 + cos(pi / 2)) / 2 = 1 times 0.01."""
-    small = partial(SMALL, config(updates=6), report_every=3)
-    settings = {"actor_lr": 2e-2, "expectile": 0.9, "discount": 0.5}
-    before, after = continued(
-        session, lambda: small()({"actor_lr": 1e-3, "expectile": 0.6}), lambda: small()(settings)
-    )
+    small = partial(SMALL, config(updates=6, optimizer="adamw"), report_every=3)
+    first = {"actor_lr": 1e-3, "expectile": 0.6, "weight_decay": 0.125}
+    settings = {
+        "actor_lr": 2e-2, "expectile": 0.9, "discount": 0.5, "temperature": 5.0, "weight_decay": 0.5,
+    }  # fmt: skip
+    before, after = continued(session, lambda: small()(first), lambda: small()(settings))
     assert after["settings"]["expectile"] == 0.9
     assert after["agent"]["config"]["discount"] == 0.5
     assert float(after["loss_module"]["_value_estimator.gamma"]) == 0.5
@@ -117,6 +118,12 @@ def test_population_based_training_changes_settings_and_keeps_weights(session):
     assert groups[0][0]["lr"] == pytest.approx(5e-4)  # half of 1e-3
     assert (groups[1][0]["initial_lr"], groups[1][0]["lr"]) == (2e-2, 0.0)  # its end
     assert after["step"]["lr_schedulers"][0]["base_lrs"][0] == 2e-2
+    used = [state["step"]["hyperparameters"] for state in (before, after)]
+    expectiles = [float(values["value_objective.expectile"]) for values in used]
+    assert expectiles == pytest.approx([0.6, 0.9]), "of the updates, and not of the config alone"
+    temperatures = [float(values["actor_objective.temperature"]) for values in used]
+    assert temperatures == pytest.approx([3.0, 5.0])
+    assert [groups[i][0]["weight_decay"] for i in (0, 1)] == [0.125, 0.5]
     assert groups[1][1]["lr"] == groups[0][1]["lr"], "rates that were not changed"
 
 

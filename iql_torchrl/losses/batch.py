@@ -360,7 +360,7 @@ def _neutralise(tensordict: TensorDictBase, mask: Tensor, done_key: NestedKey) -
     filled = tensordict.apply(fill)
     done = filled.get(done_key, None)
     if done is not None:
-        filled.set(done_key, done | _ends_before_padding(done, mask))
+        filled.set(done_key, done.bool() | _ends_before_padding(done, mask))
     return filled
 
 

@@ -454,6 +454,11 @@ class IQLLoss(NetworkLoss):
             if isinstance(value, ActorObjective):
                 self.check_actor_objective(value)
             super().__setattr__(name, value.to(next(self.parameters()).device))
+        elif name in ("value_objective", "actor_objective"):
+            raise TypeError(
+                f"{name} is {value!r}; assign an object, such as losses.Expectile(0.9) or "
+                "losses.AdvantageWeighted(temperature=3.0). Names and functions belong to IQLLoss(...)."
+            )
         else:
             super().__setattr__(name, value)
 

@@ -218,6 +218,11 @@ class NetworkLoss(LossModule):
         self.__dict__["averaged_actor"] = actor  # not a submodule, as the networks
         self.sync_modules()
 
+    @property
+    def average(self) -> Any:
+        """The average of the policy's parameters, by their names; None without."""
+        return self._modules.get(AVERAGE)
+
     def average_pairs(self) -> tuple[list[Tensor], list[Tensor]]:
         """The actor's parameters, and in the same order their averages; empty without averages."""
         return self._pairs("average")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from iql_torchrl.config import IQLConfig, check_whole, config_settings, launches_kernels
 from iql_torchrl.networks.encoders import OneHot
-from iql_torchrl.private_apis import keeps_batch_statistics
+from iql_torchrl.private_apis import has_hooks, keeps_batch_statistics
 
 #: Makers of the activations that a config names. GELU is the approximation by tanh, as in JAX.
 ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = {
@@ -339,18 +339,26 @@ def _check_dtype(features: Tensor, weight: Tensor) -> None:
 def can_be_ensemble(network: object) -> bool:
     """Return whether ``network`` computes K networks where its parameters are stacked.
 
-    It is a network of this package whose parameters are all in fully connected and normalisation
-    layers of ``mlp``, which read them so, and no layer keeps statistics of batches.
+    It is a network of this package, and not of a class with a ``forward`` of its own, whose parameters
+    are all in fully connected and normalisation layers of ``mlp``, which read them so; no layer keeps
+    statistics of batches or has hooks, which may compute weights.
     """
-    if not isinstance(network, AroundPerceptron):
+    if not isinstance(network, AroundPerceptron) or _is_changed(type(network)):
         return False
-    if any(keeps_batch_statistics(module) for module in network.modules()):
+    if any(keeps_batch_statistics(module) or has_hooks(module) for module in network.modules()):
         return False
-    return not any(True for _ in network.preprocess.parameters()) and all(
-        isinstance(module, ENSEMBLE_LAYERS)
-        for module in network.mlp.modules()
+    layers = {id(module) for module in network.mlp.modules() if type(module) in ENSEMBLE_LAYERS}
+    return all(
+        id(module) in layers
+        for module in network.modules()
         if any(True for _ in module.parameters(recurse=False))
     )
+
+
+def _is_changed(kind: type[AroundPerceptron]) -> bool:
+    """Return whether the class computes something else than the networks of this package."""
+    computes = (kind.forward, kind.layers)
+    return computes not in [(own.forward, own.layers) for own in (AroundPerceptron, Critic)]
 
 
 class StateValue(AroundPerceptron):

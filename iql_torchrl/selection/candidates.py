@@ -12,7 +12,7 @@ import torch
 from gymnasium import spaces
 from numpy.typing import NDArray
 from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModuleBase
+from tensordict.nn import TensorDictModuleBase, distributions
 from tensordict.utils import unravel_key
 from torch import Tensor
 from torch.nn.functional import one_hot
@@ -25,6 +25,7 @@ from iql_torchrl.losses import UNWEIGHTED
 from iql_torchrl.networks import chunk_of, history_of
 
 ROWS_AT_ONCE = 16_384
+DELTAS = (Delta, distributions.Delta)
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def log_probabilities(
     """
 
     def compute(chunk: TensorDictBase) -> Tensor:
-        logits = getattr(_distribution(candidate, chunk), "logits", None)
+        logits = _logits(candidate, chunk, deterministic)
         if logits is None:
             action = candidate.policy(chunk)["action"]
             if action.ndim == 1 or action.shape[-1] == 1:
@@ -157,7 +158,7 @@ def has_density(candidate: Candidate, dataset: OfflineDataset) -> bool:
 
     def compute(chunk: TensorDictBase) -> Tensor:
         distribution = _distribution(candidate, chunk)
-        return torch.tensor([distribution is not None and not isinstance(distribution, Delta)])
+        return torch.tensor([distribution is not None and not isinstance(distribution, DELTAS)])
 
     return bool(_in_chunks(candidate, states(dataset.transitions[:1]), compute))
 
@@ -210,6 +211,21 @@ def bc_distance(candidate: Candidate, baseline: Candidate, dataset: OfflineDatas
     policy, bc = (log_probabilities(each, table, count) for each in (candidate, baseline))
     terms = torch.where(policy > -torch.inf, policy.exp() * (policy - bc), 0.0)
     return float(terms.sum(-1).mean().clamp(min=0.0))
+
+
+def _logits(candidate: Candidate, chunk: TensorDictBase, deterministic: bool) -> Tensor | None:
+    """Of the policy's distribution; None of a policy without one, and where its action is taken."""
+    distribution = _distribution(candidate, chunk)
+    for name, of in (("logits", torch.as_tensor), ("probs", torch.log)):
+        if (values := getattr(distribution, name, None)) is not None:
+            return of(values)
+    if distribution is None or deterministic or isinstance(distribution, DELTAS):
+        return None
+    raise ValueError(
+        f"candidate {candidate.name!r} has the distribution {type(distribution).__name__}, which has "
+        "neither logits nor probs, so the probabilities of its actions cannot be read; give it one of "
+        "these, (*B, num_actions), or pass deterministic=True to evaluate its most probable action."
+    )
 
 
 def _distribution(candidate: Candidate, chunk: TensorDictBase) -> Any:

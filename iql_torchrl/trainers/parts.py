@@ -145,6 +145,22 @@ def check_parts(step: Any, replay_buffer: Any, evaluation: Any, logger: Any, ran
         )
 
 
+def check_priorities(replay_buffer: Any, loss: Any) -> None:
+    """Refuse a prioritised buffer that would not receive the priorities that the loss writes."""
+    if not hasattr(replay_buffer, "update_tensordict_priority"):
+        raise ValueError(
+            f"replay_buffer is {type(replay_buffer).__name__} with a PrioritizedSampler, and cannot "
+            "read priorities from a batch; make it a TensorDictReplayBuffer with the same sampler."
+        )
+    read, written = replay_buffer.priority_key, loss.tensor_keys.priority
+    if read != written:
+        raise ValueError(
+            f"the replay buffer reads priorities from {read!r} and the loss writes them to "
+            f"{written!r}, so they would never change; give the buffer priority_key={written!r}, or "
+            f"call loss.set_keys(priority={read!r})."
+        )
+
+
 def check_agent(
     agent: Agent, dataset: DatasetSummary | None, total_updates: int, *, warns: bool
 ) -> None:

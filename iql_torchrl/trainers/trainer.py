@@ -32,6 +32,7 @@ from iql_torchrl.trainers.events import Display, Interruption, Progress, interva
 from iql_torchrl.trainers.parts import (
     check_agent,
     check_parts,
+    check_priorities,
     checkpoint_destination,
     filled_in,
     is_called_by_step,
@@ -213,6 +214,7 @@ class OfflineTrainer(ResumableTrainer):
             np.random.seed(seed)
         sampler = getattr(replay_buffer, "sampler", None)
         if isinstance(sampler, PrioritizedSampler) and not self.samples_itself:
+            check_priorities(replay_buffer, part_of(step, "loss"))
             self.register_op("post_optim_log", replay_buffer.update_tensordict_priority)
 
     def register_op(self, dest: str, op: Callable[..., Any], **kwargs: Any) -> None:

@@ -164,6 +164,7 @@ class IQLStep(Step):
         follows = type(target_updater) is SoftUpdate
         self.followed = Followed(*loss.target_pairs()) if follows else Followed([], [])
         self.averaged = Followed(*loss.average_pairs())
+        self._average = loss.average
         self.lift: Lift | None = None
         self._flags: list[bool] | None = None
         given = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -306,9 +307,9 @@ class IQLStep(Step):
         """Raise an error where an update would compute losses and not train what was asked.
 
         ``ValueError``: the optimizer lacks a parameter that requires a gradient. ``RuntimeError``: in
-        ``torch.inference_mode()`` or ``torch.no_grad()``, where no gradient exists; and in
-        a ``torch.distributed`` process group of several ranks over which gradients are not summed,
-        unless these are independent.
+        ``torch.inference_mode()`` or ``torch.no_grad()``, where no gradient exists; where an average of
+        the policy was begun after the step was built; and in a ``torch.distributed`` process group of
+        several ranks over which gradients are not summed, unless these are independent.
         """
         for mode, on in (
             ("torch.inference_mode()", torch.is_inference_mode_enabled()),
@@ -320,6 +321,11 @@ class IQLStep(Step):
                     "losses and train nothing. Call it outside of that block or decorator; evaluation "
                     "alone belongs inside."
                 )
+        if self.loss.average is not self._average:
+            raise RuntimeError(
+                "loss.average_actor() was called after this step was built, which would never update "
+                "that average; call it before IQLStep(loss, ...), or build a new step of the optimizer."
+            )
         if any(parameter.requires_grad for parameter in self._missing):
             check_optimizer(self.loss, self.optimizer)
         if self.independent_ranks or self.ranks is not None:

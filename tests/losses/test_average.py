@@ -208,3 +208,12 @@ def test_an_average_that_is_switched_off_is_gone():
     assert loss.averaged_actor is None
     assert set(loss.state_dict()) == without
     make_step(loss)(make_batch(5, dtype=torch.float64))
+
+
+def test_an_average_that_the_step_does_not_know_is_refused():
+    loss = make_loss()
+    step = make_step(loss)
+    loss.average_actor(0.9)
+    with pytest.raises(RuntimeError, match="called after this step was built"):
+        step(make_batch(5, dtype=torch.float64))
+    make_step(loss)(make_batch(5, dtype=torch.float64))

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import NormedCritic, make_batch, make_networks
+from conftest import ACT, OBS, NormedCritic, make_batch, make_networks
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_losses import make_step
+from small_losses import discrete_networks, make_step
+from tensordict.nn import TensorDictModule
 from torch import nn
 from torchrl.modules import ValueOperator
 from torchrl.objectives import HardUpdate, SoftUpdate
 
-from iql_torchrl import IQLLoss
+from iql_torchrl import DiscreteIQLLoss, IQLLoss, networks
 from iql_torchrl.losses.critics import draw_critics
 
 
@@ -64,8 +65,8 @@ def test_a_list_and_a_factory_keep_every_initialisation():
         made.append(make_networks()[1])
         return made[-1]
 
-    for networks, modules in ((critics, critics), (factory, made)):
-        loss = IQLLoss(actor, networks, value, num_qvalue_nets=3)
+    for given_as, modules in ((critics, critics), (factory, made)):
+        loss = IQLLoss(actor, given_as, value, num_qvalue_nets=3)
         for k, module in enumerate(modules):
             weight = module.module.mlp[0].weight
             for params in (loss.qvalue_network_params, loss.target_qvalue_network_params):
@@ -95,3 +96,88 @@ def test_batch_norm_trains_and_its_statistics_count_each_batch_once(updater):
     key = ("module", "norm", "running_mean")
     assert loss.qvalue_network_params[key].any()
     assert torch.equal(loss.target_qvalue_network_params[key], loss.qvalue_network_params[key])
+
+
+class Scaled(networks.Critic):
+    """A parameter beside ``mlp``; its ``forward`` is the package's."""
+
+    def __init__(self, *sizes, **options):
+        super().__init__(*sizes, **options)
+        self.scale = nn.Parameter(torch.tensor([0.5, 2.0, -1.0]))
+
+    def layers(self, features):
+        return super().layers(features * self.scale[:1])
+
+
+class Shifted(networks.Critic):
+    def __init__(self, *sizes, **options):
+        super().__init__(*sizes, **options)
+        self.shift = nn.Parameter(torch.tensor(0.7))
+
+    def forward(self, observation, action):
+        return super().forward(observation, action)[..., :1] + self.shift
+
+
+def weight_normed(*sizes, **options):
+    """Its weights are computed before each call; they are no parameters."""
+    critic = networks.Critic(*sizes, **options)
+    for module in critic.modules():
+        if isinstance(module, nn.Linear):
+            nn.utils.parametrizations.weight_norm(module)
+    return critic
+
+
+def hooked(*sizes, **options):
+    critic = networks.Critic(*sizes, **options)
+    critic.mlp[0].register_forward_hook(lambda module, inputs, out: 2 * out)
+    return critic
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch's, of weight_norm
+@pytest.mark.parametrize("kind", [Scaled, Shifted, weight_normed, hooked, networks.Critic])
+def test_a_critic_of_yours_is_evaluated_as_in_a_loop(kind):
+    """A batch of as many rows as critics: stacked parameters would broadcast against it."""
+    results = []
+    for in_a_loop in (False, True):
+        torch.manual_seed(0)
+        actor, _, value = make_networks()
+        critics = [
+            ValueOperator(kind(OBS, ACT, hidden=(8,)), in_keys=["observation", "action"])
+            for _ in range(2)
+        ]
+        loss = IQLLoss(actor, critics, value, deactivate_vmap=in_a_loop)
+        assert loss.is_ensemble is (kind is networks.Critic)
+        torch.manual_seed(1)
+        results.append(loss(make_batch(2)))
+    for name in ("loss_actor", "loss_qvalue", "loss_value"):
+        torch.testing.assert_close(results[0][name], results[1][name])
+
+
+class Dueling(networks.DiscreteCritic):
+    """V(s) plus centred advantages (Wang et al. 2016)."""
+
+    def __init__(self, inputs, actions, **options):
+        super().__init__(inputs, actions, **options)
+        self.value = nn.Linear(inputs, 1)
+
+    def forward(self, observation):
+        advantages = super().forward(observation)
+        return self.value(observation) + advantages - advantages.mean(-1, keepdim=True)
+
+
+def test_a_critic_with_a_head_of_its_own():
+    actor, _, value = discrete_networks()
+    results = []
+    for in_a_loop in (False, True):
+        torch.manual_seed(0)
+        critics = [
+            TensorDictModule(Dueling(OBS, 4), ["observation"], ["state_action_value"])
+            for _ in range(3)
+        ]
+        loss = DiscreteIQLLoss(
+            actor, critics, value, num_qvalue_nets=3, deactivate_vmap=in_a_loop,
+            action_space="categorical",
+        )  # fmt: skip
+        batch = make_batch(6).set("action", torch.arange(6) % 4)
+        results.append(loss(batch)["loss_qvalue"])
+    torch.testing.assert_close(*results)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_batch, make_networks
-from small_losses import ScaledSquare, make_loss, make_step
+from small_losses import LOSSES, ScaledSquare, assert_losses, make_loss, make_step
 from torch import nn, optim
 from torchrl.objectives import SoftUpdate
 
@@ -213,3 +213,21 @@ def test_what_public_methods_take_is_on_the_page_of_the_api():
     batch = loss.prepare_batch(make_batch())
     assert isinstance(batch, losses.Batch)
     assert loss.td_target(batch).shape == (32,)
+
+
+def test_done_flags_of_numbers_beside_a_mask():
+    loss, batch = make_loss(), make_batch(6, dtype=torch.float64)
+    batch["collector", "mask"] = torch.tensor([True, True, False, True, False, True])
+    batch["next", "done"] = batch["next", "terminated"].clone()
+    expected = loss(batch.clone())
+    for dtype in (torch.float32, torch.uint8):
+        given = batch.clone()
+        given["next", "done"] = given["next", "done"].to(dtype)
+        assert_losses(loss(given), {name: expected[name] for name in LOSSES})
+
+
+@pytest.mark.parametrize("wrong", ["mse", lambda actor, batch: 0.0])
+def test_an_objective_is_assigned_as_an_object(wrong):
+    loss = make_loss()
+    with pytest.raises(TypeError, match=r"actor_objective is .*; assign an object, such as"):
+        loss.actor_objective = wrong

@@ -29,11 +29,12 @@ from small_mdp import (
 )
 from tensordict.nn import TensorDictModule
 from torch import nn
+from torchrl.modules import ProbabilisticActor
 
 from iql_torchrl import load_dataset
 from iql_torchrl.selection import critics as critics_file
 from iql_torchrl.selection import fitted_q_evaluation
-from iql_torchrl.selection.candidates import resolve_candidates
+from iql_torchrl.selection.candidates import log_probabilities, resolve_candidates
 from iql_torchrl.selection.coverage import Coverage
 from iql_torchrl.selection.critics import Critics, Steps
 from iql_torchrl.selection.episodes import Episodes
@@ -497,3 +498,52 @@ def test_printing_an_evaluation_shows_no_arrays(few):
     text = repr(evaluated({"only": actor(uniform())}, *few, "table"))
     assert len(text) < 400
     assert "EpisodeScores(1 candidates, " in text
+
+
+class OfProbabilities(torch.distributions.Distribution):
+    """Has ``probs`` and no ``logits``; ``of`` names what it has."""
+
+    arg_constraints = {}  # noqa: RUF012
+
+    def __init__(self, probs, name="probs"):
+        super().__init__(probs.shape[:-1], validate_args=False)
+        setattr(self, name, probs)
+        self.weights = probs
+
+    @property
+    def deterministic_sample(self):
+        return self.weights.argmax(-1)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_probabilities_are_read_of_a_distribution_without_logits(parts, deterministic):
+    policy = POLICIES[1]
+    of_table = actor(policy)
+    states = parts[0].transitions[:50]
+
+    def candidate(name):
+        module = TensorDictModule(
+            policy_of(lambda states: torch.as_tensor(policy)[states]).module,
+            in_keys=["observation"],
+            out_keys=["probs"],
+        )
+        made = ProbabilisticActor(
+            module, in_keys=["probs"], distribution_class=OfProbabilities,
+            distribution_kwargs={"name": name},
+        )  # fmt: skip
+        return resolve_candidates({"own": made})[0]
+
+    expected = log_probabilities(
+        resolve_candidates({"table": of_table})[0], states, ACTIONS, deterministic=deterministic
+    )
+    given = log_probabilities(candidate("probs"), states, ACTIONS, deterministic=deterministic)
+    torch.testing.assert_close(given, expected)
+    if deterministic:
+        torch.testing.assert_close(
+            log_probabilities(candidate("weight"), states, ACTIONS, deterministic=True), expected
+        )
+    else:
+        with pytest.raises(
+            ValueError, match="'own' has the distribution OfProbabilities, which has ne"
+        ):
+            log_probabilities(candidate("weight"), states, ACTIONS)

@@ -14,6 +14,7 @@ from torchrl.data import (
     LazyTensorStorage,
     PrioritizedSampler,
     RandomSampler,
+    ReplayBuffer,
     TensorDictPrioritizedReplayBuffer,
     TensorStorage,
 )
@@ -173,3 +174,25 @@ def test_a_checkpoint_of_other_priorities_is_refused(dataset, tmp_path):
     wider, _ = trainer_of(dataset, tmp_path / "run", sampler=larger)
     with pytest.raises(ValueError, match=r"max_capacity .* is 80, and 40 in the saved state"):
         wider.resume()
+
+
+def test_the_trainer_refuses_priorities_that_would_not_change(dataset):
+    def trainer(buffer):
+        return OfflineTrainer(
+            step=step, replay_buffer=buffer, total_updates=2, log_interval=1, progress_bar=False
+        )
+
+    step = make_step()
+    step.loss.set_keys(priority="p")
+    with pytest.raises(ValueError, match=r"reads priorities from 'td_error'.*writes them to 'p'"):
+        trainer(copied(dataset))
+    plain = ReplayBuffer(storage=LazyTensorStorage(ROWS), sampler=make_sampler(), batch_size=BATCH)
+    plain.extend(dataset.transitions)
+    with pytest.raises(
+        ValueError, match=r"ReplayBuffer with a PrioritizedSampler.*TensorDictReplay"
+    ):
+        trainer(plain)
+    buffer = copied(dataset)
+    buffer.priority_key = "p"
+    trainer(buffer).train()
+    assert draws(buffer, 40)["priority_weight"].unique().numel() > 2
