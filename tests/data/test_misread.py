@@ -364,3 +364,80 @@ def test_irregular_times_are_not_gaps():
     assert found.episode_lengths.tolist() == [100] * 20
     assert texts == []
     assert not any("gaps" in note for note in found.notes)
+
+
+def test_steps_are_kept_where_the_next_observation_of_an_end_is_unknown():
+    """``groupby.shift(-1)`` leaves NaN there, and ``diff().fillna(0)`` a reward of 0 at the start."""
+    rows, draw = 50, np.random.default_rng(0)
+    ends, observation = np.arange(rows) % 10 == 9, draw.normal(size=(rows, 2))
+    following, reward = np.roll(observation, -1, 0), draw.normal(size=rows)
+    following[ends], reward[::10] = np.nan, 0
+    table = {
+        "observation": observation, "next_observation": following, "reward": reward,
+        "action": draw.uniform(-1, 1, (rows, 1)), "terminated": ends,
+    }  # fmt: skip
+    dataset = load_dataset(table)
+    assert dataset.episode_lengths.tolist() == [10] * 5
+    assert np.allclose(dataset.transitions["next", "reward"][:, 0], reward)
+
+
+def test_steps_of_a_process_that_continues_are_kept():
+    """Days of 24 hours; the first reward of each is 0, and the observation does not jump there."""
+    rows, draw = 240, np.random.default_rng(0)
+    wave = np.sin(np.arange(rows + 1) / 7)[:, None] + 0.01 * draw.normal(size=(rows + 1, 1))
+    reward = draw.normal(size=rows)
+    reward[::24] = 0
+    table = {
+        "observation": wave[:-1], "next_observation": wave[1:], "reward": reward,
+        "action": draw.uniform(-1, 1, (rows, 1)), "terminated": np.zeros(rows, bool),
+        "truncated": np.arange(rows) % 24 == 23,
+    }  # fmt: skip
+    with pytest.warns(DatasetWarning, match=r"Pass autoreset=True to drop them, or .* steps"):
+        dataset = load_dataset(table)
+    assert dataset.episode_lengths.tolist() == [24] * 10
+    resets = {name: values.copy() for name, values in table.items()}
+    for start in range(24, rows, 24):  # the row from the old day's end to the new day's start
+        resets["observation"][start + 1 : start + 24] += 9 * draw.choice([-1, 1])
+        resets["next_observation"][start : start + 23] = resets["observation"][
+            start + 1 : start + 24
+        ]
+    resets["observation"][24::24] = resets["next_observation"][23:-1:24]
+    assert load_dataset(resets).episode_lengths.tolist() == [24] + [23] * 9
+
+
+@pytest.mark.parametrize("unit", [1.0, 1e-7])
+def test_joined_recordings_of_any_unit_are_other_episodes(unit):
+    def recording(seed, steps=50, episodes=4):
+        draw = np.random.default_rng(seed)
+        path = draw.normal(size=(episodes, steps + 1, 2)).cumsum(1) * unit
+        return {
+            "observation": path[:, :-1].reshape(-1, 2),
+            "next_observation": path[:, 1:].reshape(-1, 2),
+            "action": draw.uniform(-1, 1, (episodes * steps, 1)),
+            "reward": draw.normal(size=episodes * steps),
+            "terminated": np.zeros(episodes * steps, bool),
+            "episode": np.repeat(np.arange(episodes), steps),
+        }
+
+    parts = [recording(seed) for seed in (0, 1)]
+    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    assert load_dataset(joined).episode_lengths.tolist() == [50] * 8
+
+
+def test_ids_that_take_turns_are_sorted_despite_rounding_of_large_observations():
+    """float32 keeps 1e6 to a sixteenth; the ids of four episodes take turns in blocks of ten rows."""
+    draw = np.random.default_rng(0)
+    path = 1e6 + draw.normal(size=(4, 51, 2)).cumsum(1)
+    turns = np.concatenate([
+        np.arange(10) + 10 * block + 50 * number for block in range(5) for number in range(4)
+    ])  # fmt: skip
+    table = {
+        "observation": path[:, :-1].reshape(-1, 2),
+        "next_observation": path[:, 1:].reshape(-1, 2).astype(np.float32),
+        "action": draw.uniform(-1, 1, (200, 1)),
+        "reward": draw.normal(size=200),
+        "terminated": np.zeros(200, bool),
+        "episode": np.repeat(np.arange(4), 50),
+    }
+    dataset = load_dataset({name: values[turns] for name, values in table.items()})
+    assert dataset.episode_lengths.tolist() == [50] * 4

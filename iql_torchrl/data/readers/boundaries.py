@@ -22,7 +22,6 @@ from iql_torchrl.data.readers.hints import (
 )
 from iql_torchrl.data.readers.options import ReadOptions
 from iql_torchrl.data.schema import DatasetError
-from iql_torchrl.tolerance import EQUAL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,12 +204,9 @@ def _numbers_begin_again(columns: Columns, codes: NDArray[np.int64], ends: Flags
         return True
     observed = columns.leaves("observation")
     if following := columns.leaves("next/observation"):
-        gaps = [
-            np.asarray(following[key][:])[rows] - np.asarray(column[:], np.float64)[successors]
-            for key, column in observed.items()
-        ]
-        largest = [np.abs(gap).reshape(len(rows), -1).max(axis=1) for gap in gaps]
-        return bool(np.median(np.max(largest, axis=0)) > EQUAL)
+        parts = (observed, following)
+        by_id = [{key: np.asarray(each[:])[order] for key, each in part.items()} for part in parts]
+        return bool(differs(by_id[0], by_id[1], len(order) - 1)[again].mean() > 0.5)
     if len(codes) < 2 * int(ends.sum()):
         return False
     values = leading_values(observed)

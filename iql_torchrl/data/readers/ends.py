@@ -8,6 +8,7 @@ import numpy as np
 
 from iql_torchrl.data.readers.arrays import Columns, Flags, text_seconds
 from iql_torchrl.data.readers.columns import FLAGS
+from iql_torchrl.data.readers.hints import leading_values, steps_of
 from iql_torchrl.data.readers.options import ReadOptions
 from iql_torchrl.data.schema import DatasetError
 
@@ -93,10 +94,11 @@ def reset_rows(
 
     Gymnasium's vector environments (1.0 and later, by default) reset in that step: its row leads from
     the last observation to the first one of the next episode, its action is ignored, its reward is 0.
-    Recognised if every ended row's next observation is the following row's observation, whose row
-    has no reward and does not end, while most other rows have rewards. Without next observations there
-    is a warning if 99 % of the other rows have rewards. ``autoreset=True`` takes every row after an
-    end. With ``reward_offset`` the reward of that row is not for its action.
+    Recognised if every ended row's next observation is known and the following row's observation,
+    whose row has no reward and does not end, while most other rows have rewards, and if the observation
+    jumps over these rows. Else there is a warning if 99 % of the other rows have rewards.
+    ``autoreset=True`` takes every row after an end. With ``reward_offset`` the reward of that row is
+    not for its action.
     """
     after, none = np.append(False, ended[:-1]), np.zeros_like(ended)
     rewarded = np.asarray(columns.columns["next/reward"][:]).reshape(-1) != 0
@@ -110,8 +112,10 @@ def reset_rows(
         return after, [text] if wrong.any() else []
     if options.reward_offset or wrong.any() or (after & ended).any() or usual < 0.5:
         return none, []
-    if broken is not None:
-        return after if count > 1 and not (broken & ended[:-1]).any() else none, []
+    if broken is not None and (count < 2 or (broken & ended[:-1]).any()):
+        return none, []
+    if broken is not None and not _unknown(columns, ended) and _jumps(columns, after):
+        return after, []
     # a warning of the reader explains such rewards: d3rlpy before 1.1 moved them by one row
     if usual < 0.99 or count < 3 or columns.warnings:
         return none, []
@@ -120,3 +124,22 @@ def reset_rows(
         "row: they look like rows that a vector environment wrote when it reset itself, whose actions "
         "were ignored. Pass autoreset=True to drop them, or autoreset=False if they are steps."
     ]
+
+
+def _unknown(columns: Columns, ended: Flags) -> bool:
+    """Return whether the next observation of an ended row is NaN."""
+    parts = [np.asarray(column[:])[ended] for column in columns.leaves("next/observation").values()]
+    return any(part.dtype.kind == "f" and bool(np.isnan(part).any()) for part in parts)
+
+
+def _jumps(columns: Columns, rows: Flags) -> bool:
+    """Return whether the observation jumps from ``rows`` to the next ones, or cannot be compared.
+
+    The median step there is longer than nine tenths of the others.
+    """
+    values = leading_values(columns.leaves("observation"))
+    here = rows[: max(0, len(values) - 1)]
+    steps = steps_of(values, here)
+    if steps is None or not here.any():
+        return True
+    return bool(np.median(steps.length[here]) > np.quantile(steps.length[~here], 0.9))
