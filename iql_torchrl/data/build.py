@@ -336,9 +336,12 @@ class ChunkChecker:
                     key, beyond, f"has the value {value:g}, beyond the range of {values.dtype},",
                     "scale the column, or pass dtype=torch.float64.",
                 )  # fmt: skip
-        self._refuse(
-            key, wrong, "is NaN or infinite", "expected finite numbers: repair those rows."
-        )
+        repair = "expected finite numbers: repair those rows"
+        if key[:2] == ("next", "observation"):
+            repair += (
+                ", or pass columns={'next_observation': None}, which drops last truncated rows"
+            )
+        self._refuse(key, wrong, "is NaN or infinite", f"{repair}.")
 
     def _check_outside(
         self, key: Key, values: NDArray[Any], low: Any, high: Any, stored: Any

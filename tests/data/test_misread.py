@@ -381,6 +381,22 @@ def test_steps_are_kept_where_the_next_observation_of_an_end_is_unknown():
     assert np.allclose(dataset.transitions["next", "reward"][:, 0], reward)
 
 
+def test_an_unknown_observation_after_truncation_has_a_remedy():
+    rows, draw = 20, np.random.default_rng(0)
+    ends, observation = np.arange(rows) % 10 == 9, draw.normal(size=(rows, 2))
+    following = np.roll(observation, -1, 0)
+    following[ends] = np.nan
+    table = {
+        "observation": observation, "next_observation": following, "reward": draw.normal(size=rows),
+        "action": draw.uniform(-1, 1, (rows, 1)), "terminated": np.zeros(rows, bool),
+        "truncated": ends,
+    }  # fmt: skip
+    with pytest.raises(DatasetError, match=re.escape("pass columns={'next_observation': None}")):
+        load_dataset(table)
+    dataset = load_dataset(table, columns={"next_observation": None})
+    assert dataset.episode_lengths.tolist() == [9, 9]
+
+
 def test_steps_of_a_process_that_continues_are_kept():
     """Days of 24 hours; the first reward of each is 0, and the observation does not jump there."""
     rows, draw = 240, np.random.default_rng(0)
