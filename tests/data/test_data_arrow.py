@@ -105,6 +105,27 @@ def test_any_division_into_files_row_groups_and_batches(
     refused("(2, 5, 3)|row 10|(4, 5, 3)", path)
 
 
+def test_all_columns_share_an_open_file(tmp_path, monkeypatch):
+    """Opening a file decodes the metadata of all its columns; batches of one row alternate."""
+    monkeypatch.setattr("iql_torchrl.data.readers.parquet.BATCH_BYTES", 1)
+    monkeypatch.setattr("iql_torchrl.data.build.CHUNK_BYTES", 1)
+    parquet, opened = needs("pyarrow.parquet"), []
+    kind = parquet.ParquetFile
+    count = lambda path, **options: opened.append(path) or kind(path, **options)  # noqa: E731
+    monkeypatch.setattr(parquet, "ParquetFile", count)
+    columns = step_table(observation=None, reward=None, episode_index=None)
+    names = [f"observation.{number}" for number in range(2)]
+    for name, values in zip(names, np.transpose(step_table()["observation"]), strict=True):
+        columns[name] = values.tolist()
+    columns |= {"reward": step_table()["reward"], "episode": step_table()["episode_index"]}
+    files = []
+    for number, rows in enumerate((slice(7), slice(7, 11))):
+        part = {key: values[rows] for key, values in columns.items()}
+        files.append(save_parquet(tmp_path / "a" / f"{number}.parquet", part, row_group_size=3))
+    check(load_dataset(tmp_path / "a"))
+    assert sorted(opened) == files
+
+
 def test_single_marks_and_other_columns_of_episodes(tmp_path):
     rows = episodes(
         dones=None, terminated=[False, True, False], episode_id=[7, 8, 9],

@@ -188,6 +188,17 @@ def test_csv_files_number_episodes_by_all_integers_of_64_bits(tmp_path, first):
     assert load_dataset(path).episode_lengths.tolist() == [2, 2]
 
 
+def test_ids_of_more_than_64_bits_in_csv_files_are_told_apart(tmp_path):
+    """As rewards such integers are floats."""
+    lines = (f"{10**20 + row // 3},{row / 2},{row % 2},{10**29},0,0\n" for row in range(6))
+    path = tmp_path / "log.csv"
+    path.write_text(NUMBERED + "".join(lines))
+    dataset = load_dataset(path)
+    assert dataset.episode_lengths.tolist() == [2, 2]
+    rewards = dataset.transitions["next", "reward"].flatten().tolist()
+    assert rewards == np.full(4, 1e29, np.float32).tolist()
+
+
 def test_a_list_of_columns_is_a_vector_of_floats(tmp_path):
     """Also of integers, which alone are categories; in the order of the list."""
     path = tmp_path / "log.csv"

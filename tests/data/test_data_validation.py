@@ -289,6 +289,18 @@ def test_discrete_actions_stored_as_floats_are_reported(actions, remedy):
     assert remedy is None or remedy in texts[0]
 
 
+def test_actions_that_are_nan_in_dropped_rows_have_a_guessed_space():
+    data = table() | {"terminated": np.zeros(15, bool), "truncated": ROWS % 5 == 4}
+    del data["next_observation"]
+    actions = np.where(data["truncated"], NAN, NUMBERS)
+    texts = warned(data | {"action": actions})
+    assert len(texts) == 1
+    assert "integers from 0 to 3 stored as floats" in texts[0]
+    with pytest.warns(DatasetWarning, match="reach -4 to 5"):
+        space = load_dataset(data | {"action": actions * 3 - 4}).action_space
+    assert space == Box(-4, 5, (1,), np.float64)
+
+
 @pytest.mark.parametrize("kind", [np.longdouble, np.float16, ">f4", torch.bfloat16])
 def test_floats_of_other_sizes_are_read(kind):
     data = table() | {"reward": ROWS.astype(np.float32)}

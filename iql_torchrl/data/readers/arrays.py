@@ -152,11 +152,15 @@ class UnreadableColumn:
 
 @dataclass
 class ComputedColumn:
-    """A column whose rows ``read`` gives; nothing is copied before it is asked for."""
+    """A column whose rows ``read`` gives; nothing is copied before it is asked for.
+
+    ``ids``: the text of integers that ``read`` rounds to floats, which tells ids apart.
+    """
 
     shape: tuple[int, ...]
     dtype: Any
     read: Callable[[slice], NDArray[Any]]
+    ids: NDArray[Any] | None = None
 
     def __getitem__(self, rows: slice, /) -> NDArray[Any]:
         return self.read(rows)

@@ -7,7 +7,14 @@ from dataclasses import replace
 
 import numpy as np
 
-from iql_torchrl.data.readers.arrays import Column, Columns, group_numbered, group_of, side_by_side
+from iql_torchrl.data.readers.arrays import (
+    Column,
+    Columns,
+    ComputedColumn,
+    group_numbered,
+    group_of,
+    side_by_side,
+)
 from iql_torchrl.data.readers.options import ReadOptions
 from iql_torchrl.data.schema import DatasetError
 
@@ -101,6 +108,8 @@ def _entries(source: Columns, paths: Mapping[str, str]) -> tuple[dict[str, Colum
         for rest, column in leaves.items():
             if rest and not column.shape:
                 continue
+            if key in IDS and isinstance(column, ComputedColumn) and column.ids is not None:
+                column = column.ids
             rows = _checked_rows(f"{source.name}: {'/'.join((key, *rest))}", column, rows, key)
             if np.dtype(column.dtype) == np.bool_ and key in (*GROUPS, "action", "reward"):
                 column = np.asarray(column[:], np.float32 if key == "reward" else np.int64)

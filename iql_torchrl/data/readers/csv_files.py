@@ -13,7 +13,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from iql_torchrl.data.readers.arrays import Column, Columns, UnreadableColumn, reading, text_seconds
+from iql_torchrl.data.readers.arrays import (
+    Column,
+    Columns,
+    ComputedColumn,
+    UnreadableColumn,
+    reading,
+    text_seconds,
+)
 from iql_torchrl.data.schema import DatasetError
 
 DELIMITERS = ",;\t|"
@@ -38,8 +45,8 @@ def open_csv(path: Path) -> Columns:
     The delimiter is the one of ``DELIMITERS`` that divides the first line most often; with a semicolon
     or a tab, numbers may have decimal commas (a note). Columns become booleans (1 and 0 if mixed),
     integers, floats, vectors (of cells such as ``[0.5, 1]``), seconds (of dates and times in ISO 8601),
-    or text. Cells of ``MISSING`` are NaN. Columns without a name are left out, such as R's names of
-    rows. pyarrow reads numbers if it is installed, with the same result.
+    or text. Integers of more than 64 bits are floats, but text where they are ids. Cells of
+    ``MISSING`` are NaN. Columns without a name are left out, such as R's names of rows. pyarrow reads numbers if it is installed, with the same result.
 
     Raises ``DatasetError`` for an empty file, a first line of numbers, a name that occurs twice, and a
     line of another length; and at the first use of a column of text for an empty cell.
@@ -173,7 +180,12 @@ def _column(cells: list[str], subject: str, comma: bool) -> Column:
             numbers = np.full((len(known), *values.shape[1:]), np.nan)
             numbers[known] = values
             values = numbers
-        return values[inverse]
+        rows = values[inverse]
+        if rows.dtype.kind == "f" and known.all() and all(map(str.isdecimal, texts)):
+            return ComputedColumn(
+                rows.shape, rows.dtype, rows.__getitem__, np.array(texts)[inverse]
+            )
+        return rows
     if texts[0][:1] == "[" and all(map(LIST.fullmatch, texts)):
         return UnreadableColumn(
             f"{subject} has lists such as {texts[0]!r} of different lengths, or with '...' for values "

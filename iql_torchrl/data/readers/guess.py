@@ -129,13 +129,19 @@ def guess_action_space(parts: Sequence[Columns]) -> Guess:
 def _ranges(
     parts: Sequence[Columns], shape: tuple[int, ...]
 ) -> tuple[NDArray[Any], NDArray[Any], bool, bool]:
-    """Smallest and largest action per column; whether all are integers, and whether all are one-hot."""
+    """Smallest and largest action per column; whether all are integers, and whether all are one-hot.
+
+    Rows with NaN do not count: they may be dropped, and are refused otherwise.
+    """
     low, high = np.full(shape, np.inf), np.full(shape, -np.inf)
     integers, one_hot = True, int(np.prod(shape)) > 1 and sum(part.rows for part in parts) > 1
     for column in (part.columns["action"] for part in parts):
         for start in range(0, column.shape[0], CHUNK):
             chunk = np.asarray(column[start : start + CHUNK])
             rows = chunk.reshape(len(chunk), -1)
+            rows = rows[~np.isnan(rows).any(1)]
+            if not len(rows):
+                continue
             low = np.fmin(low, rows.min(0).reshape(shape))
             high = np.fmax(high, rows.max(0).reshape(shape))
             integers = integers and bool(rows.dtype.kind != "f" or (rows == np.round(rows)).all())

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ pa, pq = (package(name, "a Parquet file") for name in ("pyarrow", "pyarrow.parqu
 #: About how many bytes of the rows of a file are decoded together, and at most how many rows.
 BATCH_BYTES = 8 * 2**20
 BATCH_ROWS = 65_536
+#: So many files stay open, so that all columns share them: opening one decodes the metadata of all.
+OPEN_FILES = 8
 #: What a damaged Parquet file is called, and what pyarrow raises.
 DAMAGED = ("not a complete Parquet file", pa.ArrowException, OSError)
 #: Names of files that each are of one split.
@@ -79,12 +82,13 @@ def parquet_rows(name: str, files: Sequence[Path], folder: Path | None = None) -
         groups[path] = [metadata.row_group(number).num_rows for number in numbers]
     #: By column: the row read last from, what is decoded from there on, and the batches after that.
     decoded: dict[str, tuple[int, list[Any], Iterator[Any]]] = {}
+    opened = lru_cache(OPEN_FILES)(_open)
 
     def read(column: str, start: int, stop: int) -> Any:
         kind = types[column]
         first, arrays, batches = decoded.get(column, (start + 1, [], iter(())))
         if not first <= start <= first + sum(map(len, arrays)):
-            first, arrays, batches = start, [], _batches(groups, column, start)
+            first, arrays, batches = start, [], _batches(groups, opened, column, start)
         while first + sum(map(len, arrays)) < stop:
             arrays.append(next(batches).cast(kind))
         values = pa.chunked_array(arrays, kind)[start - first :]
@@ -110,7 +114,15 @@ def _wider(first: Any, second: Any) -> Any:
     return None
 
 
-def _batches(files: Mapping[Path, list[int]], column: str, start: int) -> Iterator[Any]:
+def _open(path: Path) -> Any:
+    return pq.ParquetFile(
+        path, pre_buffer=False, buffer_size=2**20, page_checksum_verification=True
+    )
+
+
+def _batches(
+    files: Mapping[Path, list[int]], opened: Callable[[Path], Any], column: str, start: int
+) -> Iterator[Any]:
     """The rows of a column from ``start`` on; ``files``: the rows of the row groups of each."""
     end = 0
     for path, groups in files.items():
@@ -120,9 +132,7 @@ def _batches(files: Mapping[Path, list[int]], column: str, start: int) -> Iterat
                 end += rows
                 if not rows or end <= start:
                     continue
-                file = file or pq.ParquetFile(
-                    path, pre_buffer=False, buffer_size=2**20, page_checksum_verification=True
-                )
+                file = file or opened(path)
                 size = max(file.metadata.row_group(number).total_byte_size // rows, 1)
                 size = max(1, min(BATCH_ROWS, BATCH_BYTES // size))
                 skipped = max(rows - (end - start), 0)
