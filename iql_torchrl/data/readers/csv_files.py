@@ -46,7 +46,8 @@ def open_csv(path: Path) -> Columns:
     or a tab, numbers may have decimal commas (a note). Columns become booleans (1 and 0 if mixed),
     integers, floats, vectors (of cells such as ``[0.5, 1]``), seconds (of dates and times in ISO 8601),
     or text. Integers of more than 64 bits are floats, but text where they are ids. Cells of
-    ``MISSING`` are NaN. Columns without a name are left out, such as R's names of rows. pyarrow reads numbers if it is installed, with the same result.
+    ``MISSING`` are NaN. Columns without a name are left out, such as R's names of rows. pyarrow
+    reads numbers if it is installed, with the same result.
 
     Raises ``DatasetError`` for an empty file, a first line of numbers, a name that occurs twice, and a
     line of another length; and at the first use of a column of text for an empty cell.
