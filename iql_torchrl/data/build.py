@@ -202,7 +202,7 @@ class ChunkChecker:
             if isinstance(space, CATEGORIES):
                 self.spaces |= {key: space, ("next", *key): space}
         self.clipped = self.unused = self.filled = 0
-        #: Leading rows of observations that float32 rounds.
+        #: Leading rows of observations and actions that float32 rounds.
         self.samples: dict[Key, list[NDArray[Any]]] = {}
         self.rewards = StatisticsAccumulator((1,))  # raw
         self.largest = np.empty(0)  # the largest magnitudes of rewards, ascending
@@ -271,7 +271,11 @@ class ChunkChecker:
             raise DatasetError(
                 f"{name}: {dotted(key)} has rows of shape {shape}, expected {expected.shape}; {remedy}."
             )
-        if expected.dtype == torch.float32 and values.itemsize > 4 and key[0] == "observation":
+        if (
+            expected.dtype == torch.float32
+            and values.itemsize > 4
+            and key[0] in ("observation", "action")
+        ):
             kept = self.samples.setdefault(key, [])
             if (left := SAMPLE - sum(map(len, kept))) > 0:
                 kept.append(values.reshape(len(values), -1)[:left, :COLUMNS].astype(np.float64))

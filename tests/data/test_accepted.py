@@ -1,6 +1,7 @@
 """What is legitimate and was refused, or misread: read to values by hand, without warnings."""
 
 import gymnasium as gym
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -77,6 +78,24 @@ def test_episode_ids_are_text(kind, tmp_path):
     changed = {"terminated": np.arange(ROWS) % 5 == 4, "episode": names}
     data = load_dataset(stored(kind, log(**changed), tmp_path))
     assert data.episode_lengths.tolist() == [5] * 12
+
+
+@pytest.mark.parametrize("kind", ["arrays", "npz", "fixed.h5", "varying.h5"])
+def test_text_of_bytes_is_decoded(kind, tmp_path):
+    names = [f"p-é{row // 5:02}" for row in range(ROWS)]
+    texts = {"episode": names, "action": ["left", "right"] * 30}
+    texts = {key: np.char.encode(values, "utf-8") for key, values in texts.items()}
+    changed = log(terminated=np.arange(ROWS) % 5 == 4, **texts)
+    source = stored(kind, changed, tmp_path) if "." not in kind else tmp_path / kind
+    if "." in kind:
+        with h5py.File(source, "w") as file:
+            for key, values in changed.items():
+                varies = key in texts and kind == "varying.h5"
+                dtype = h5py.string_dtype() if varies else values.dtype
+                file.create_dataset(key, data=values, dtype=dtype)
+    data = load_dataset(source)
+    assert data.episode_lengths.tolist() == [5] * 12
+    assert data.transitions["action"].flatten().tolist() == [0, 1] * 30
 
 
 def test_every_row_of_a_bandit_terminates():
@@ -246,5 +265,11 @@ def test_rows_beyond_the_limit_are_not_checked():
     source["reward"][58] = np.nan
     assert len(load_dataset(source, limit=12)) == 12
     assert len(load_dataset([log(), source], limit=70)) == 66
+    assert load_dataset([log(), log()], limit=64).episode_lengths.tolist() == [6] * 10
+    assert load_dataset([log(), log()], limit=4).episode_lengths.tolist() == [4]
+    short = {
+        key: values[-2:] for key, values in log().items()
+    }  # after an episode that does not fit
+    assert load_dataset([log(), short], limit=9).episode_lengths.tolist() == [6]
     # a mistyped path is an error anyway
     refused("no such file", [log(), "there/is/none.npz"], limit=12)

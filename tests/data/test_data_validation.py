@@ -264,6 +264,16 @@ def test_changes_that_float32_removes_are_reported(times, apart):
     assert not texts or "observation: column 0, 2 changes" in texts[0]
 
 
+def test_changes_of_actions_that_float32_removes_are_reported():
+    actions = 1e9 + np.where(ROWS % 2 == 0, -0.5, 0.5)[:, None]  # float32: 64 apart, all equal
+    with pytest.warns(
+        DatasetWarning, match="action: column 'action' changes by about 1 .* are 64 apart"
+    ):
+        load_dataset(table() | {"action": actions}, action_space=Box(1e9 - 1, 1e9 + 1, (1,), float))
+    near = {"action_space": Box(-1, 1, (1,), float)}
+    assert warned(table() | {"action": actions - 1e9}, **near) == []
+
+
 NUMBERS = ROWS % 4
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import h5py
 import numpy as np
 
 from iql_torchrl.data.readers.arrays import (
@@ -31,6 +32,8 @@ OF_NEXT = ("reward", "next_observation", "next_action_mask")
 FLAGS = ("terminated", "not_terminated", "truncated", "trajectory_end", "valid")
 #: Keys of columns of names or numbers that say which rows belong together.
 IDS = ("episode", "env_index")
+#: Keys whose columns may be text.
+TEXTS = (*GROUPS, *IDS, "action", "time")
 #: Keys of one value a row.
 SINGLE = (*FLAGS, *IDS, "reward", "time", "action_log_prob", "action_prob")
 #: Keys whose columns are taken by name only if they have one value a row: others may have the name.
@@ -110,6 +113,8 @@ def _entries(source: Columns, paths: Mapping[str, str]) -> tuple[dict[str, Colum
                 continue
             if key in IDS and isinstance(column, ComputedColumn) and column.ids is not None:
                 column = column.ids
+            if key in TEXTS:
+                column = _decoded(column)
             rows = _checked_rows(f"{source.name}: {'/'.join((key, *rest))}", column, rows, key)
             if np.dtype(column.dtype) == np.bool_ and key in (*GROUPS, "action", "reward"):
                 column = np.asarray(column[:], np.float32 if key == "reward" else np.int64)
@@ -257,7 +262,7 @@ def _checked_rows(subject: str, column: Column, rows: int | None, key: str) -> i
     These are numbers and booleans; text for ids, actions, observations and times; dates for ``time``.
     """
     shape, kind = tuple(column.shape), np.dtype(column.dtype)
-    kinds = "biuf" + "UO" * (key in (*GROUPS, *IDS, "action", "time")) + "mM" * (key == "time")
+    kinds = "biuf" + "UO" * (key in TEXTS) + "mM" * (key == "time")
     expected = "an array of real numbers or booleans with one row per step, all rows of one shape"
     remedy = (
         "Join episodes of different lengths with numpy.concatenate and set the done flags of their "
@@ -296,6 +301,13 @@ def _checked_rows(subject: str, column: Column, rows: int | None, key: str) -> i
     else:
         return shape[0]
     raise DatasetError(f"{subject} {problem}; expected {expected}. {remedy}")
+
+
+def _decoded(column: Column) -> Column:
+    """The column with text that HDF5 or NumPy stores as bytes as str."""
+    if h5py.check_string_dtype(np.dtype(column.dtype)) is None or not column.shape:
+        return column
+    return np.char.decode(np.asarray(column[:]).astype("S"), "utf-8", "backslashreplace")
 
 
 def _is_number(text: str) -> bool:

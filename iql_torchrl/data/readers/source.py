@@ -74,11 +74,14 @@ def open_source(source: Any, options: ReadOptions) -> Source:
     parts, left = list[tuple[Columns, Episodes]](), options.limit
     for columns in named:
         ordered, episodes = find_episodes(columns, options)
+        if left is not None and parts and (episodes.lengths[:1] > left).any():
+            break  # only the first episode of all may be cut
+        total = len(episodes.rows)
         if left is not None:
             episodes = episodes.limited(left)
             left -= len(episodes.rows)
         parts.append((ordered, episodes))
-        if left == 0:
+        if left == 0 or len(episodes.rows) < total:
             break
     return _joined(parts, options)
 
