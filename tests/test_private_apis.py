@@ -57,12 +57,14 @@ private_apis.find = watched
 import iql_torchrl  # every private name is missing
 assert sys.modules["iql_torchrl.private_apis"] is private_apis
 
-from test_step import make_batch, make_step, snapshot
+from small_losses import make_step
+from test_step import make_batch, make_loss, snapshot
 
 def train():
     torch.manual_seed(0)
-    step = make_step()
-    step.loss.average_actor(0.9)
+    loss = make_loss()
+    loss.average_actor(0.9)
+    step = make_step(loss)
     for _ in range(20):
         step(make_batch())
     return snapshot(step.loss)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from iql_torchrl.config import IQLConfig, check_whole, config_settings, launches_kernels
 from iql_torchrl.networks.encoders import OneHot
-from iql_torchrl.private_apis import has_hooks, keeps_batch_statistics
+from iql_torchrl.private_apis import keeps_batch_statistics
 
 #: Makers of the activations that a config names. GELU is the approximation by tanh, as in JAX.
 ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = {
@@ -340,18 +340,18 @@ def can_be_ensemble(network: object) -> bool:
     """Return whether ``network`` computes K networks where its parameters are stacked.
 
     It is a network of this package, and not of a class with a ``forward`` of its own, whose parameters
-    are all in fully connected and normalisation layers of ``mlp``, which read them so; no layer keeps
-    statistics of batches or has hooks, which may compute weights.
+    are all weights and biases of fully connected and normalisation layers of ``mlp``, which read them
+    so; no weight is computed of others (``weight_norm``), and no layer keeps statistics of batches.
     """
     if not isinstance(network, AroundPerceptron) or _is_changed(type(network)):
         return False
-    if any(keeps_batch_statistics(module) or has_hooks(module) for module in network.modules()):
+    if any(keeps_batch_statistics(module) for module in network.modules()):
         return False
     layers = {id(module) for module in network.mlp.modules() if type(module) in ENSEMBLE_LAYERS}
     return all(
-        id(module) in layers
+        id(module) in layers and name in ("weight", "bias")
         for module in network.modules()
-        if any(True for _ in module.parameters(recurse=False))
+        for name, _ in module.named_parameters(recurse=False)
     )
 
 

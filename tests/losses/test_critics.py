@@ -127,14 +127,24 @@ def weight_normed(*sizes, **options):
     return critic
 
 
+def weight_normed_by_hooks(*sizes, **options):
+    critic = networks.Critic(*sizes, **options)
+    for module in critic.modules():
+        if isinstance(module, nn.Linear):
+            nn.utils.weight_norm(module)
+    return critic
+
+
 def hooked(*sizes, **options):
     critic = networks.Critic(*sizes, **options)
     critic.mlp[0].register_forward_hook(lambda module, inputs, out: 2 * out)
     return critic
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch's, of weight_norm
-@pytest.mark.parametrize("kind", [Scaled, Shifted, weight_normed, hooked, networks.Critic])
+@pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore:.*weight_norm")  # torch's
+@pytest.mark.parametrize(
+    "kind", [Scaled, Shifted, weight_normed, weight_normed_by_hooks, hooked, networks.Critic]
+)
 def test_a_critic_of_yours_is_evaluated_as_in_a_loop(kind):
     """A batch of as many rows as critics: stacked parameters would broadcast against it."""
     results = []
@@ -146,7 +156,7 @@ def test_a_critic_of_yours_is_evaluated_as_in_a_loop(kind):
             for _ in range(2)
         ]
         loss = IQLLoss(actor, critics, value, deactivate_vmap=in_a_loop)
-        assert loss.is_ensemble is (kind is networks.Critic)
+        assert loss.is_ensemble is (kind in (hooked, networks.Critic))
         torch.manual_seed(1)
         results.append(loss(make_batch(2)))
     for name in ("loss_actor", "loss_qvalue", "loss_value"):
