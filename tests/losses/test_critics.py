@@ -118,6 +118,14 @@ class Shifted(networks.Critic):
         return super().forward(observation, action)[..., :1] + self.shift
 
 
+class Centred(networks.Critic):
+    """No parameter of its own, and a mean over the batch."""
+
+    def forward(self, observation, action):
+        values = super().forward(observation, action)
+        return values - values.mean()
+
+
 def weight_normed(*sizes, **options):
     """Its weights are computed before each call; they are no parameters."""
     critic = networks.Critic(*sizes, **options)
@@ -143,7 +151,8 @@ def hooked(*sizes, **options):
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore:.*weight_norm")  # torch's
 @pytest.mark.parametrize(
-    "kind", [Scaled, Shifted, weight_normed, weight_normed_by_hooks, hooked, networks.Critic]
+    "kind",
+    [Scaled, Shifted, Centred, weight_normed, weight_normed_by_hooks, hooked, networks.Critic],
 )
 def test_a_critic_of_yours_is_evaluated_as_in_a_loop(kind):
     """A batch of as many rows as critics: stacked parameters would broadcast against it."""
