@@ -273,16 +273,15 @@ def tutorial_table(content: Mapping[str, Any]) -> str:
 
 
 def corl_table(content: Mapping[str, Any]) -> str:
-    """Markdown: what compare_corl.py wrote: the largest differences of weights, a row a point."""
+    """Markdown: compare_corl.py's largest differences of weights, and those of the disturbed copy."""
     names = [name for name, found in content.items() if "differences" in found]
-    text = [f"| updates | {' | '.join(names)} | CORL's code against itself, disturbed |"]
-    text.append("|---:" * (len(names) + 2) + "|")
+    text = [f"| updates | {' | '.join(names)} |", "|---:" * (len(names) + 1) + "|"]
     for updates in content[names[0]]["differences"]:
-        found = {
-            kind: [max(content[name][kind][updates].values()) for name in names]
-            for kind in ("differences", "disturbed")
-        }
-        cells = [f"{value:.0e}" for value in (*found["differences"], min(found["disturbed"]))]
+        cells = []
+        for name in names:
+            kinds = [content[name][kind][updates] for kind in ("differences", "disturbed")]
+            largest, disturbed = (max(kind.values()) for kind in kinds)
+            cells.append(f"{largest:.0e} ({disturbed:.0e})")
         text.append("| " + " | ".join([f"{int(updates):,}", *cells]) + " |")
     return "\n".join(text)
 
