@@ -306,6 +306,7 @@ def write_page(page: Path, result: str) -> None:
         ("learning table", result, learning_table),
         ("settings table", result, settings_table),
         ("times table", f"{result}_time", times_table),
+        ("replay times table", f"{result}_replay_time", times_table),
         ("tutorial table", "minari_tutorial", tutorial_table),
         ("corl table", "compare_corl", corl_table),
     ]
