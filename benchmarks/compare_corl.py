@@ -1,4 +1,4 @@
-"""The same updates here and in CORL's code: largest differences of weights and actions.
+"""The same updates here and in CORL's code: largest differences of weights.
 
     python benchmarks/compare_corl.py --corl iql.py --logs halfcheetah-replay
 
@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from iql_torchrl import IQLConfig, load_dataset, make_agent
+from iql_torchrl import IQLConfig, make_agent
 from iql_torchrl.agent import Agent
 from iql_torchrl.data import OfflineDataset
 from record import RESULTS, save
@@ -80,7 +80,8 @@ def disturbed(trainer: Any) -> Any:
 def learners(name: str, o: argparse.Namespace) -> tuple[Agent, Any, OfflineDataset, list[Tensor]]:
     """Ours with CORL's weights; CORL's; the dataset; CORL's means, deviations and bounds."""
     data, _ = log_data(name, o.peers)
-    env, log = data.make_env(), LOGS[name]
+    log, env = LOGS[name], data.make_env()
+    env.close()
     box = env.action_space
     assert isinstance(box, gymnasium.spaces.Box), box
     task = Task(
@@ -92,11 +93,7 @@ def learners(name: str, o: argparse.Namespace) -> tuple[Agent, Any, OfflineDatas
     settings: dict[str, Any] = options_of(log, "ours", data, None)
     settings |= {"hidden": tuple(settings["hidden"]), "order": "simultaneous"}
     config = IQLConfig(seed=o.seed, updates=o.updates, **settings)
-    dataset = load_dataset(
-        data.rows, observation_space=env.observation_space, action_space=box,
-        reward=config.reward, progress=False,
-    )  # fmt: skip
-    env.close()
+    dataset = data.dataset(config.reward)
     agent = make_agent(config, dataset)
     for network in (trainer.actor, trainer.vf, trainer.qf, trainer.q_target, agent.loss):
         network.double()

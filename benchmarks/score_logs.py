@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from iql_torchrl import load_dataset
-from iql_torchrl.data import REFERENCE_RETURNS, normalised_score
+from iql_torchrl.data import REFERENCE_RETURNS, OfflineDataset, normalised_score
 from iql_torchrl.data.builtin import ensure_dataset
 from iql_torchrl.data.builtin.icu_sepsis import ENVIRONMENT, NAME, SepsisTables
 from iql_torchrl.data.builtin.recipes import import_for_recipe
@@ -76,13 +76,22 @@ class Data:
     returns: Any
     play: Callable[[Callable[..., Any]], float] | None = None
 
+    def dataset(self, reward: Any) -> OfflineDataset:
+        """The rows with the spaces of the environment and this reward scaling."""
+        env = self.make_env()
+        env.close()
+        return load_dataset(
+            self.rows, observation_space=env.observation_space, action_space=env.action_space,
+            reward=reward, progress=False,
+        )  # fmt: skip
+
     def score(self, mean_return: float) -> float:
         return float(normalised_score(mean_return, self.reference))
 
 
 @dataclass(frozen=True)
 class Log:
-    """One line of the table: how the log is made, and the plan for it."""
+    """A dataset: how it is made, the numbers of updates and evaluation episodes, and the methods."""
 
     made: Callable[[Path], Data]
     updates: int
@@ -124,7 +133,7 @@ def pendulum(folder: Path) -> Data:
 
 
 class Maze2d(gymnasium.Wrapper[Any, Any, Any, Any]):
-    """D4RL's maze2d task: a fixed goal that is not seen, reward 1 within 0.5 of it, no termination.
+    """D4RL's maze2d task: a fixed goal that is not observed, reward 1 within 0.5 of it, no termination.
 
     The start is in any open cell. As in D4RL the observation is position and velocity.
     """

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_scores import EVALUATION_SEED, changes
-from iql_torchrl import IQLConfig, IQLPopulation, captured, load_dataset
+from iql_torchrl import IQLConfig, IQLPopulation, captured
 from iql_torchrl.files import atomic_write
 from record import RESULTS, machine, processor, save
 from score_logs import CACHE, LOGS, OURS, OWN, about_log, log_data, options_of
@@ -36,7 +36,7 @@ PART = "actor_network"
 PACKAGES = ("torch", "torchrl", "tensordict")
 
 
-def population(name: str, rows: dict[str, Any], o: argparse.Namespace, device: str) -> Any:
+def population(name: str, o: argparse.Namespace, device: str) -> Any:
     """One run a seed, with the settings of ``o.method`` in bench_scores.py."""
     data, _ = log_data(name, o.peers)
     settings = options_of(LOGS[name], o.method, data, None)
@@ -45,13 +45,7 @@ def population(name: str, rows: dict[str, Any], o: argparse.Namespace, device: s
         IQLConfig(seed=seed, updates=o.updates, device=device, **settings)
         for seed in range(o.seeds)
     ]
-    env = data.make_env()
-    dataset = load_dataset(
-        rows, observation_space=env.observation_space, action_space=env.action_space,
-        reward=configs[0].reward, progress=False,
-    )  # fmt: skip
-    env.close()
-    return IQLPopulation(configs, dataset, batches="own")
+    return IQLPopulation(configs, data.dataset(configs[0].reward), batches="own")
 
 
 class Training:
@@ -61,7 +55,7 @@ class Training:
         data, _ = log_data(name, o.peers)
         self.name, self.folder, self.device = name, o.folder / name, torch.device(o.device)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.population = population(name, data.rows, o, o.device)
+        self.population = population(name, o, o.device)
         self.last, self.calls = o.updates // UPDATES_A_CALL, 0
         self.points = {self.last * (i + 1) // o.points for i in range(o.points)}
         self.call = captured(self.population.step, self.population.sampler, updates=UPDATES_A_CALL)
@@ -138,7 +132,7 @@ def play(o: argparse.Namespace) -> None:
         if about["rows_md5"] != _digest(data.rows):
             print(f"{name}: the rows made here are not those of the training, bit for bit")
         o.updates, o.seeds = about["updates"], about["seeds"]
-        runs = population(name, data.rows, o, "cpu")
+        runs = population(name, o, "cpu")
         points = sorted(int(file.stem) for file in folder.glob("*.pt"))
         played_at: list[list[Any]] = [[] for _ in range(o.seeds)]
         for point in points:

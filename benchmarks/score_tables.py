@@ -43,7 +43,7 @@ MILLION_SETTINGS = {
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The results so far, without the record of the machine, which is written anew."""
+    """The results so far, without the description of the machine, which ``save`` adds."""
     if not path.is_file():
         return {"logs": {}, "settings": {}, "cells": [], "summary": [], "unfinished": {}}
     content: dict[str, Any] = json.loads(path.read_text())
@@ -89,7 +89,7 @@ def identity(cell: Mapping[str, Any]) -> tuple[Any, ...]:
 def summarise(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """For each log, number of updates and method: interquartile means over seeds, 95 % intervals.
 
-    ``better_than``: the probability that a run of ours has a higher score than one of this method.
+    ``ours_better``: the probability that a run of ours has a higher score than one of this method.
     """
     groups: dict[tuple[str, int, str], list[Mapping[str, Any]]] = {}
     for each in cells:

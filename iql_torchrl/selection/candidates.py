@@ -216,9 +216,10 @@ def bc_distance(candidate: Candidate, baseline: Candidate, dataset: OfflineDatas
 def _logits(candidate: Candidate, chunk: TensorDictBase, deterministic: bool) -> Tensor | None:
     """Of the policy's distribution; None of a policy without one, and where its action is taken."""
     distribution = _distribution(candidate, chunk)
-    for name, of in (("logits", torch.as_tensor), ("probs", torch.log)):
-        if (values := getattr(distribution, name, None)) is not None:
-            return of(values)
+    if (logits := getattr(distribution, "logits", None)) is not None:
+        return torch.as_tensor(logits)
+    if (probs := getattr(distribution, "probs", None)) is not None:
+        return torch.log(probs)
     if distribution is None or deterministic or isinstance(distribution, DELTAS):
         return None
     raise ValueError(

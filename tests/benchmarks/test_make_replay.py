@@ -59,7 +59,7 @@ def test_on_cuda_graphs_act_and_learn_from_the_rows_so_far(tmp_path, monkeypatch
         assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
         with np.load(file) as table:
             assert table["action"].shape == (120, size)
-            assert len(np.unique(table["action"], axis=0)) == 120  # each replay draws anew
+            assert len(np.unique(table["action"], axis=0)) == 120  # new noise in each replay
 
 
 @pytest.mark.parametrize("wrong", ["Hopper-v5", "Hopper-v5=log.csv", "=log.npz"])
