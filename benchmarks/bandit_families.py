@@ -78,7 +78,7 @@ class Bandit:
             return softmax(2 * guess)
         return 0.95 * np.eye(self.arms)[guess.argmax(1)] + 0.05 / self.arms
 
-    def log(self, rounds: int, seed: int) -> Logged:
+    def dataset(self, rounds: int, seed: int) -> Logged:
         draw = np.random.default_rng(seed)
         context = draw.standard_normal((rounds, self.dimension))
         propensities = self.propensities(context)

@@ -120,7 +120,7 @@ def obp_values(ratio: np.ndarray, logged: Logged, model: ModelValues) -> dict[st
 def repetition(
     bandit: Bandit, rounds: int, seed: int, truth: dict[str, float]
 ) -> list[dict[str, Any]]:
-    fit, fresh = bandit.log(rounds, 1000 + seed).split(rounds // 2)
+    fit, fresh = bandit.dataset(rounds, 1000 + seed).split(rounds // 2)
     episodes, means = episodes_of(fresh), arm_means(fit)
     results = []
     for name, policy in bandit.policies().items():
@@ -192,7 +192,7 @@ def candidates_of(fit: Logged, bandit: Bandit, gain: float) -> dict[str, Any]:
 
 def decision(bandit: Bandit, rounds: int, seed: int, trained: int | None) -> dict[str, Any]:
     """``trained`` rounds train (None: a third), half of the rest fits, and the other half decides."""
-    train, rest = bandit.log(rounds, 5000 + seed).split(trained or rounds // 3)
+    train, rest = bandit.dataset(rounds, 5000 + seed).split(trained or rounds // 3)
     fit, fresh = rest.split((rounds - len(train.action)) // 2)
     episodes, means = episodes_of(fresh), arm_means(fit)
     candidates = candidates_of(train, bandit, gain=2.0)

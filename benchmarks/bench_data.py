@@ -194,9 +194,11 @@ def sample_windows(rows: int, rounds: int) -> dict[str, float]:
 
     torch.set_num_threads(1)
     data = dataset_of(Sizes(rows=rows))
-    logs = {"rows": data, "stack of 4": data.frame_stack(4)}
-    logs |= {f"windows of {length}": data.windows(length) for length in (1, 4, 16)}
-    calls = {name: log.device_sampler(BATCH, seed=0).sample for name, log in logs.items()}
+    datasets = {"rows": data, "stack of 4": data.frame_stack(4)}
+    datasets |= {f"windows of {length}": data.windows(length) for length in (1, 4, 16)}
+    calls = {
+        name: dataset.device_sampler(BATCH, seed=0).sample for name, dataset in datasets.items()
+    }
     return microseconds(calls, rounds)
 
 

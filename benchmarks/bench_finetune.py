@@ -2,7 +2,7 @@
 
     python benchmarks/bench_finetune.py
 
-Runs ``examples/iql_finetune.py`` on two Pendulum logs: all 300 episodes, with too few offline
+Runs ``examples/iql_finetune.py`` on two Pendulum datasets: all 300 episodes, with too few offline
 updates to learn the task, and the first two episodes, from which it cannot be learned. Methods:
 fine-tuning; the same with half of each batch from the dataset; the same number of updates on the
 dataset alone; and the online phase from new networks. Each run has one thread and its own process.
@@ -34,20 +34,20 @@ Row = dict[str, float]
 
 EARLY = 0.2  # the part of the online phase in which a collapse would show
 #: name: transitions (None: all) and offline updates
-LOGS = {"300 episodes": (None, 2_000), "2 episodes": (400, 4_000)}
+DATASETS = {"300 episodes": (None, 2_000), "2 episodes": (400, 4_000)}
 #: name: part of each batch from the dataset, and whether it begins with the offline phase
 METHODS = {
     "fine-tuned": (None, True),
-    "fine-tuned, half log": (0.5, True),
-    "log only": (None, True),
+    "fine-tuned, half dataset": (0.5, True),
+    "dataset only": (None, True),
     "no pretraining": (None, False),
 }
 
 
 def prepare(
-    options: argparse.Namespace, log: str, method: str, seed: int
+    options: argparse.Namespace, name: str, method: str, seed: int
 ) -> tuple[OfflineDataset, Options, IQLConfig]:
-    limit, offline = LOGS[log]
+    limit, offline = DATASETS[name]
     _, pretrained = METHODS[method]
     phases = Options(
         limit=limit,
@@ -75,9 +75,9 @@ def make_buffer(
         capacity = len(dataset) + room
         return dataset.replay_buffer(config.batch_size, seed=config.seed, capacity=capacity)
     # Not a TensorDictReplayBuffer, whose additional key "index" only one half of a batch would have.
-    log = ReplayBuffer(storage=TensorStorage(dataset.transitions))
+    rows = ReplayBuffer(storage=TensorStorage(dataset.transitions))
     return OfflineToOnlineReplayBuffer(
-        log, online_capacity=room, offline_fraction=fraction, batch_size=config.batch_size
+        rows, online_capacity=room, offline_fraction=fraction, batch_size=config.batch_size
     )
 
 
@@ -100,21 +100,21 @@ def around_switch(rows: list[Row], switch: int) -> dict[str, float]:
     return {"before": before, "lowest early": lowest, "end": online[-1]["return_mean"]}
 
 
-def one_run(options: argparse.Namespace, log: str, method: str, seed: int) -> dict[str, Any]:
+def one_run(options: argparse.Namespace, name: str, method: str, seed: int) -> dict[str, Any]:
     logger.setLevel("WARNING")
-    dataset, parsed, config = prepare(options, log, method, seed)
+    dataset, parsed, config = prepare(options, name, method, seed)
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-        if method == "log only":
+        if method == "dataset only":
             rows = stay_offline(dataset, config, parsed)
         else:
             buffer = make_buffer(dataset, config, parsed.online_steps, METHODS[method][0])
             rows = list(run(dataset, config, parsed, buffer))
     levels = around_switch(rows, parsed.offline_updates)
     shown = " ".join(f"{value:.0f}" for value in levels.values())
-    print(f"{log}, {method}, seed {seed}: {shown}", flush=True)
+    print(f"{name}, {method}, seed {seed}: {shown}", flush=True)
     names = {"updates": "update", "return_mean": "return_mean"}
     points = {key: [round(row[name], 1) for row in rows] for key, name in names.items()}
-    return {"log": log, "method": method, "seed": seed, **levels, "curve": points}
+    return {"dataset": name, "method": method, "seed": seed, **levels, "curve": points}
 
 
 def main() -> None:
@@ -126,17 +126,19 @@ def main() -> None:
     add("--episodes", type=int, default=16, help="of each evaluation")
     add("--workers", type=int, default=2, help="runs at a time")
     options = parser.parse_args()
-    logs, configs = {}, {}
-    for log in LOGS:
-        dataset, _, config = prepare(options, log, "fine-tuned", 0)
-        logs[log], configs[log] = float(dataset.episode_returns.mean()), asdict(config)
+    levels, configs = {}, {}
+    for name in DATASETS:
+        dataset, _, config = prepare(options, name, "fine-tuned", 0)
+        levels[name], configs[name] = float(dataset.episode_returns.mean()), asdict(config)
     seeds = range(options.seeds)
-    jobs = [(options, log, method, seed) for log in LOGS for method in METHODS for seed in seeds]
+    jobs = [
+        (options, name, method, seed) for name in DATASETS for method in METHODS for seed in seeds
+    ]
     runs = in_processes(one_run, jobs, options.workers)
-    content = {"configs": configs, "log_returns": logs, "online_steps": options.online_steps}
+    content = {"configs": configs, "dataset_returns": levels, "online_steps": options.online_steps}
     save(place("finetune"), {**content, "runs": runs})
     rows = [{name: value for name, value in run.items() if name != "curve"} for run in runs]
-    print(f"\n{table(rows, ('log', 'method'))}")
+    print(f"\n{table(rows, ('dataset', 'method'))}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""What a flow's deterministic action should be: candidates on two logs with two modes.
+"""What a flow's deterministic action should be: candidates on two datasets with two modes.
 
     python benchmarks/bench_flow_action.py
 
-Weighted and conditioned flows learn from the log of ``examples/iql_multimodal.py`` (actions in the
+Weighted and conditioned flows learn from the dataset of ``examples/iql_multimodal.py`` (actions in the
 plane, an obstacle between the modes) and from that of ``docs/pictures/two_modes.py`` (one dimension).
 Each way to act without randomness is scored in the same states: the share of states in which the
 action lies between the modes (in the obstacle), the mean reward, and the time of an action for 1 and
@@ -122,8 +122,10 @@ def task_of(make_data: Any, config: Any, score: Any, o: argparse.Namespace) -> T
 
 
 TASKS = {
-    "plane": partial(task_of, partial(iql_multimodal.make_log, 0), iql_multimodal.CONFIG, plane),
-    "line": partial(task_of, two_modes.make_log, two_modes.CONFIG, line),
+    "plane": partial(
+        task_of, partial(iql_multimodal.make_dataset, 0), iql_multimodal.CONFIG, plane
+    ),
+    "line": partial(task_of, two_modes.make_dataset, two_modes.CONFIG, line),
 }
 
 

@@ -2,10 +2,10 @@
 
     python benchmarks/bench_goal_maze.py
 
-The maze, its log of 300 walks of 60 steps and the exact distances are those of ``tests/goal_maze.py``
-(33 cells, 1,056 pairs, the largest distance is 13). ``all`` has every change of ``CHANGES``; the other
-variants leave out one of them, or all. A seed is that of the dataset and of the run. The score is the
-share of pairs that the policy connects within twice the largest distance.
+The maze, its dataset of 300 walks of 60 steps and the exact distances are those of
+``tests/goal_maze.py`` (33 cells, 1,056 pairs, the largest distance is 13). ``all`` has every change of
+``CHANGES``; the other variants leave out one of them, or all. A seed is that of the dataset and of the
+run. The score is the share of pairs that the policy connects within twice the largest distance.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Objectives of V, the weights of samples that go with them, and pessimism over critics, on three logs.
+"""Objectives of V with their weights of samples, and pessimism over critics, on three datasets.
 
     python benchmarks/bench_objectives.py --task pendulum
     python benchmarks/bench_objectives.py --task pointmaze

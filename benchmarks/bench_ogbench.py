@@ -153,8 +153,8 @@ def goal_task(o: argparse.Namespace) -> Task:
     ensure_ogbench(f"{rows}-local", episodes=o.made_episodes)
     # the name of a task, whose rewards and environment are replaced
     source = f"ogbench/{rows}-singletask-task1-local"
-    log = load_dataset(source, env="pointmaze-medium-v0", reward="raw")
-    data = log.relabelled(discount=GOAL_SETTINGS["discount"])
+    dataset = load_dataset(source, env="pointmaze-medium-v0", reward="raw")
+    data = dataset.relabelled(discount=GOAL_SETTINGS["discount"])
 
     def scores(agent: Agent) -> Iterator[Row]:
         how = {"num_envs": o.envs, "goals": GOALS}

@@ -46,16 +46,16 @@ LOOKS = {
 
 
 def single(
-    form: str, log: OfflineDataset, updates: int, _: TensorDict, sizes: Sizes, device: str
+    form: str, dataset: OfflineDataset, updates: int, _: TensorDict, sizes: Sizes, device: str
 ) -> Made:
-    step = make_agent(config_of(sizes, device), log).step
-    return in_form(step, form, log.transitions, sizes, device, updates)
+    step = make_agent(config_of(sizes, device), dataset).step
+    return in_form(step, form, dataset.transitions, sizes, device, updates)
 
 
 def population(
     batches: str,
     form: str,
-    log: OfflineDataset,
+    dataset: OfflineDataset,
     updates: int,
     count: int,
     _: TensorDict,
@@ -67,7 +67,7 @@ def population(
         config_of(sizes, device, seed=number, temperature=float(number % 4), expectile=expectile)
         for number, expectile in zip(range(count), np.linspace(0.5, 0.9, count), strict=True)
     ]
-    runs = IQLPopulation(configs, log, batches=batches)
+    runs = IQLPopulation(configs, dataset, batches=batches)
     if form == "captured":
         return captured(runs.step, runs.sampler, updates=updates), updates * count
     return (lambda: runs.step(runs.sampler.sample())), count
@@ -91,13 +91,15 @@ def floor(count: int, batched: bool, _: TensorDict, sizes: Sizes, device: str) -
     return (replayed(update, work) if device.startswith("cuda") else update), count
 
 
-def competitors(log: OfflineDataset, updates: int, count: int) -> dict[str, Rival]:
+def competitors(dataset: OfflineDataset, updates: int, count: int) -> dict[str, Rival]:
     rivals: dict[str, Rival] = {
-        name: partial(single, name.split()[1], log, updates) for name in SINGLES
+        name: partial(single, name.split()[1], dataset, updates) for name in SINGLES
     }
     for batches in ("shared", "own"):
         for form in ("captured", "eager"):
-            rivals[f"{batches} {form}"] = partial(population, batches, form, log, updates, count)
+            rivals[f"{batches} {form}"] = partial(
+                population, batches, form, dataset, updates, count
+            )
     rivals["floor batched"] = partial(floor, count, True)
     return rivals | {"floor one by one": partial(floor, count, False)}
 
@@ -148,9 +150,9 @@ def main() -> None:
     points: list[Results] = []
     for width in o.widths:
         sizes = Sizes(width=width, batch=o.batch, rows=o.rows)
-        log = dataset_of(sizes)
+        dataset = dataset_of(sizes)
         for count in members:
-            rivals = competitors(log, o.captured_updates, count)
+            rivals = competitors(dataset, o.captured_updates, count)
             rivals = {n: m for n, m in rivals.items() if any(w in n for w in o.only.split(","))}
             results, _ = measure(rivals, sizes, o.device, rounds=o.rounds, block=o.block)
             summarise(results, *SINGLES, "floor batched", "floor one by one")

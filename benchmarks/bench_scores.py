@@ -1,20 +1,20 @@
-"""Scores of IQL here, in d3rlpy, TorchRL and CORL, and of behaviour cloning, on the same logs.
+"""Scores of IQL here, in d3rlpy, TorchRL and CORL, and of behaviour cloning, on the same datasets.
 
     python benchmarks/bench_scores.py --peers FOLDER --jobs 2
     python benchmarks/bench_scores.py --peers FOLDER --time
     python benchmarks/bench_scores.py --page docs/scores.md
 
-Every cell (log, method, seed) trains in a process of its own with one thread, in the virtual
+Every cell (dataset, method, seed) trains in a process of its own with one thread, in the virtual
 environment of its library below FOLDER, which the first call makes (d3rlpy pins an older Gymnasium).
 Its policy is then asked for deterministic actions, and ``iql_torchrl.evaluate`` plays it, so that
 environment, seeds and loop are the same for all. A cell is written to benchmarks/results/scores.json
 as soon as it is done, and the evaluations of an unfinished one under ``unfinished``; the same command
 continues with the cells that are missing.
 
-The defaults are the plan of the published table: ``--seeds 5``, and for each log the updates in
-``LOGS`` (``--updates LOG=N`` changes them). Settings are those of each library's authors (``METHODS``
-names the files); only the schedules' lengths, and the bounds of actions, follow from the dataset.
-CORL takes part if ``--corl FILE`` names its iql.py, which is not a package:
+The defaults are the plan of the published table: ``--seeds 5``, and for each dataset the updates in
+``DATASETS`` (``--updates DATASET=N`` changes them). Settings are those of each library's authors
+(``METHODS`` names the files); only the schedules' lengths, and the bounds of actions, follow from
+the dataset. CORL takes part if ``--corl FILE`` names its iql.py, which is not a package:
 
     curl -O https://raw.githubusercontent.com/corl-team/CORL/main/algorithms/offline/iql.py
 
@@ -42,7 +42,16 @@ from typing import Any
 
 from iql_torchrl import evaluate
 from record import RESULTS, processor, save
-from score_logs import CACHE, CONTINUOUS, LOGS, OWN, Data, about_log, log_data, options_of
+from score_datasets import (
+    CACHE,
+    CONTINUOUS,
+    DATASETS,
+    OWN,
+    Data,
+    about_dataset,
+    options_of,
+    scored_data,
+)
 from score_tables import add, identity, join, read, table, write_page
 
 import gymnasium
@@ -64,7 +73,7 @@ ENVIRONMENTS: dict[str, tuple[str, ...]] = {
     "d3rlpy": ("torch==2.13.0", "d3rlpy==2.8.1"),
     "CORL": ("torch==2.13.0", "numpy"),
 }
-#: What a call without ``--logs`` runs: the published table, about an hour and a half of one core.
+#: What a call without ``--datasets`` runs: the published table, about an hour and a half of one core.
 PLAN = ("pendulum", "sepsis", "cartpole", "maze2d-umaze")
 
 
@@ -134,11 +143,11 @@ def worker(
     o: argparse.Namespace, name: str, method: str, seed: int, updates: int, **changed: Any
 ) -> Iterator[tuple[Worker, Data]]:
     """A process that will train ``method`` on the dataset ``name``, and the dataset."""
-    data, path = log_data(name, o.peers)
+    data, path = scored_data(name, o.peers)
     task: dict[str, Any] = {
         "rows": str(path), "seed": seed, "updates": updates,
         "chunk": o.block if o.time else min(CHUNK, updates),
-        "options": options_of(LOGS[name], method, data, o.corl) | changed,
+        "options": options_of(DATASETS[name], method, data, o.corl) | changed,
     }  # fmt: skip
     env = data.make_env()
     if isinstance(env.action_space, gymnasium.spaces.Discrete):
@@ -195,7 +204,7 @@ def cell(
     evaluated: Callable[[list[Any]], None] = lambda curve: None,
 ) -> dict[str, Any]:
     """Train and evaluate one method with one seed; ``evaluated`` gets the curve so far."""
-    log, updates, began = LOGS[name], o.updates[name], time.perf_counter()
+    scored, updates, began = DATASETS[name], o.updates[name], time.perf_counter()
     changed = o.change if method in OWN or o.methods == [method] else {}
     with worker(o, name, method, seed, updates, **changed) as (process, data):
         about = process.ask(about=True)
@@ -203,11 +212,11 @@ def cell(
         points, done, cpu, curve = [point for point in points if point] or [updates], 0, 0.0, []
         for point in [*points[:-1], updates]:
             cpu += process.ask(learn=point - done)["cpu_seconds"]
-            done, value = point, mean_return(data, process.act, log.episodes)
+            done, value = point, mean_return(data, process.act, scored.episodes)
             curve.append([point, value, data.score(value)])
             evaluated(curve)
     return {
-        "log": name, "method": method, "seed": seed, "updates": updates,
+        "dataset": name, "method": method, "seed": seed, "updates": updates,
         "return": curve[-1][1], "score": curve[-1][2], "curve": curve,
         "cpu_seconds": cpu, "wall_seconds": time.perf_counter() - began, **about,
     }  # fmt: skip
@@ -218,9 +227,9 @@ def missing(o: argparse.Namespace, cells: Sequence[Mapping[str, Any]]) -> list[t
     done = set(map(identity, cells))
     plan = [
         (name, method, seed)
-        for name in o.logs
+        for name in o.datasets
         for seed in range(o.seeds)
-        for method in LOGS[name].methods
+        for method in DATASETS[name].methods
         if method in o.methods and (method != "CORL" or o.corl is not None)
     ]
     return [each for each in plan if (*each, o.updates[each[0]]) not in done]
@@ -241,9 +250,9 @@ def run(o: argparse.Namespace, path: Path) -> None:
                 save(path, content, packages=("gymnasium", "mujoco"))
 
         result = cell(o, *each, evaluated=evaluated) | {"processor": processor()}
-        described = about_log(each[0], o.peers)
+        described = about_dataset(each[0], o.peers)
         with RESULT_LOCK:
-            content["logs"][each[0]] = described
+            content["datasets"][each[0]] = described
             content["unfinished"].pop(label, None)
             add(content, result)
             save(path, content, packages=("gymnasium", "mujoco"))
@@ -263,8 +272,8 @@ def run(o: argparse.Namespace, path: Path) -> None:
 def measure(o: argparse.Namespace, path: Path) -> None:
     """Seconds of 1,000 updates: blocks of all methods alternate, each alone while the others wait."""
     content: dict[str, Any] = {"block": o.block, "rounds": o.rounds, "times": []}
-    for name in o.logs:
-        methods = [m for m in LOGS[name].methods if m in o.methods and m != "cloning"]
+    for name in o.datasets:
+        methods = [m for m in DATASETS[name].methods if m in o.methods and m != "cloning"]
         variants = [(m, m, {}) for m in methods if m != "CORL" or o.corl is not None]
         variants += [
             (f"ours {f}", "ours", {"form": f}) for f in ("compiled", "captured") if o.forms
@@ -287,7 +296,7 @@ def measure(o: argparse.Namespace, path: Path) -> None:
         for label, seconds in blocks.items():
             ratios = [a / b for a, b in zip(seconds, blocks["ours"], strict=True)]
             line = {
-                "log": name, "method": label, "seconds": statistics.median(seconds),
+                "dataset": name, "method": label, "seconds": statistics.median(seconds),
                 "of_ours": statistics.median(ratios), "least": min(ratios), "greatest": max(ratios),
                 "blocks": seconds,
             }  # fmt: skip
@@ -313,11 +322,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
-    add("--peers", type=Path, default=CACHE, help="folder of the environments and logs; may be new")
-    add("--logs", nargs="+", choices=LOGS, default=list(PLAN))
+    add(
+        "--peers",
+        type=Path,
+        default=CACHE,
+        help="folder of the environments and datasets; may be new",
+    )
+    add("--datasets", nargs="+", choices=DATASETS, default=list(PLAN))
     add("--methods", nargs="+", choices=CONTINUOUS, default=list(CONTINUOUS))
     add("--seeds", type=int, default=5)
-    add("--updates", nargs="+", default=[], metavar="LOG=N", help="in place of those in LOGS")
+    add(
+        "--updates",
+        nargs="+",
+        default=[],
+        metavar="DATASET=N",
+        help="in place of those in DATASETS",
+    )
     add("--corl", type=Path, metavar="FILE", help="CORL's iql.py; without it CORL is left out")
     add("--jobs", type=int, default=1, help="processes that train at the same time")
     add("--points", type=int, default=4, help="evaluations of each run; the last is its score")
@@ -333,12 +353,12 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--forms", action="store_true", help="of --time: also ours compiled and captured")
     add("--page", type=Path, help="write the tables into this page, and train nothing")
     o = parser.parse_args(arguments)
-    updates = {name: log.updates for name, log in LOGS.items()}
+    updates = {name: scored.updates for name, scored in DATASETS.items()}
     for each in o.updates:
         name, _, number = each.partition("=")
-        if name not in LOGS or not number.isdigit() or int(number) % CHUNK or int(number) == 0:
+        if name not in DATASETS or not number.isdigit() or int(number) % CHUNK or int(number) == 0:
             parser.error(
-                f"--updates {each}: expected LOG=N with a log of {', '.join(LOGS)} and a "
+                f"--updates {each}: expected DATASET=N with a dataset of {', '.join(DATASETS)} and a "
                 f"multiple of {CHUNK}"
             )
         updates[name] = int(number)

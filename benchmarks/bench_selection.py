@@ -1,4 +1,4 @@
-"""How well a ranking from logs alone identifies the best policy.
+"""How well a ranking from datasets alone identifies the best policy.
 
     python benchmarks/bench_selection.py
     python benchmarks/bench_selection.py --dataset pendulum/mixed-v0
@@ -55,9 +55,9 @@ def configs_of(options: argparse.Namespace, config: IQLConfig) -> dict[str, IQLC
     return policies
 
 
-def train(configs: dict[str, IQLConfig], log: OfflineDataset) -> dict[str, Agent]:
+def train(configs: dict[str, IQLConfig], dataset: OfflineDataset) -> dict[str, Agent]:
     runs = [replace(config, compile=True) for config in configs.values()]
-    agents = (agent for _, agent in learn(log, runs, [runs[0].updates]))
+    agents = (agent for _, agent in learn(dataset, runs, [runs[0].updates]))
     return dict(zip(configs, agents, strict=True))
 
 
@@ -97,33 +97,33 @@ def played(
 
 
 def truths(
-    members: dict[str, Agent], log: OfflineDataset, discount: float, episodes: int
+    members: dict[str, Agent], dataset: OfflineDataset, discount: float, episodes: int
 ) -> tuple[Levels, float | None, dict[str, Any]]:
     """Each member's true value, the behaviour policy's (None: by the ranking), and more to record."""
-    if log.name == NAME:
-        tables = SepsisTables(log.make_env())
+    if dataset.name == NAME:
+        tables = SepsisTables(dataset.make_env())
         exact = {n: tables.value(probabilities(a, tables.admissible)) for n, a in members.items()}
         return exact, tables.value(tables.clinician), {"optimum": tables.optimal_value()}
-    results = {n: played(a, log.make_env, discount, episodes) for n, a in members.items()}
+    results = {n: played(a, dataset.make_env, discount, episodes) for n, a in members.items()}
     errors = {name: error for name, (_, error) in results.items()}
     more = {"standard_errors": errors, "episodes": episodes}
     return {name: value for name, (value, _) in results.items()}, None, more
 
 
-def quality(ranking: Ranking, truth: Levels, log: float) -> dict[str, Any]:
+def quality(ranking: Ranking, truth: Levels, behaviour: float) -> dict[str, Any]:
     """Errors, rank correlations and regret of both estimators, and of what is recommended.
 
-    ``truth``: true value of each member; ``log``: that of the behaviour policy.
+    ``truth``: true value of each member; ``behaviour``: that of the behaviour policy.
     """
     names = [row["candidate"] for row in ranking.rows]
     true = np.array([truth[name] for name in names])
-    shipped = log if ranking.recommended is None else truth[ranking.recommended]
+    shipped = behaviour if ranking.recommended is None else truth[ranking.recommended]
     result: dict[str, Any] = {
         "recommended": ranking.recommended,
         "truth_of_recommended": shipped,
         "best": names[int(true.argmax())],
         "truth_of_best": float(true.max()),
-        "truth_of_the_log": log,
+        "truth_of_behaviour": behaviour,
     }
     for estimator in ("value", "importance_value"):
         estimates = np.array([row[estimator] for row in ranking.rows])
@@ -144,7 +144,7 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--dataset", default=NAME, help="Minari id or file")
     add("--env", help="Gymnasium id, for files without one")
-    add("--preset", default="quick", choices=list(PRESETS), help="of logs other than sepsis")
+    add("--preset", default="quick", choices=list(PRESETS), help="of datasets other than sepsis")
     add("--temperatures", type=float, nargs="+")
     add("--expectiles", type=float, nargs="+", default=(0.5, 0.8))
     add("--seeds", type=int, default=2)
@@ -173,19 +173,19 @@ def main() -> None:
     options.temperatures = options.temperatures or temperatures
     configs = configs_of(options, replace(config, updates=options.updates or updates))
     source, how = ensure_source(options.dataset), {"discount": discount}
-    log = load_dataset(source, env=options.env, reward=reward, progress=False)
+    dataset = load_dataset(source, env=options.env, reward=reward, progress=False)
     if options.limit:
-        log = log.split(options.limit / len(log.episode_lengths), seed=1)[0]
-    own, fresh = log.split(0.5, seed=0)
+        dataset = dataset.split(options.limit / len(dataset.episode_lengths), seed=1)[0]
+    own, fresh = dataset.split(0.5, seed=0)
     fit_on, held_out = fresh.split(0.5, seed=0)
     members = train(configs, own)
-    truth, level, more = truths(members, log, discount, options.episodes)
+    truth, level, more = truths(members, dataset, discount, options.episodes)
     results: dict[str, Any] = {}
     rankings: dict[str, Any] = {}
     for label, episodes in (("fresh", fit_on), ("own", own)):
-        logs = (members, episodes, held_out)
-        fitted = fitted_q_evaluation(*logs, **how, **fit)
-        ranking = rank_policies(*logs, **how, fitted_q=fitted)
+        compared = (members, episodes, held_out)
+        fitted = fitted_q_evaluation(*compared, **how, **fit)
+        ranking = rank_policies(*compared, **how, fitted_q=fitted)
         rankings[label] = ranking.to_dict()
         behaviour = ranking.behaviour_value if level is None else level
         results[label] = quality(ranking, truth, behaviour)

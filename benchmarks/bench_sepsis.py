@@ -41,7 +41,7 @@ def tabular_iql(rows: TensorDictBase, admissible: np.ndarray, config: IQLConfig)
     ``Q(s, a)`` is the mean of ``r + discount V(s')`` over the logged steps with that state and
     action, ``V(s)`` the expectile of ``Q(s, .)`` over the state's steps, the policy the dataset's
     frequencies times ``min(exp(temperature (Q - V)), max_weight)``, normalised. A state that the
-    log never visits gets the uniform choice among ``admissible`` ``(S, A)``.
+    dataset never visits gets the uniform choice among ``admissible`` ``(S, A)``.
     """
     state, action = rows["observation"].numpy(), rows["action"].numpy()
     reward, ended = (rows["next", key].squeeze(-1).numpy() for key in ("reward", "terminated"))
@@ -73,13 +73,13 @@ def expectile(values: np.ndarray, count: np.ndarray, level: float) -> np.ndarray
         result = better
 
 
-def priced(policy: np.ndarray, log: OfflineDataset, admissible: np.ndarray) -> float:
-    """Survival of ``policy`` if the dynamics are the frequencies in ``log``.
+def priced(policy: np.ndarray, dataset: OfflineDataset, admissible: np.ndarray) -> float:
+    """Survival of ``policy`` if the dynamics are the frequencies in ``dataset``.
 
-    Treatments that ``log`` does not contain in a state are left out and the rest is renormalised;
+    Treatments that ``dataset`` does not contain in a state are left out and the rest is renormalised;
     where none remains, the dataset's frequencies are used.
     """
-    rows = log.transitions
+    rows = dataset.transitions
     state, action = rows["observation"].numpy(), rows["action"].numpy()
     count = np.zeros(admissible.shape)
     np.add.at(count, (state, action), 1)
@@ -96,13 +96,13 @@ def priced(policy: np.ndarray, log: OfflineDataset, admissible: np.ndarray) -> f
         if np.abs(better - value).max() < 1e-9:
             break
         value = better
-    starts = np.r_[0, np.cumsum(log.episode_lengths)[:-1]]
+    starts = np.r_[0, np.cumsum(dataset.episode_lengths)[:-1]]
     return float(value[state[starts]].mean())
 
 
-def choose(log: OfflineDataset, tables: SepsisTables) -> list[dict[str, float]]:
+def choose(dataset: OfflineDataset, tables: SepsisTables) -> list[dict[str, float]]:
     """Per temperature: survival of IQL on one half, estimated from the other half, and exactly."""
-    first, second = log.split(0.5, seed=0)
+    first, second = dataset.split(0.5, seed=0)
     rows = []
     for temperature in TEMPERATURES:
         config = replace(CONFIG, temperature=temperature)
@@ -116,10 +116,10 @@ def choose(log: OfflineDataset, tables: SepsisTables) -> list[dict[str, float]]:
 def main() -> None:
     o = make_parser(__doc__, "sepsis", seeds=5, updates=CONFIG.updates, points=20).parse_args()
     task = sepsis({"IQL": {}})
-    log = task.data
-    tables = SepsisTables(log.make_env())
-    counts = tabular_iql(log.transitions, tables.admissible, CONFIG)
-    taken = tuple(log.transitions[key].numpy() for key in ("observation", "action"))
+    dataset = task.data
+    tables = SepsisTables(dataset.make_env())
+    counts = tabular_iql(dataset.transitions, tables.admissible, CONFIG)
+    taken = tuple(dataset.transitions[key].numpy() for key in ("observation", "action"))
     advantages = (counts.qvalue - counts.value[:, None])[taken]
     exact = {
         "random": tables.value(),
@@ -130,7 +130,7 @@ def main() -> None:
     more = {
         "exact": exact,
         "advantage_deviation": float(advantages.std()),  # over the dataset, in points of survival
-        "temperatures": choose(log, tables),
+        "temperatures": choose(dataset, tables),
     }
     run(o, {"ICU-Sepsis": lambda o: task}, batches="own", packages=["icu-sepsis"], **more)
     rows = [[f"{value:.4g}" for value in row.values()] for row in more["temperatures"]]

@@ -1,9 +1,9 @@
 """Memory and speed of training from a dataset in shards that is larger than the memory in use.
 
     python benchmarks/bench_shards.py                # 20 GB of shards: 30 GB of disk, about 20 minutes
-    python benchmarks/bench_shards.py --size-gb 1    # the same with a smaller log
+    python benchmarks/bench_shards.py --size-gb 1    # the same with a smaller dataset
 
-Makes a log of random numbers in D4RL's layout with Ant's shapes, writes it as shards, deletes the
+Makes a dataset of random numbers in D4RL's layout with Ant's shapes, writes it as shards, deletes the
 source, trains from the shards with ``OfflineTrainer``, and compares sampling and updates with buffers
 in memory. Every measurement runs in a process of its own. Before those that read shards, the pages of
 their files are dropped from the system's cache. Writes benchmarks/results/shards.json and deletes the
@@ -56,14 +56,14 @@ def build(options: argparse.Namespace) -> dict[str, Any]:
     from iql_torchrl.data import DatasetWarning, build_shards
 
     warnings.simplefilter("ignore", DatasetWarning)  # random numbers look like wrong flags
-    source, target = options.folder / "log.hdf5", options.folder / "shards"
+    source, target = options.folder / "d4rl.hdf5", options.folder / "shards"
     began = time.perf_counter()
     with watched() as largest:
-        log = build_shards(source, target, options.shards, progress=False)
+        dataset = build_shards(source, target, options.shards, progress=False)
     source.unlink()
     seconds = time.perf_counter() - began
     size = sum(p.stat().st_size for p in target.rglob("*") if p.is_file())
-    return {"seconds": seconds, "rows": len(log), "bytes": size, **largest}
+    return {"seconds": seconds, "rows": len(dataset), "bytes": size, **largest}
 
 
 def opened(options: argparse.Namespace) -> Any:
@@ -82,10 +82,10 @@ def opened(options: argparse.Namespace) -> Any:
     return load_shards(options.folder / "shards", reward="return_range")
 
 
-def agent_for(log: Any, options: argparse.Namespace) -> Any:
+def agent_for(dataset: Any, options: argparse.Namespace) -> Any:
     from iql_torchrl import IQLConfig, make_agent
 
-    return make_agent(IQLConfig(updates=options.updates, batch_size=BATCH), log)
+    return make_agent(IQLConfig(updates=options.updates, batch_size=BATCH), dataset)
 
 
 def train(options: argparse.Namespace) -> dict[str, Any]:
@@ -93,11 +93,11 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     from iql_torchrl import OfflineTrainer
 
     with watched() as largest:
-        log = opened(options)
-        agent = agent_for(log, options)
+        dataset = opened(options)
+        agent = agent_for(dataset, options)
         how = {"loaded": options.loaded, "replace_every": options.replace_every}
         trainer = OfflineTrainer(
-            agent=agent, dataset=log, replay_buffer=log.replay_buffer(BATCH, seed=0, **how),
+            agent=agent, dataset=dataset, replay_buffer=dataset.replay_buffer(BATCH, seed=0, **how),
             folder=options.folder / "run", progress_bar=False,
         )  # fmt: skip
         began = time.perf_counter()
@@ -116,20 +116,20 @@ def compared(options: argparse.Namespace, updates: bool) -> dict[str, Any]:
 
     import torch
 
-    log, parts = opened(options), []
+    dataset, parts = opened(options), []
     for number in range(options.loaded):
-        with log.shard(number) as rows:
+        with dataset.shard(number) as rows:
             parts.append(rows.clone())
     table = torch.cat(parts)
     block = options.replace_every if updates else options.sample_block
     buffers = {
-        "shards": log.replay_buffer(BATCH, seed=0, loaded=options.loaded, replace_every=block),
+        "shards": dataset.replay_buffer(BATCH, seed=0, loaded=options.loaded, replace_every=block),
         "sampler": DeviceSampler(table, BATCH, seed=0),
         "buffer": replay_buffer(table, BATCH, seed=0),
     }
     calls: dict[str, Callable[[], object]] = {name: each.sample for name, each in buffers.items()}
     if updates:
-        step = agent_for(log, options).step
+        step = agent_for(dataset, options).step
         calls = {n: (lambda each=each: step(each.sample())) for n, each in buffers.items()}
     seconds = alternated(calls, block=block, rounds=options.rounds)
     return {
@@ -173,8 +173,8 @@ def main() -> None:
     rows = int(options.size_gb * 1e9 / row_bytes(OBSERVATION, ACTION)) // EPISODE * EPISODE
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         options.folder = Path(folder)
-        log = (options.folder / "log.hdf5", rows, OBSERVATION, ACTION)
-        apart(write_d4rl, *log, episodes=50, rise=1.0)
+        layout = (options.folder / "d4rl.hdf5", rows, OBSERVATION, ACTION)
+        apart(write_d4rl, *layout, episodes=50, rise=1.0)
         result = {"build": apart(build, options), "train": apart(train, options)}
         for name, updates in (("sample", False), ("update", True)):
             result[name] = apart(compared, options, updates)

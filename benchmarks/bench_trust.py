@@ -3,7 +3,7 @@
     python benchmarks/bench_trust.py
 
 Twenty families of small problems (``trust_families.py``), twenty seeds each. A seed draws a dataset to
-fit on and a held-out log; ``rank_policies`` gets both, the candidates and the true probabilities of
+fit on and a held-out dataset; ``rank_policies`` gets both, the candidates and the true probabilities of
 the logged actions. Counted per family: harmful recommendations (true value below the behaviour
 policy's), right ones (at least half of the best candidate's gain), no recommendation, how often the
 bounds of all gains are correct, and regret. ``--networks`` fits networks instead of tables. Writes
@@ -30,7 +30,7 @@ CLOSE = 1e-9
 
 def trial(problem: Problem, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """One ranking, compared with the true values."""
-    fit, held_out = problem.log(2 * seed), problem.log(2 * seed + 1)
+    fit, held_out = problem.dataset(2 * seed), problem.dataset(2 * seed + 1)
     actors, how = problem.actors(), {"discount": problem.discount, "seed": seed}
     fitted = None
     if options.networks:
@@ -39,23 +39,23 @@ def trial(problem: Problem, seed: int, options: argparse.Namespace) -> dict[str,
             batch_size=256, **how,
         )  # fmt: skip
     ranking = rank_policies(actors, fit, held_out, fitted_q=fitted, **how)
-    log = problem.value(problem.behaviour)
+    behaviour = problem.value(problem.behaviour)
     truth = {name: problem.value(table) for name, table in problem.candidates.items()}
-    best = max(log, *truth.values())
-    value = log if ranking.recommended is None else truth[ranking.recommended]
+    best = max(behaviour, *truth.values())
+    value = behaviour if ranking.recommended is None else truth[ranking.recommended]
     covered = [
-        row["gain_low"] <= truth[row["candidate"]] - log + CLOSE
-        and truth[row["candidate"]] - log <= row["gain_high"] + CLOSE
+        row["gain_low"] <= truth[row["candidate"]] - behaviour + CLOSE
+        and truth[row["candidate"]] - behaviour <= row["gain_high"] + CLOSE
         for row in ranking.rows
         if "extrapolation" not in row["caveats"]
     ]
     return {
         "recommended": ranking.recommended,
-        "harmful": value < log - CLOSE,
-        "right": ranking.recommended is not None and value - log >= (best - log) / 2,
+        "harmful": value < behaviour - CLOSE,
+        "right": ranking.recommended is not None and value - behaviour >= (best - behaviour) / 2,
         "covered": all(covered),
         "regret": best - value,
-        "possible": best - log,
+        "possible": best - behaviour,
     }
 
 

@@ -1,6 +1,6 @@
 """The same updates here and in CORL's code: largest differences of weights.
 
-    python benchmarks/compare_corl.py --corl iql.py --logs halfcheetah-replay
+    python benchmarks/compare_corl.py --corl iql.py --datasets halfcheetah-replay
 
 Both learners of ``bench_scores.py`` start from CORL's initial weights and learn from the same rows.
 Ours has ``order="simultaneous"`` (all losses from the same parameters), as CORL computes them, and all
@@ -23,7 +23,7 @@ from iql_torchrl import IQLConfig, make_agent
 from iql_torchrl.agent import Agent
 from iql_torchrl.data import OfflineDataset
 from record import RESULTS, save
-from score_logs import CACHE, LOGS, log_data, options_of
+from score_datasets import CACHE, DATASETS, options_of, scored_data
 from score_methods import Task, corl_trainer
 
 import gymnasium
@@ -79,18 +79,18 @@ def disturbed(trainer: Any) -> Any:
 
 def learners(name: str, o: argparse.Namespace) -> tuple[Agent, Any, OfflineDataset, list[Tensor]]:
     """Ours with CORL's weights; CORL's; the dataset; CORL's means, deviations and bounds."""
-    data, _ = log_data(name, o.peers)
-    log, env = LOGS[name], data.make_env()
+    data, _ = scored_data(name, o.peers)
+    scored, env = DATASETS[name], data.make_env()
     env.close()
     box = env.action_space
     assert isinstance(box, gymnasium.spaces.Box), box
     task = Task(
         rows=data.rows, seed=o.seed, updates=o.updates, chunk=1, low=box.low.tolist(),
-        high=box.high.tolist(), options=options_of(log, "CORL", data, o.corl),
+        high=box.high.tolist(), options=options_of(scored, "CORL", data, o.corl),
     )  # fmt: skip
     trainer, _, statistics = corl_trainer(task)
     mean, std, bound = (value.double() for value in statistics)
-    settings: dict[str, Any] = options_of(log, "ours", data, None)
+    settings: dict[str, Any] = options_of(scored, "ours", data, None)
     settings |= {"hidden": tuple(settings["hidden"]), "order": "simultaneous"}
     config = IQLConfig(seed=o.seed, updates=o.updates, **settings)
     dataset = data.dataset(config.reward)
@@ -148,12 +148,12 @@ def main() -> None:
     add = parser.add_argument
     add("--corl", type=Path, required=True, metavar="FILE", help="CORL's algorithms/offline/iql.py")
     add("--peers", type=Path, default=CACHE, help="folder of the datasets; may be new")
-    add("--logs", nargs="+", choices=LOGS, default=["halfcheetah-replay"])
+    add("--datasets", nargs="+", choices=DATASETS, default=["halfcheetah-replay"])
     add("--updates", type=int, default=1_000)
     add("--seed", type=int, default=0)
     o = parser.parse_args()
     torch.set_num_threads(1)
-    content = {name: compare(name, o) for name in o.logs}
+    content = {name: compare(name, o) for name in o.datasets}
     save(RESULTS / "compare_corl.json", content, packages=("gymnasium", "mujoco"))
 
 

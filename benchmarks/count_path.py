@@ -57,7 +57,7 @@ class Calls:
 
 
 def columns() -> dict[str, Any]:
-    """A log of ``ROWS`` steps whose episodes end by a time limit, and some by a terminal state."""
+    """A dataset of ``ROWS`` steps whose episodes end by a time limit, and some by a terminal state."""
     generator = np.random.default_rng(0)
     last = np.arange(ROWS) % EPISODE == EPISODE - 1
     terminated = last & (np.arange(ROWS) % (3 * EPISODE) == EPISODE - 1)
@@ -76,8 +76,8 @@ def columns() -> dict[str, Any]:
 
 def npz_file(folder: Path) -> Path:
     folder.mkdir()
-    np.savez(folder / "log.npz", **columns())
-    return folder / "log.npz"
+    np.savez(folder / "rows.npz", **columns())
+    return folder / "rows.npz"
 
 
 def parquet_folder(folder: Path) -> Path:
@@ -95,7 +95,7 @@ def cases(folder: Path) -> dict[str, Callable[[], Callable[[], object]]]:
     from iql_torchrl import IQLConfig, captured, load_dataset, make_agent, rank_policies
     from iql_torchrl.data import DeviceSampler
 
-    dataset = load_dataset(npz_file(folder / "log"))
+    dataset = load_dataset(npz_file(folder / "rows"))
     agent = make_agent(IQLConfig(), dataset)
 
     batch = dataset.replay_buffer(agent.config.batch_size, seed=0).sample()

@@ -1,4 +1,4 @@
-"""D4RL's maze2d tasks and their logs, made again with the current MuJoCo.
+"""D4RL's maze2d tasks and their datasets, made again with the current MuJoCo.
 
     python benchmarks/d4rl_maze2d.py umaze maze2d-umaze.npz
     python benchmarks/d4rl_maze2d.py umaze --check
@@ -38,7 +38,7 @@ import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
-#: For each task the cells (# wall, O open, G goal), the steps of an episode and of D4RL's log.
+#: For each task the cells (# wall, O open, G goal), the steps of an episode and of D4RL's dataset.
 MAZES = {
     "umaze": (("#####", "#GOO#", "###O#", "#OOO#", "#####"), 300, 1_000_000),
     "medium": (
@@ -177,7 +177,7 @@ class Controller:
 def make(
     name: str, steps: int, seed: int = 0, reached: str = "timeouts", noisy: bool = False
 ) -> Rows:
-    """The rows of D4RL's log, as ``d4rl.qlearning_dataset`` reads them.
+    """The rows of D4RL's dataset, as ``d4rl.qlearning_dataset`` reads them.
 
     ``reached``: the column of the file that marks reached targets, ``"timeouts"`` or ``"terminals"``.
     ``noisy``: Gaussian noise of deviation 0.5 is added to the controller's actions.
@@ -247,7 +247,7 @@ def main(arguments: list[str] | None = None) -> None:
     add = parser.add_argument
     add("maze", choices=MAZES)
     add("path", type=Path, nargs="?", help="the file to write, .npz")
-    add("--steps", type=int, help="of the recording; by default those of D4RL's log")
+    add("--steps", type=int, help="of the recording; by default those of D4RL's dataset")
     add("--reached", choices=("timeouts", "terminals"), default="timeouts", help="the column of the "
         "published file that marks reached targets")  # fmt: skip
     add(

@@ -1,7 +1,7 @@
 """Scores during training, from the result files of bench_scores.py and score_population.py.
 
     python benchmarks/draw_scores.py scores_million --together --published
-    python benchmarks/draw_scores.py scores --logs hopper-replay halfcheetah-replay
+    python benchmarks/draw_scores.py scores --datasets hopper-replay halfcheetah-replay
 
 A line is the interquartile mean of the seeds' scores, a band its 95 % interval of the bootstrap over
 seeds, as in the tables of docs/scores.md. Each dataset has a panel of its own, unless ``--together``.
@@ -41,8 +41,8 @@ def picture(
     runs = {
         key: each for key, each in sorted(curves(content).items()) if not names or key[0] in names
     }
-    logs = list(dict.fromkeys(name for name, _ in runs))
-    panels = 1 if together else len(logs)
+    names_shown = list(dict.fromkeys(name for name, _ in runs))
+    panels = 1 if together else len(names_shown)
     across = panels if panels < 4 else (panels + 1) // 2  # four and more in two rows
     down = -(-panels // across)
     size = (max(7.0, 4.5 * across), 4.8 * down)
@@ -52,17 +52,17 @@ def picture(
         unused.set_axis_off()
     methods = sorted({method for _, method in runs})
     for number, ((name, method), each) in enumerate(runs.items()):
-        axes = areas[0 if together else logs.index(name)]
+        axes = areas[0 if together else names_shown.index(name)]
         color = f"C{number if together else methods.index(method)}"
         label = f"{method}, {name}" if together else method
         seeds = f"{len(each)} seed{'s' if len(each) > 1 else ''}"
         width = 2.5 if method == "ours" and not together else 1.5
         draw_line(axes, each, color=color, linewidth=width, label=f"{label} ({seeds})")
-    for axes, title in zip(areas[:panels], [""] if together else logs, strict=True):
+    for axes, title in zip(areas[:panels], [""] if together else names_shown, strict=True):
         axes.set(xlabel="updates", ylabel="score", title=title)
         axes.grid(alpha=0.3, linewidth=0.5)
-        if not together and title in content["logs"]:
-            of_dataset = content["logs"][title]["score"]
+        if not together and title in content["datasets"]:
+            of_dataset = content["datasets"][title]["score"]
             axes.axhline(of_dataset, color="grey", linestyle=":", label="mean of the dataset")
         if published:
             mean, deviation = PUBLISHED["d4rl-umaze"]["CORL"]
@@ -78,12 +78,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     option = parser.add_argument
     option("result", help="name of the result file")
-    option("--logs", nargs="+", help="datasets; all of the file")
+    option("--datasets", nargs="+", help="datasets; all of the file")
     option("--together", action="store_true", help="one panel for all datasets")
     option("--published", action="store_true", help="the published score of maze2d-umaze")
     o = parser.parse_args(arguments)
     content = read(RESULTS / f"{o.result}.json")
-    save(picture(content, o.logs, o.together, o.published), RESULTS / f"{o.result}.png")
+    save(picture(content, o.datasets, o.together, o.published), RESULTS / f"{o.result}.png")
 
 
 if __name__ == "__main__":

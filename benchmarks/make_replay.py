@@ -1,4 +1,4 @@
-"""A log of mixed quality: everything that SAC collects while it learns a task of MuJoCo.
+"""A dataset of mixed quality: everything that SAC collects while it learns a task of MuJoCo.
 
     python benchmarks/make_replay.py Hopper-v5=hopper_replay.npz
 

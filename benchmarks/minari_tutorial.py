@@ -3,8 +3,8 @@
     curl -O https://raw.githubusercontent.com/Farama-Foundation/Minari/main/docs/tutorials/using_datasets/IQL_torchrl.py
     python benchmarks/minari_tutorial.py IQL_torchrl.py
 
-The tutorial's data are a download (``D4RL/pen/human-v2``, 25 demonstrations by hand). ``--log`` names a
-Minari folder that contains them; without it a log of the same id, spaces and number of episodes is made
+The tutorial's data are a download (``D4RL/pen/human-v2``, 25 demonstrations by hand). ``--dataset`` names a
+Minari folder that contains them; without it a dataset of the same id, spaces and number of episodes is made
 from random actions, which shows whether the script runs and what it trains on, and not how well it
 learns. ``CHANGES`` lists what is replaced in its text, each with the reason; a replaced text must occur.
 Writes benchmarks/results/minari_tutorial.json.
@@ -85,7 +85,7 @@ largest = {
 """
 
 
-def make_log(folder: Path) -> None:
+def make_dataset(folder: Path) -> None:
     """A dataset with the tutorial's id and layout: 25 episodes of uniform actions times 0.3."""
     env, generator, buffers = gymnasium.make(ENVIRONMENT), np.random.default_rng(0), []
 
@@ -162,22 +162,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("tutorial", type=Path, help="the tutorial's file")
-    add("--log", type=Path, help="a Minari folder that contains its dataset")
+    add("--dataset", type=Path, help="a Minari folder that contains its dataset")
     add("--updates", type=int, default=1_000)
     add("--every", type=int, default=250, help="updates between two evaluations")
     add("--episodes", type=int, default=5, help="of each evaluation")
     o = parser.parse_args()
     matplotlib.use("agg")
     with tempfile.TemporaryDirectory() as scratch:
-        folder = o.log or Path(scratch)
+        folder = o.dataset or Path(scratch)
         (folder / "home").mkdir(exist_ok=True)
-        if o.log is None:
-            make_log(folder)
+        if o.dataset is None:
+            make_dataset(folder)
         text = o.tutorial.read_text().partition(END)[0]
         numbers = {"updates": o.updates, "every": o.every, "episodes": o.episodes}
         length = [(reason, old, new.format(**numbers)) for reason, old, new in LENGTH]
         content: dict[str, Any] = {
-            "log": "25 episodes of random actions" if o.log is None else str(o.log.name),
+            "dataset": "25 episodes of random actions"
+            if o.dataset is None
+            else str(o.dataset.name),
             "as_written": as_written(changed(text, length), folder),
             "variants": [],
         }

@@ -1,7 +1,7 @@
 """Scores of populations on the datasets of bench_scores.py: trained on a GPU, played on any machine.
 
-    python benchmarks/score_population.py train FOLDER --logs d4rl-umaze d4rl-umaze-noisy --seeds 4
-    python benchmarks/score_population.py play FOLDER --logs d4rl-umaze d4rl-umaze-noisy --seeds 4
+    python benchmarks/score_population.py train FOLDER --datasets d4rl-umaze d4rl-umaze-noisy --seeds 4
+    python benchmarks/score_population.py play FOLDER --datasets d4rl-umaze d4rl-umaze-noisy --seeds 4
 
 ``train`` trains one ``IQLPopulation`` for each dataset, whose runs are those of ``bench_scores.py``
 with the seeds 0, 1, ... (own batches, captured updates). On CUDA each population has a stream, so that
@@ -24,7 +24,7 @@ from bench_scores import EVALUATION_SEED, changes
 from iql_torchrl import IQLConfig, IQLPopulation, captured
 from iql_torchrl.files import atomic_write
 from record import RESULTS, machine, processor, save
-from score_logs import CACHE, LOGS, OURS, OWN, about_log, log_data, options_of
+from score_datasets import CACHE, DATASETS, OURS, OWN, about_dataset, options_of, scored_data
 from score_tables import add, identity, read
 
 import numpy as np
@@ -38,8 +38,8 @@ PACKAGES = ("torch", "torchrl", "tensordict")
 
 def population(name: str, o: argparse.Namespace, device: str) -> Any:
     """One run a seed, with the settings of ``o.method`` in bench_scores.py."""
-    data, _ = log_data(name, o.peers)
-    settings = options_of(LOGS[name], o.method, data, None)
+    data, _ = scored_data(name, o.peers)
+    settings = options_of(DATASETS[name], o.method, data, None)
     settings |= {"hidden": tuple(OURS["hidden"])} | o.change  # type: ignore[arg-type]
     configs = [
         IQLConfig(seed=seed, updates=o.updates, device=device, **settings)
@@ -52,7 +52,7 @@ class Training:
     """A population in training on its own stream, which writes its policies at each point."""
 
     def __init__(self, name: str, o: argparse.Namespace) -> None:
-        data, _ = log_data(name, o.peers)
+        data, _ = scored_data(name, o.peers)
         self.name, self.folder, self.device = name, o.folder / name, torch.device(o.device)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.population = population(name, o, o.device)
@@ -99,7 +99,7 @@ def _digest(rows: dict[str, Any]) -> str:
 
 def train(o: argparse.Namespace) -> None:
     began = time.perf_counter()
-    trainings = [Training(name, o) for name in o.logs]
+    trainings = [Training(name, o) for name in o.datasets]
     for each in trainings:
         each.advance()  # compiles
     compiled, active = time.perf_counter(), list(trainings)
@@ -125,10 +125,10 @@ def train(o: argparse.Namespace) -> None:
 
 def play(o: argparse.Namespace) -> None:
     path = RESULTS / f"{o.result}.json"
-    for name in o.logs:
-        folder, log = o.folder / name, LOGS[name]
+    for name in o.datasets:
+        folder, scored = o.folder / name, DATASETS[name]
         about = json.loads((folder / "about.json").read_text())
-        data, _ = log_data(name, o.peers)
+        data, _ = scored_data(name, o.peers)
         if about["rows_md5"] != _digest(data.rows):
             print(f"{name}: the rows made here are not those of the training, bit for bit")
         o.updates, o.seeds = about["updates"], about["seeds"]
@@ -140,7 +140,10 @@ def play(o: argparse.Namespace) -> None:
             own.update(torch.load(folder / f"{point}.pt", weights_only=True))
             runs.loss.load_state_dict(own)
             played = runs.evaluate(
-                data.make_env, episodes=log.episodes, num_envs=log.episodes, seed=EVALUATION_SEED
+                data.make_env,
+                episodes=scored.episodes,
+                num_envs=scored.episodes,
+                seed=EVALUATION_SEED,
             )
             for curve, each in zip(played_at, played, strict=True):
                 value = float(each.returns.mean())
@@ -148,14 +151,14 @@ def play(o: argparse.Namespace) -> None:
             scores = [f"{curve[-1][2]:.1f}" for curve in played_at]
             print(f"{name}: {point:,} updates: {', '.join(scores)}", flush=True)
         content = read(path)
-        content["logs"][name] = about_log(name, o.peers)
+        content["datasets"][name] = about_dataset(name, o.peers)
         trained_on = about["machine"]
         versions = {package: trained_on[package] for package in PACKAGES}
         new = {(name, o.method, config.seed, points[-1]) for config in runs.configs}
         content["cells"] = [each for each in content["cells"] if identity(each) not in new]
         for config, curve in zip(runs.configs, played_at, strict=True):
             add(content, {
-                "log": name, "method": o.method, "seed": config.seed, "updates": points[-1],
+                "dataset": name, "method": o.method, "seed": config.seed, "updates": points[-1],
                 "return": curve[-1][1], "score": curve[-1][2], "curve": curve,
                 "population": o.seeds, "wall_seconds": about["wall_seconds"],
                 "trained_on": trained_on["name"], "processor": processor(),
@@ -170,7 +173,7 @@ def main() -> None:
     option("work", choices=("train", "play"))
     option("folder", type=Path, help="of the policies' weights")
     option("--peers", type=Path, default=CACHE, help="folder of the datasets; may be new")
-    option("--logs", nargs="+", choices=LOGS, default=["d4rl-umaze"])
+    option("--datasets", nargs="+", choices=DATASETS, default=["d4rl-umaze"])
     option("--method", choices=OWN, default="ours")
     option("--seeds", type=int, default=4, help="runs of a population")
     option("--updates", type=int, default=1_000_000)

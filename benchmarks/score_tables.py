@@ -1,7 +1,8 @@
 """Result files of bench_scores.py, and the tables of docs/scores.md that are made of them.
 
 A result file has ``cells`` (one run each), the ``settings`` and versions of each method and dataset,
-the ``logs`` that were learned from, and a ``summary``: interquartile means and intervals over seeds.
+the ``datasets`` that were learned from, and a ``summary``: interquartile means
+and intervals over seeds.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from iql_torchrl.evaluation.statistics import (
 )
 from record import RESULTS, save
 from report import replace_table
-from score_logs import CONTINUOUS, LOGS, OURS, OWN, SEPSIS
+from score_datasets import CONTINUOUS, DATASETS, OURS, OWN, SEPSIS
 
 import numpy as np
 
@@ -45,15 +46,15 @@ MILLION_SETTINGS = {
 def read(path: Path) -> dict[str, Any]:
     """The results so far, without the description of the machine, which ``save`` adds."""
     if not path.is_file():
-        return {"logs": {}, "settings": {}, "cells": [], "summary": [], "unfinished": {}}
+        return {"datasets": {}, "settings": {}, "cells": [], "summary": [], "unfinished": {}}
     content: dict[str, Any] = json.loads(path.read_text())
-    results = {key: content[key] for key in ("logs", "settings", "cells", "summary")}
+    results = {key: content[key] for key in ("datasets", "settings", "cells", "summary")}
     return results | {"unfinished": content.get("unfinished", {})}
 
 
 def add(content: dict[str, Any], result: dict[str, Any]) -> None:
     """Put a cell into the results; ``SystemExit`` if its settings are not those of earlier cells."""
-    name, method = result["log"], result["method"]
+    name, method = result["dataset"], result["method"]
     settings = {k: v for k, v in result.pop("settings").items() if k not in ("seed", "updates")}
     versions = result.pop("versions")
     about = {"settings": settings, "versions": versions}
@@ -72,32 +73,32 @@ def join(names: Sequence[str], path: Path) -> None:
     content = read(path)
     for name in names:
         other = read(path.with_name(f"{name}.json"))
-        for key, about in other["logs"].items():
-            if content["logs"].setdefault(key, about) != about:
+        for key, about in other["datasets"].items():
+            if content["datasets"].setdefault(key, about) != about:
                 raise SystemExit(f"{name}: {key} is another dataset than that of {path.name}")
         for each in other["cells"]:
-            about = other["settings"][each["log"]][each["method"]]
+            about = other["settings"][each["dataset"]][each["method"]]
             if identity(each) not in map(identity, content["cells"]):
                 add(content, each | about)
     save(path, content, packages=("gymnasium", "mujoco"))
 
 
 def identity(cell: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(cell[key] for key in ("log", "method", "seed", "updates"))
+    return tuple(cell[key] for key in ("dataset", "method", "seed", "updates"))
 
 
 def summarise(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """For each log, number of updates and method: interquartile means over seeds, 95 % intervals.
+    """For each dataset, number of updates and method: interquartile means over seeds, 95 % intervals.
 
     ``ours_better``: the probability that a run of ours has a higher score than one of this method.
     """
     groups: dict[tuple[str, int, str], list[Mapping[str, Any]]] = {}
     for each in cells:
-        groups.setdefault((each["log"], each["updates"], each["method"]), []).append(each)
+        groups.setdefault((each["dataset"], each["updates"], each["method"]), []).append(each)
     lines = []
     for (name, updates, method), group in groups.items():
         line: dict[str, Any] = {
-            "log": name,
+            "dataset": name,
             "updates": updates,
             "method": method,
             "seeds": len(group),
@@ -128,18 +129,20 @@ def score_cell(line: Mapping[str, Any]) -> str:
 def table(content: Mapping[str, Any]) -> str:
     """Markdown: a row a dataset, with the interquartile mean of the scores of each method."""
     methods = [m for m in CONTINUOUS if any(line["method"] == m for line in content["summary"])]
-    head = ["log", "updates", "of the dataset", *methods, "processor"]
+    head = ["dataset", "updates", "of the dataset", *methods, "processor"]
     text = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 2) + "|---|"]
-    for name, updates in dict.fromkeys((e["log"], e["updates"]) for e in content["summary"]):
+    for name, updates in dict.fromkeys((e["dataset"], e["updates"]) for e in content["summary"]):
         lines = {
             line["method"]: line
             for line in content["summary"]
-            if (line["log"], line["updates"]) == (name, updates)
+            if (line["dataset"], line["updates"]) == (name, updates)
         }
         cells = [score_cell(lines[m]) if m in lines else "-" for m in methods]
-        log = content["logs"][name]
+        about = content["datasets"][name]
         cells.append("; ".join(dict.fromkeys(each for e in lines.values() for each in _on(e))))
-        text.append("| " + " | ".join([name, f"{updates:,}", f"{log['score']:.1f}", *cells]) + " |")
+        text.append(
+            "| " + " | ".join([name, f"{updates:,}", f"{about['score']:.1f}", *cells]) + " |"
+        )
     return "\n".join(text)
 
 
@@ -166,10 +169,10 @@ def cost_table(content: Mapping[str, Any]) -> str:
 
 
 def curves(content: Mapping[str, Any]) -> dict[tuple[str, str], list[dict[int, float]]]:
-    """For each log and method the scores of its runs by updates, unfinished ones too."""
+    """For each dataset and method the scores of its runs by updates, unfinished ones too."""
     runs: dict[tuple[str, str], list[dict[int, float]]] = {}
     running = [(label.split(", "), part["curve"]) for label, part in content["unfinished"].items()]
-    done = [((cell["log"], cell["method"]), cell["curve"]) for cell in content["cells"]]
+    done = [((cell["dataset"], cell["method"]), cell["curve"]) for cell in content["cells"]]
     for (name, method, *_), curve in [*done, *running]:
         runs.setdefault((name, method), []).append({point: score for point, _, score in curve})
     return runs
@@ -206,10 +209,10 @@ def _mean_and_deviation(scores: Sequence[float]) -> str:
 
 def times_table(content: Mapping[str, Any]) -> str:
     """Markdown: a row a method, a column a dataset: seconds of 1,000 updates, their ratio to ours."""
-    names = list(dict.fromkeys(line["log"] for line in content["times"]))
+    names = list(dict.fromkeys(line["dataset"] for line in content["times"]))
     labels = list(dict.fromkeys(line["method"] for line in content["times"]))
     text = ["| | " + " | ".join(names) + " |", "|---" + "|---:" * len(names) + "|"]
-    lines = {(line["log"], line["method"]): line for line in content["times"]}
+    lines = {(line["dataset"], line["method"]): line for line in content["times"]}
     for label in labels:
         found = [lines.get((name, label)) for name in names]
         cells = ["-" if e is None else f"{e['seconds']:.1f} ({e['of_ours']:.2f})" for e in found]
@@ -219,11 +222,13 @@ def times_table(content: Mapping[str, Any]) -> str:
 
 def learning_table(content: Mapping[str, Any]) -> str:
     """Markdown: the mean score of the seeds at each evaluation, a row a dataset and method."""
-    text = ["| log | method | mean score after a quarter, half, three quarters and all updates |"]
+    text = [
+        "| dataset | method | mean score after a quarter, half, three quarters and all updates |"
+    ]
     text.append("|---|---|---|")
     groups: dict[tuple[str, str], list[Any]] = {}
     for each in content["cells"]:
-        groups.setdefault((each["log"], each["method"]), []).append(each["curve"])
+        groups.setdefault((each["dataset"], each["method"]), []).append(each["curve"])
     for (name, method), curves in sorted(groups.items(), key=_place):
         scores = np.array([[point[2] for point in curve] for curve in curves]).mean(0)
         cells = ", ".join(f"{score:.1f}" for score in scores)
@@ -232,8 +237,8 @@ def learning_table(content: Mapping[str, Any]) -> str:
 
 
 def settings_table(content: Mapping[str, Any]) -> str:
-    """Markdown: what each library was given, with its versions; logs with the same share a row."""
-    text = ["| method | logs | settings | versions |", "|---|---|---|---|"]
+    """Markdown: what each library was given, with its versions; datasets with the same share a row."""
+    text = ["| method | datasets | settings | versions |", "|---|---|---|---|"]
     rows: dict[tuple[str, str, str], list[str]] = {}
     keys = [(name, method) for name, methods in content["settings"].items() for method in methods]
     for name, method in sorted(keys, key=lambda key: _place((key, None))[::-1]):
@@ -253,7 +258,7 @@ def _short(value: Any) -> str:
 
 def _place(group: tuple[tuple[str, str], Any]) -> tuple[int, int]:
     (name, method), _ = group
-    return list(LOGS).index(name), CONTINUOUS.index(method)
+    return list(DATASETS).index(name), CONTINUOUS.index(method)
 
 
 def tutorial_table(content: Mapping[str, Any]) -> str:
@@ -287,8 +292,8 @@ def corl_table(content: Mapping[str, Any]) -> str:
 
 
 def reference_table() -> str:
-    """Markdown: the returns of score 0 and 100 of every log for which the package knows them."""
-    text = ["| log | score 0 | score 100 | from |", "|---|---:|---:|---|"]
+    """Markdown: the returns of score 0 and 100 of every dataset for which the package knows them."""
+    text = ["| dataset | score 0 | score 100 | from |", "|---|---:|---:|---|"]
     rows = [(name, r.reference_scores, "its recipe") for name, r in BUILTIN.items()]
     rows += [(f'reference_scores="{n}"', pair, "D4RL") for n, pair in REFERENCE_RETURNS.items()]
     for name, pair, source in rows:

@@ -98,7 +98,7 @@ def transitions(sizes: Sizes, device: str = "cpu") -> TensorDict:
 
 
 def dataset_of(sizes: Sizes) -> OfflineDataset:
-    """A log of random steps; every episode is cut off after 1000, each observation follows the last."""
+    """Random steps; every episode is cut off after 1000, each observation follows the last."""
     box = partial(spaces.Box, dtype=np.float32)
     return load_dataset(
         random_columns(sizes.rows, sizes.observation, sizes.action, episode=1000),

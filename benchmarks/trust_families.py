@@ -1,4 +1,4 @@
-"""Small problems with exact values, difficult and easy ones, for rankings from logs alone."""
+"""Small problems with exact values, difficult and easy ones, for rankings from datasets alone."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Cut = Callable[[NDArray[np.int64], NDArray[np.int64], np.random.Generator], NDAr
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """A finite MDP, the policy that makes its log, and the policies to choose from.
+    """A finite MDP, the policy that makes its dataset, and the policies to choose from.
 
     ``transition`` ``(S, A, S)``; ``reward`` and ``ending`` (probability that a step terminates)
     ``(S, A)``; ``start`` ``(S,)``; ``behaviour`` and each of ``candidates`` ``(S, A)``; ``noise`` is
@@ -82,7 +82,7 @@ class Problem:
         order = np.argsort(columns.pop("episode"), kind="stable")
         return {name: column[order] for name, column in columns.items()}
 
-    def log(self, seed: int) -> OfflineDataset:
+    def dataset(self, seed: int) -> OfflineDataset:
         """:meth:`rows` as a dataset whose spaces are those of the problem, not of the sample."""
         states, actions = self.reward.shape
         return load_dataset(
@@ -165,7 +165,7 @@ def chain(*, right: float = 0.6, states: int = 6, slip: float = 0.1) -> Problem:
 
 
 def random_mdp(seed: int, *, noise: float = 0.5, states: int = 8, actions: int = 3) -> Problem:
-    """A random MDP; the candidates are trained on a log of their own (:func:`trained`)."""
+    """A random MDP; the candidates are trained on a dataset of their own (:func:`trained`)."""
     draw = np.random.default_rng(10_000 + seed)
     problem = Problem(
         transition=draw.dirichlet(np.full(states, 0.4), (states, actions)),
@@ -181,7 +181,7 @@ def random_mdp(seed: int, *, noise: float = 0.5, states: int = 8, actions: int =
 
 
 def trained(problem: Problem, seed: int) -> dict[str, FloatArray]:
-    """Policies learned from a third log: its clone, and it reweighted by exp(beta * advantage)."""
+    """Policies learned from a third dataset: its clone, and it reweighted by exp(beta * advantage)."""
     rows, (states, actions) = problem.rows(seed), problem.reward.shape
     pair = rows["observation"] * actions + rows["action"]
     count = np.bincount(pair, minlength=states * actions)
@@ -296,7 +296,7 @@ def noisy_mdp(seed: int) -> Problem:
     return replace(problem, candidates=trained(problem, 20_000 + seed))
 
 
-def good_log(seed: int) -> Problem:
+def good_dataset(seed: int) -> Problem:
     """A random MDP, logged by a nearly optimal policy; all candidates are worse."""
     problem = random_mdp(seed)
     best = 0.9 * problem.candidates["greedy"] + 0.1 / 3
@@ -341,13 +341,13 @@ FAMILIES: dict[str, Callable[[int], Problem]] = {
         candidates={name: chain(right=0.95).candidates[name] for name in WITHOUT_RIGHT},
     ),
     # The chain, logged by a policy that always goes right, so other actions are unknown.
-    "deterministic log": lambda _: replace(chain(right=1.0), easy=False),
+    "deterministic dataset": lambda _: replace(chain(right=1.0), easy=False),
     # The chain, eight episodes for the fit and eight held out.
-    "tiny log": lambda _: replace(chain(), episodes=8, easy=False),
+    "tiny dataset": lambda _: replace(chain(), episodes=8, easy=False),
     # Three arms that differ by 0.02.
     "near ties": lambda _: bandit([1.0, 1.0, 0.98], [0.34, 0.33, 0.33], gaussian(1.0), 300),
     "noisy MDP": noisy_mdp,
-    "good log": good_log,
+    "good dataset": good_dataset,
     # Three arms, one of them better than the dataset by 0.64 with noise of 1.
     "plain arms": lambda _: bandit(
         [1.0, 0.0, 0.2], [0.3, 0.4, 0.3], gaussian(1.0), 300, easy=True

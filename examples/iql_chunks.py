@@ -63,7 +63,7 @@ class Square(gymnasium.Env):
         return self.place, float(arrived), bool(arrived), self.steps >= LIMIT, success
 
 
-def make_log(seed, episodes=400):
+def make_dataset(seed, episodes=400):
     """Walks from random places; each keeps a direction for 5 to 15 steps."""
     generator = np.random.default_rng(seed)
     rows = []
@@ -136,7 +136,7 @@ def main(
             f"updates is {updates}, seeds {seeds}; expected a multiple of 10, and >= 1."
         )
     torch.set_num_threads(1)  # the networks are small: a second thread costs more than it gives
-    dataset, every = make_log(0), updates // 10
+    dataset, every = make_dataset(0), updates // 10
     dataset.print_notes()
     curves = {}
     for size in (1, 5):

@@ -1,7 +1,7 @@
 """Learn from a dataset, then continue in the environment: the fine-tuning of the IQL paper.
 
 First come updates on the dataset alone. Then a sampled action in the environment and an update on the
-log and the new steps alternate (arXiv:2110.06169, section 5.3). The loss, the optimizer's state and
+dataset and the new steps alternate (arXiv:2110.06169, section 5.3). The loss, the optimizer's state and
 the target critics continue: only the data changes.
 """
 
@@ -52,18 +52,18 @@ def check(config):
 
 def as_logged(frames, dataset):
     """Collected steps ``(n,)`` as rows of the dataset: its keys and reward scaling, new episodes."""
-    log = dataset.transitions
-    for key in log.keys(True, True):
+    learned = dataset.transitions
+    for key in learned.keys(True, True):
         new, logged = (
             "missing" if x is None else f"{x.dtype} of shape {tuple(x.shape[1:])}"
-            for x in (frames.get(key, None), log[key])
+            for x in (frames.get(key, None), learned[key])
         )
         if new != logged:
             raise ValueError(
                 f"{key!r} is {new} in the environment and {logged} in the data: wrap the environment "
                 "(env= of load_dataset) so that both agree, or leave that column out of the dataset."
             )
-    rows = frames.select(*log.keys(True, True))
+    rows = frames.select(*learned.keys(True, True))
     rows["next", "reward"] = dataset.reward_map(rows["next", "reward"])
     rows["collector", "traj_ids"] += len(dataset.episode_lengths)
     return rows
@@ -137,10 +137,10 @@ def main(arguments: list[str] | None = None) -> None:
     for row in run(dataset, config, options, buffer):
         history.append(row)
         write_csv(options.output / "metrics.csv", history)
-    log = float(dataset.episode_returns.mean())
+    level = float(dataset.episode_returns.mean())
     title = f"In the environment from update {options.offline_updates:,} on"
-    draw(options.output / "finetune.png", history, title=title, reference=("the dataset", log))
-    print(f"The dataset: {log:.1f}. Written to {options.output}/")
+    draw(options.output / "finetune.png", history, title=title, reference=("the dataset", level))
+    print(f"The dataset: {level:.1f}. Written to {options.output}/")
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ class MDP:
             policy = np.eye(THIRDS)[self.action_values(policy).argmax(1)]
         return policy
 
-    def log(self, seed):
+    def dataset(self, seed):
         draw = np.random.default_rng(seed)
         state = draw.integers(STATES, size=ROWS)
         third = (draw.random((ROWS, 1)) > self.logged[state].cumsum(1)[:, :-1]).sum(1)
@@ -120,18 +120,18 @@ def main(updates: int = 4_000, seed: int = 0, picture: Path = Path("guidance.png
     """
     torch.set_num_threads(1)  # the networks are small: a second thread costs more than it gives
     mdp = MDP(seed)
-    log = mdp.log(seed + 1)
+    dataset = mdp.dataset(seed + 1)
     torch.manual_seed(seed)  # of the flow's noise
-    log.print_notes()
-    agent = make_agent(replace(CONFIG, updates=updates, seed=seed), log)
-    OfflineTrainer(agent=agent, dataset=log, progress_bar=False).train()
+    dataset.print_notes()
+    agent = make_agent(replace(CONFIG, updates=updates, seed=seed), dataset)
+    OfflineTrainer(agent=agent, dataset=dataset, progress_bar=False).train()
     values, gaps = [], []
     for w in WEIGHTS:
         agent.actor.guidance = w
         values.append(mdp.value(probabilities(agent)))
         gap = evaluation.value_gap(
             policies.guided(agent.policy, w),
-            log.transitions,
+            dataset.transitions,
             critics=LossCritics(agent.loss),
             rows=2_000,
             deterministic=False,

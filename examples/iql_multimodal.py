@@ -65,7 +65,7 @@ def cells(wind, point):
     return [f"{returns(wind, point).mean():.2f}", f"{hits(point).mean():.1%}"]
 
 
-def make_log(seed):
+def make_dataset(seed):
     """Ways around the obstacle, above and below with equal probability; some touch it."""
     generator = np.random.default_rng(seed)
     wind = generator.uniform(-1, 1, ROWS)
@@ -92,19 +92,19 @@ def main(updates: int = 1_500, seed: int = 0) -> None:
         seed: seed of the dataset, the initial weights and the batches.
     """
     torch.set_num_threads(1)  # the networks are small: a second thread costs more than it gives
-    log = make_log(seed)
-    log.print_notes()
+    dataset = make_dataset(seed)
+    dataset.print_notes()
     table = [["", "as it draws", "", "without randomness", ""]]
     table += [["policy", "return", "hits", "return", "hits"]]
-    logged, winds = (log.transitions[key].double().numpy() for key in ("action", "observation"))
-    table.append(["log", *cells(winds[:, 0], logged), "", ""])
+    logged, winds = (dataset.transitions[key].double().numpy() for key in ("action", "observation"))
+    table.append(["dataset", *cells(winds[:, 0], logged), "", ""])
     wind = np.random.default_rng(seed + 1).uniform(-1, 1, STATES)
     states = wind[:, None].astype(np.float32)
     for method, config in METHODS.items():
         print(f"Training, {updates:,} updates: {method}", flush=True)
         torch.manual_seed(seed)  # of the flow's noise
-        agent = make_agent(replace(config, updates=updates, seed=seed), log)
-        OfflineTrainer(agent=agent, dataset=log, progress_bar=False).train()
+        agent = make_agent(replace(config, updates=updates, seed=seed), dataset)
+        OfflineTrainer(agent=agent, dataset=dataset, progress_bar=False).train()
         drawn, fixed = (agent.act(states, deterministic=each) for each in (False, True))
         table.append([method, *cells(wind, drawn), *cells(wind, fixed)])
     upwind = np.where(wind < 0, -1.0, 1.0)

@@ -47,7 +47,7 @@ def rewards(x):
     return np.cos(2 * np.pi * (x[:, None] - np.arange(5) / 5)) + 0.5 * x[:, None]
 
 
-def make_log(seed):
+def make_dataset(seed):
     generator = np.random.default_rng(seed)
     x, action = generator.random(ROWS), generator.integers(0, 5, ROWS)
     columns = {
@@ -92,14 +92,16 @@ def main(updates: int = 2_000, seed: int = 0) -> None:
         updates: number of gradient updates.
         seed: of the dataset, the initial weights and the batches.
     """
-    log = make_log(seed)
-    log.print_notes()
+    dataset = make_dataset(seed)
+    dataset.print_notes()
     best, mean = rewards(SHOWN).max(1), rewards(SHOWN).mean(1)
     figure, panels = plt.subplots(1, 3, figsize=(10, 3.6), sharey=True, layout="constrained")
     for axis, (name, (levels, loss)) in zip(panels, OBJECTIVES.items(), strict=True):
         setting = "expectile" if name == "expectile" else "alpha"
         config = replace(CONFIG, value_objective=name, updates=updates, seed=seed)
-        population = IQLPopulation([replace(config, **{setting: level}) for level in levels], log)
+        population = IQLPopulation(
+            [replace(config, **{setting: level}) for level in levels], dataset
+        )
         population.train_now()
         axis.plot(SHOWN, best, ":", color="0.4", label="best action")
         axis.plot(SHOWN, mean, "--", color="0.4", label="mean over actions")

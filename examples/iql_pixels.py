@@ -2,8 +2,8 @@
 
 The dataset holds the pictures and the actions of drivers who take turns at every step: each heads for
 the mark with a skill between -0.5 (away from it) and 1 (straight to it), with noise. Compared are the
-log; behaviour cloning and IQL from pictures, with one convolutional encoder for policy, critics and V;
-and IQL from the coordinates that the pictures show, with the same actions, as a reference.
+dataset; behaviour cloning and IQL from pictures, with one convolutional encoder for policy, critics
+and V; and IQL from the coordinates that the pictures show, with the same actions, as a reference.
 """
 
 from dataclasses import replace
@@ -78,7 +78,7 @@ def seen():
     return TransformObservation(Drive(), lambda coordinates: picture(coordinates[None])[0], space)
 
 
-def make_logs(episodes, seed):
+def make_datasets(episodes, seed):
     """The same dataset with pictures and with coordinates."""
     generator = np.random.default_rng(seed)
     env = Drive()
@@ -112,10 +112,10 @@ def main(updates: int = 2_000, episodes: int = 2_000, seed: int = 0) -> None:
     if episodes < 2:
         raise ValueError(f"episodes is {episodes}; expected at least 2.")
     config = replace(CONFIG, updates=updates, seed=seed)
-    pictures, coordinates = make_logs(episodes, seed)
+    pictures, coordinates = make_datasets(episodes, seed)
     pictures.print_notes()
     table = [["policy", "return", "at the mark"]]
-    table.append(["log", f"{pictures.episode_returns.mean():.2f}", ""])
+    table.append(["dataset", f"{pictures.episode_returns.mean():.2f}", ""])
     for name, chosen, dataset in (
         ("cloning, pictures", replace(config, temperature=0.0), pictures),
         ("IQL, pictures", config, pictures),

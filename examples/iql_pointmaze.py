@@ -56,13 +56,13 @@ class FixedGoal(gymnasium.ObservationWrapper[Any, Any, Any]):
         return observation["observation"]
 
 
-def fixed_goal(log, maze):
+def fixed_goal(dataset, maze):
     """The dataset relabelled for the fixed goal, without drives that join it to the start.
 
-    Also the results of the complete log: the fraction of its episodes through the start that later
+    Also the results of the complete dataset: the fraction of its episodes through the start that later
     reach the goal, and their mean number of steps.
     """
-    spec = log.make_env().spec
+    spec = dataset.make_env().spec
     spec.kwargs |= {"reset_target": False, "continuing_task": False}
 
     def make_env() -> FixedGoal:
@@ -70,7 +70,7 @@ def fixed_goal(log, maze):
 
     plan = make_env().unwrapped.maze
     start, goal = (plan.cell_rowcol_to_xy(np.array(cell)) for cell in MAZES[maze])
-    rows = log.transitions.numpy()
+    rows = dataset.transitions.numpy()
     before, after = rows["observation"], rows["next"]["observation"]
     to_start = np.linalg.norm(after["achieved_goal"] - start, axis=1)
     to_goal = np.linalg.norm(after["achieved_goal"] - goal, axis=1)
@@ -92,7 +92,7 @@ def fixed_goal(log, maze):
     }
     kept = {key: column[outside & ~complete[drive]] for key, column in columns.items()}
     passed, waits = 0, []
-    for episode in np.split(np.arange(len(log)), np.cumsum(log.episode_lengths)[:-1]):
+    for episode in np.split(np.arange(len(dataset)), np.cumsum(dataset.episode_lengths)[:-1]):
         if (passes := to_start[episode] <= NEAR).any():
             passed += 1
             waits += np.flatnonzero(at_goal[episode][passes.argmax() :])[:1].tolist()
@@ -129,10 +129,10 @@ def main(
     """
     config = replace(FIXED, updates=updates, seed=seed)
     import_for_recipe("gymnasium_robotics", f"pointmaze/{maze}-v0")  # registers the mazes
-    data, of_log = fixed_goal(load_dataset(ensure_dataset(f"pointmaze/{maze}-v0")), maze)
+    data, of_dataset = fixed_goal(load_dataset(ensure_dataset(f"pointmaze/{maze}-v0")), maze)
     data.print_notes()
     table = [["", "reached the goal", "steps"]]
-    table.append(["log", f"{of_log['reached']:.0%}", f"{of_log['steps']:.0f}"])
+    table.append(["dataset", f"{of_dataset['reached']:.0%}", f"{of_dataset['steps']:.0f}"])
     for method, played in learn(data, config, episodes).items():
         reached = played.returns > 0
         steps = f"{played.lengths[reached].mean():.0f}" if reached.any() else "-"

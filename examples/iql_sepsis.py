@@ -1,4 +1,4 @@
-"""Treatment of sepsis from clinicians' logs: discrete IQL, with survival computed exactly.
+"""Treatment of sepsis from clinicians' decisions: discrete IQL, with survival computed exactly.
 
 The dataset (``icu-sepsis/clinician-v0``): 20,000 stays of about 9 steps, 716 patient states, 25
 treatments of which about 3 are admissible in a state, reward 1 for survival at the end and 0 else.
@@ -6,7 +6,7 @@ The simulator's dynamics are known, so a policy's probability of survival is a l
 sampling; training never sees them.
 
 How the reward scaling and the temperature were chosen. One treatment changes survival little: over the
-log, advantages have a standard deviation of 0.016. The paper's temperature of 3 would give such a
+dataset, advantages have a standard deviation of 0.016. The paper's temperature of 3 would give such a
 treatment the weight exp(3 * 0.016) = 1.05, which is cloning. Rewards times 100 make values
 percentage points of survival, of a size that Adam's usual learning rates suit, advantages 1.6 points.
 The temperature, 2 per point, comes from the dataset alone: solve IQL's equations on the counts of half
@@ -62,17 +62,17 @@ def probabilities(agent: Agent, admissible: np.ndarray) -> np.ndarray:
     return table / table.sum(axis=1, keepdims=True)
 
 
-def train(config: IQLConfig, log: OfflineDataset, tables: SepsisTables, folder: Path) -> float:
+def train(config: IQLConfig, dataset: OfflineDataset, tables: SepsisTables, folder: Path) -> float:
     """The exact survival of a new agent after its training; at twenty points of it in ``folder``."""
-    agent = make_agent(config, log)
+    agent = make_agent(config, dataset)
 
     def survival() -> dict[str, float]:
         return {"survival": tables.value(probabilities(agent, tables.admissible))}
 
     OfflineTrainer(
         agent=agent,
-        dataset=log,
-        replay_buffer=log.device_sampler(config.batch_size, seed=config.seed),
+        dataset=dataset,
+        replay_buffer=dataset.device_sampler(config.batch_size, seed=config.seed),
         evaluation=survival,
         monitor="survival",
         eval_interval=max(1, config.updates // 20),
@@ -91,14 +91,14 @@ def main(updates: int = CONFIG.updates, seed: int = 0) -> None:
     """
     config = replace(CONFIG, updates=updates, seed=seed)
     import_for_recipe("icu_sepsis", NAME)  # registers the environment
-    log = load_dataset(ensure_dataset(NAME), reward=(POINTS, 0.0))
-    log.print_notes()
-    tables = SepsisTables(log.make_env())
+    dataset = load_dataset(ensure_dataset(NAME), reward=(POINTS, 0.0))
+    dataset.print_notes()
+    tables = SepsisTables(dataset.make_env())
     folder = new_folder(Path("runs"), "sepsis", sys.argv)
     levels = {
         "random treatments": tables.value(),
         "clinicians": tables.value(tables.clinician),
-        "IQL": train(config, log, tables, folder),
+        "IQL": train(config, dataset, tables, folder),
         "optimum": tables.optimal_value(),
     }
     print("\nexact probability of survival")

@@ -90,18 +90,18 @@ def evaluate(agent: IQL, episodes: int) -> float:
 
 def main(updates: int = 5000, episodes: int = 20) -> float:
     torch.manual_seed(0)
-    log = load_dataset(ensure_dataset("pendulum/mixed-v0"), reward="return_range")
-    log.print_notes()
-    state, action, after = (log.transitions[key] for key in ("observation", "action", "next"))
+    dataset = load_dataset(ensure_dataset("pendulum/mixed-v0"), reward="return_range")
+    dataset.print_notes()
+    state, action, after = (dataset.transitions[key] for key in ("observation", "action", "next"))
     reward, next_state, terminated = (after[key] for key in ("reward", "observation", "terminated"))
     agent = IQL(state_size=3, action_size=1, bound=2.0)
     for update in range(1, updates + 1):
-        i = torch.randint(len(log), (256,))
+        i = torch.randint(len(dataset), (256,))
         losses = agent.update(state[i], action[i], reward[i], next_state[i], terminated[i])
         if update % 1000 == 0:
             print("update {}: value {:.4f}, actor {:.4f}, critics {:.4f}".format(update, *losses))
     mean = evaluate(agent, episodes)
-    print(f"mean return {mean:.1f} (the dataset: {log.episode_returns.mean():.1f})")
+    print(f"mean return {mean:.1f} (the dataset: {dataset.episode_returns.mean():.1f})")
     return mean
 
 

@@ -25,7 +25,7 @@ def following(observation, ends):
     return observation[index]
 
 
-def log(rows: int = 40, observation=None, action=None, **more):
+def small_columns(rows: int = 40, observation=None, action=None, **more):
     generator = np.random.default_rng(0)
     if observation is None:
         observation = (generator.normal(size=(rows, 3)) * SCALE + MEAN).astype(np.float32)
@@ -74,14 +74,14 @@ def observations(rows: int = 9):
 
 def box_agent(dtype=np.float32, weights=torch.float32, **options):
     space = spaces.Box(LOW.astype(dtype), HIGH.astype(dtype), dtype=dtype)
-    dataset = replace(load_dataset(log(), dtype=weights), action_space=space)
+    dataset = replace(load_dataset(small_columns(), dtype=weights), action_space=space)
     return make_agent(config(**options), dataset)
 
 
 def trained(weights=torch.float32, **options):
     """A :func:`box_agent` after three updates."""
     agent = box_agent(weights=weights, **options)
-    buffer = load_dataset(log(), dtype=weights).replay_buffer(16, seed=0)
+    buffer = load_dataset(small_columns(), dtype=weights).replay_buffer(16, seed=0)
     for _ in range(3):
         agent.step(buffer.sample())
     return agent
@@ -102,7 +102,7 @@ def discrete_agent(start: int = 0, masked: bool = False, **options):
     more = {}
     if masked:
         more = {"action_mask": np.ones((40, 4), bool), "next_action_mask": np.ones((40, 4), bool)}
-    dataset = load_dataset(log(action=np.arange(40) % 4, **more))
+    dataset = load_dataset(small_columns(action=np.arange(40) % 4, **more))
     return make_agent(
         config(**options), replace(dataset, action_space=spaces.Discrete(4, start=start))
     )

@@ -38,7 +38,7 @@ class MDP:
         reward = (policy * self.reward).sum(1)
         return np.linalg.solve(np.eye(len(reward)) - DISCOUNT * going.sum(1), reward)
 
-    def log(self, policy, episodes=600, horizon=1000, seed=0, masks=None, **options):
+    def dataset(self, policy, episodes=600, horizon=1000, seed=0, masks=None, **options):
         """Episodes of ``policy``, truncated after ``horizon`` steps."""
         draw = np.random.default_rng(seed)
         names = ("observation", "action", "reward", "next_observation", "terminated", "truncated")
@@ -128,13 +128,15 @@ def uniform() -> np.ndarray:
     return np.full((STATES, ACTIONS), 1 / ACTIONS)
 
 
-def first_states(log) -> np.ndarray:
-    return log.transitions["observation"].numpy()[np.r_[0, np.cumsum(log.episode_lengths)[:-1]]]
+def first_states(dataset) -> np.ndarray:
+    return dataset.transitions["observation"].numpy()[
+        np.r_[0, np.cumsum(dataset.episode_lengths)[:-1]]
+    ]
 
 
-def counted_value(log, policy) -> np.ndarray:
+def counted_value(dataset, policy) -> np.ndarray:
     """V ``(S,)`` by a linear solve of the MDP whose dynamics are the dataset's frequencies."""
-    rows = log.transitions
+    rows = dataset.transitions
     state, action = rows["observation"].numpy(), rows["action"].numpy()
     following = rows["next", "observation"].numpy()
     going = ~rows["next", "terminated"].squeeze(-1).numpy()
@@ -148,10 +150,14 @@ def counted_value(log, policy) -> np.ndarray:
     return np.linalg.solve(np.eye(STATES) - DISCOUNT * matrix, (policy * reward / each).sum(1))
 
 
-def plain_returns(log, discount=DISCOUNT) -> np.ndarray:
+def plain_returns(dataset, discount=DISCOUNT) -> np.ndarray:
     """Discounted sum of each episode's logged rewards, in a loop."""
-    reward, row, returns = log.transitions["next", "reward"].squeeze(-1).double().tolist(), 0, []
-    for length in log.episode_lengths.tolist():
+    reward, row, returns = (
+        dataset.transitions["next", "reward"].squeeze(-1).double().tolist(),
+        0,
+        [],
+    )
+    for length in dataset.episode_lengths.tolist():
         returns.append(sum(discount**t * reward[row + t] for t in range(length)))
         row += length
     return np.array(returns)

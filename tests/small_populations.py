@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from small_agents import log
+from small_agents import small_columns
 
 from iql_torchrl import IQLConfig, load_dataset, make_agent
 from iql_torchrl.population import IQLPopulation
@@ -35,18 +35,18 @@ def dataset(kind: str = "continuous", dtype=torch.float64):
     rows = np.arange(ROWS)
     ends = {"terminated": rows % 20 == 9, "truncated": rows % 20 == 19}
     if kind == "continuous":
-        return load_dataset(log(ROWS, **ends), dtype=dtype)
+        return load_dataset(small_columns(ROWS, **ends), dtype=dtype)
     generator = np.random.default_rng(1)
     if kind == "images":
         images = generator.integers(0, 256, (ROWS, 8, 9, 3)).astype(np.uint8)
         seen = {"camera": images, "speed": generator.normal(size=(ROWS, 2)).astype(np.float32)}
-        return load_dataset(log(ROWS, seen, **ends), dtype=dtype)
+        return load_dataset(small_columns(ROWS, seen, **ends), dtype=dtype)
     action = generator.integers(0, 4, ROWS)
     allowed = generator.random((ROWS, 4)) < 0.6
     allowed[rows, action] = True
     masks = {"action_mask": allowed, "next_action_mask": np.roll(allowed, -1, 0)}
     observation = generator.integers(0, 5, ROWS) if kind == "categories" else None
-    return load_dataset(log(ROWS, observation, action, **ends, **masks), dtype=dtype)
+    return load_dataset(small_columns(ROWS, observation, action, **ends, **masks), dtype=dtype)
 
 
 @contextmanager

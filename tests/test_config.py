@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_batch, make_networks
-from small_agents import log
+from small_agents import small_columns
 from small_losses import make_step
 
 from iql_torchrl import (
@@ -417,7 +417,7 @@ def test_it_is_an_option_with_help(capsys):
 
 @pytest.mark.usefixtures("sharpened")
 def test_losses_and_runs_of_a_population_have_it_or_must_agree():
-    dataset = load_dataset(log())
+    dataset = load_dataset(small_columns())
     agent = make_agent(replace(BASE, sharpness=3.0, rounding="down"), dataset)
     objective = agent.loss.actor_objective
     assert (objective.sharpness, objective.rounding) == (3.0, "down")

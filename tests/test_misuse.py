@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ACT, OBS, make_networks
 from gymnasium import spaces
-from small_agents import box_agent, config, discrete_agent, log
+from small_agents import box_agent, config, discrete_agent, small_columns
 from tensordict.nn import TensorDictModule
 from torch import nn
 from torchrl.data import Bounded, Categorical, Composite, Unbounded
@@ -138,7 +138,7 @@ def test_equations():
 
 
 def test_arguments_of_make_agent_and_population():
-    dataset = load_dataset(log())
+    dataset = load_dataset(small_columns())
     for wrong in ("quick", {"seed": 0}, dataset):
         with pytest.raises(TypeError, match=f"config is {type(wrong).__name__}; .*PRESETS"):
             make_agent(wrong, dataset)
@@ -200,7 +200,7 @@ def test_an_agent_in_the_wrong_place():
     for wrong in (agent, agent.loss, None):
         with pytest.raises(TypeError, match=f"step is {type(wrong).__name__}; expected an IQLStep"):
             compiled(wrong)
-    buffer = load_dataset(log()).replay_buffer(8, seed=0)
+    buffer = load_dataset(small_columns()).replay_buffer(8, seed=0)
     with pytest.raises(TypeError, match=r"updates is 2.5; expected an integer"):
         captured(agent.step, buffer, updates=2.5)
 
@@ -283,7 +283,7 @@ BOUNDS = "finite bounds, low <= high", "{}", "dataclasses.replace(dataset, actio
     ],
 )
 def test_actions_that_make_agent_cannot_choose(space, words):
-    dataset = replace(load_dataset(log()), action_space=space)
+    dataset = replace(load_dataset(small_columns()), action_space=space)
     for policy in ("auto", "deterministic"):
         with pytest.raises(ValueError, match=r"^the actions are|finite bounds, low <") as caught:
             make_agent(config(policy=policy), dataset)
@@ -295,15 +295,17 @@ def test_actions_that_make_agent_cannot_choose(space, words):
 def test_half_bounded_actions_in_a_log():
     half = box([-1, 0], [1, np.inf])
     action = np.tile(np.float32([0, 1e6]), (40, 1))
-    dataset = load_dataset(log(action=action), observation_space=WIDE_OR_3, action_space=half)
+    dataset = load_dataset(
+        small_columns(action=action), observation_space=WIDE_OR_3, action_space=half
+    )
     assert dataset.action_space == half
     agent = make_agent(config(), replace(dataset, action_space=box([-1, -1], [1, 2])))
     assert agent.act(np.zeros(3, np.float32)).shape == (2,)
     action[3] = [1 + 1e-6, -5e-7]  # rounding, whether or not the other bound is finite
-    load_dataset(log(action=action), observation_space=WIDE_OR_3, action_space=half)
+    load_dataset(small_columns(action=action), observation_space=WIDE_OR_3, action_space=half)
     action[7, 1] = -0.5
     with pytest.raises(DatasetError, match=r"first at row 7.*low \[-1, 0\], high \[1, inf\]"):
-        load_dataset(log(action=action), observation_space=WIDE_OR_3, action_space=half)
+        load_dataset(small_columns(action=action), observation_space=WIDE_OR_3, action_space=half)
 
 
 def test_messages_about_large_spaces_are_short(tmp_path):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from extras import needs
-from small_agents import config, log
+from small_agents import config, small_columns
 from tune_session import Session, Stopped
 
 from iql_torchrl import load_dataset
@@ -36,7 +36,7 @@ def session(monkeypatch, tmp_path):
 
 
 def load():
-    return load_dataset(log())
+    return load_dataset(small_columns())
 
 
 def first_weight(agent, dataset):

@@ -1,4 +1,4 @@
-"""Intervals of four policies in forty logs of bandit feedback, against the truth: bandits.png.
+"""Intervals of four policies in forty datasets of bandit feedback, against the truth: bandits.png.
 
     PYTHONPATH=benchmarks python docs/pictures/bandits.py
 
@@ -23,7 +23,7 @@ def main() -> None:
     figure = Figure(figsize=(8, 3), layout="constrained", facecolor="white")
     panels = dict(zip(bandit.policies(), figure.subplots(1, 4), strict=True))
     for seed in range(REPETITIONS):
-        fit, fresh = bandit.log(ROUNDS, seed).split(ROUNDS // 2)
+        fit, fresh = bandit.dataset(ROUNDS, seed).split(ROUNDS // 2)
         episodes, place = episodes_of(fresh), np.arange(len(fresh.action))
         scored = []
         for policy in bandit.policies().values():

@@ -34,7 +34,7 @@ from iql_torchrl.data.builtin import ensure_dataset
 from iql_torchrl.files import atomic_write
 
 HERE = Path(__file__).parent
-HEALTHY, SICK, LOG = "0.6", "#D55E00", "#0072B2"
+HEALTHY, SICK, DATASET = "0.6", "#D55E00", "#0072B2"
 QUICK = IQLConfig(
     updates=2_500, hidden=(64, 64), actor_lr=1e-3, critic_lr=1e-3, value_lr=1e-3, discount=0.95,
     polyak=0.02,
@@ -128,7 +128,7 @@ def push() -> OfflineDataset:
 
 
 def learn(config: IQLConfig, dataset: OfflineDataset) -> dict[str, Any]:
-    """The curves of one run, as the trainer records them, and the mean return of the log."""
+    """The curves of one run, as the trainer records them, and the mean return of the dataset."""
     torch.manual_seed(0)
     agent = make_agent(config, dataset)
 
@@ -265,17 +265,22 @@ def draw_panel(axes: Any, panel: Panel, lines: list[tuple[dict[str, Any], str, s
         axes.plot(*curve(run, panel.metric), color=colour, linewidth=2, label=label)
     levels = panel.levels
     if panel.metric == "return_mean":
-        log = lines[0][0]["log"]
-        levels = ((f"the dataset: {log:.0f}" if abs(log) > 10 else f"the dataset: {log:.2f}", log),)
+        level = lines[0][0]["log"]
+        levels = (
+            (
+                f"the dataset: {level:.0f}" if abs(level) > 10 else f"the dataset: {level:.2f}",
+                level,
+            ),
+        )
     if panel.scale == "symlog":
         axes.set_yscale("symlog", linthresh=10)
     else:
         axes.set_yscale(panel.scale)
     for text, level in levels:
-        axes.axhline(level, color=LOG, linestyle="--", linewidth=1)
+        axes.axhline(level, color=DATASET, linestyle="--", linewidth=1)
         axes.annotate(
             text, (1, level), xycoords=("axes fraction", "data"), xytext=(0, 2), fontsize=8,
-            textcoords="offset points", ha="right", color=LOG,
+            textcoords="offset points", ha="right", color=DATASET,
         )  # fmt: skip
     if panel.limits is not None:
         axes.set_ylim(*panel.limits)

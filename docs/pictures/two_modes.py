@@ -45,7 +45,7 @@ def reward(state: Array, action: Array) -> Array:
     return np.where(np.abs(action) < HALF_WIDTH, -2.0, state * np.sign(action))
 
 
-def make_log(seed: int = 0) -> OfflineDataset:
+def make_dataset(seed: int = 0) -> OfflineDataset:
     """Episodes of one step that pass above and below with equal probability."""
     draw = np.random.default_rng(seed)
     state, side = draw.uniform(-1, 1, ROWS), draw.choice([-1.0, 1.0], ROWS)
@@ -62,13 +62,13 @@ def make_log(seed: int = 0) -> OfflineDataset:
     )
 
 
-def trained(log: OfflineDataset) -> dict[str, Any]:
+def trained(dataset: OfflineDataset) -> dict[str, Any]:
     """The policies by name; the last one acts with the best of 32 actions of the one before."""
     result = {}
     for name, settings in POLICIES.items():
         torch.manual_seed(0)
-        agent = make_agent(replace(CONFIG, **settings), log)
-        buffer = log.replay_buffer(CONFIG.batch_size, seed=0)
+        agent = make_agent(replace(CONFIG, **settings), dataset)
+        buffer = dataset.replay_buffer(CONFIG.batch_size, seed=0)
         for _ in range(UPDATES):
             agent.step(buffer.sample())
         result[name] = agent.policy.eval()
@@ -112,12 +112,14 @@ def draw_panels(drawn: dict[str, tuple[Array, Array]]) -> Figure:
 
 def main() -> None:
     torch.set_num_threads(1)
-    log = make_log()
+    dataset = make_dataset()
     state = np.random.default_rng(1).uniform(-1, 1, DRAWN)
-    logged = (log.transitions[key][:DRAWN, 0].double().numpy() for key in ("observation", "action"))
+    logged = (
+        dataset.transitions[key][:DRAWN, 0].double().numpy() for key in ("observation", "action")
+    )
     drawn = {"the dataset": tuple(logged)}
     torch.manual_seed(0)
-    drawn |= {name: (state, act(policy, state)) for name, policy in trained(log).items()}
+    drawn |= {name: (state, act(policy, state)) for name, policy in trained(dataset).items()}
     for name, (states, actions) in drawn.items():
         hit = (np.abs(actions) < HALF_WIDTH).mean()
         print(f"{name:<20} mean reward {reward(states, actions).mean():6.2f}, hits {hit:.0%}")

@@ -18,10 +18,10 @@ from small_agents import (
     box_agent,
     config,
     discrete_agent,
-    log,
     observations,
     same_weights,
     saved,
+    small_columns,
     trained,
 )
 from torch.optim.lr_scheduler import LRScheduler
@@ -47,7 +47,7 @@ from iql_torchrl.policies import BestOf, FlowPolicy
 
 
 def dataset(**columns):
-    return load_dataset(log(60, **columns), reward="raw")
+    return load_dataset(small_columns(60, **columns), reward="raw")
 
 
 def test_standardisation_is_the_first_layer_of_every_network():
@@ -70,7 +70,7 @@ def test_columns_of_any_unit_are_of_order_one_in_the_networks(tmp_path, on_disk)
     light, second = 550e-9 + 150e-9 * draw.normal(size=60), 1.7e9 + np.arange(60) % 10
     columns = np.stack([light, np.full(60, 3e-12), second], 1)
     place = tmp_path / "table" if on_disk else None
-    data = load_dataset(log(60, columns), reward="raw", dtype=torch.float64, memmap=place)
+    data = load_dataset(small_columns(60, columns), reward="raw", dtype=torch.float64, memmap=place)
     first = make_agent(config(), data).actor.module[0].module.preprocess
     deviation = np.where([True, False, True], columns.std(0), 1)
     expected = (columns - columns.mean(0)) / deviation
@@ -172,7 +172,7 @@ def test_an_agent_comes_back_from_its_file(tmp_path, options):
     np.testing.assert_array_equal(outcome.act(observations()), agent.act(observations()))
     fresh.load_state_dict(agent.state_dict())
     assert same_weights(fresh, agent)
-    outcome.step(load_dataset(log(), dtype=dtype).replay_buffer(16, seed=0).sample())
+    outcome.step(load_dataset(small_columns(), dtype=dtype).replay_buffer(16, seed=0).sample())
     assert not same_weights(outcome, agent)
 
 
@@ -292,7 +292,7 @@ def test_spaces_come_back_exactly(space):
 
 
 def test_a_task_has_what_networks_need_and_is_restored_from_its_state():
-    data = replace(load_dataset(log()), name="log", reference_scores=(-1.5, 1 / 3))
+    data = replace(load_dataset(small_columns()), name="log", reference_scores=(-1.5, 1 / 3))
     task = Task.of(data)
     np.testing.assert_array_equal(task.episodes, np.sort(data.episode_digests()))
     state = task.state_dict()
@@ -346,7 +346,7 @@ def test_a_space_without_a_stored_form_is_refused():
 def test_targets_move_by_the_configs_share():
     agent = box_agent(polyak=0.25)
     target = agent.loss.target_qvalue_network_params.data.clone()
-    agent.step(load_dataset(log()).replay_buffer(16, seed=0).sample())
+    agent.step(load_dataset(small_columns()).replay_buffer(16, seed=0).sample())
     online, moved = agent.loss.qvalue_network_params, agent.loss.target_qvalue_network_params
     for key, before in target.items(True, True):
         expected = 0.75 * before + 0.25 * online.get(key).data
@@ -477,7 +477,7 @@ RESIDUAL = {
 @pytest.mark.parametrize("name", RESIDUAL)
 def test_every_form_of_the_update_and_export(name, tmp_path):
     torch._dynamo.reset()
-    dataset = load_dataset(log(), dtype=torch.float64)
+    dataset = load_dataset(small_columns(), dtype=torch.float64)
     agents = [make_agent(config(**RESIDUAL[name], schedule="constant"), dataset) for _ in range(3)]
     if name == "flow":  # captured updates would draw noise from their own generator
         for key, shape in (("flow_noise", (2,)), ("flow_time", ())):

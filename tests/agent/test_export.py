@@ -19,9 +19,9 @@ from small_agents import (
     by_hand,
     config,
     discrete_agent,
-    log,
     masks,
     observations,
+    small_columns,
     trained,
 )
 from tensordict.nn import TensorDictModule
@@ -76,11 +76,13 @@ def camera_agent(channels: int):
         "at": generator.normal(size=(40, 1)).astype(np.float32),
         "camera": generator.integers(0, 256, (40, 12, 12, channels), dtype=np.uint8),
     }
-    return make_agent(config(), load_dataset(log(observation=seen), observation_space=space)), seen
+    return make_agent(
+        config(), load_dataset(small_columns(observation=seen), observation_space=space)
+    ), seen
 
 
 def dict_agent():
-    return make_agent(config(policy="mixture"), load_dataset(log(observation=parts())))
+    return make_agent(config(policy="mixture"), load_dataset(small_columns(observation=parts())))
 
 
 # by name: an agent
@@ -94,7 +96,9 @@ KINDS = {
     "categorical": lambda: discrete_agent(start=5),
     "masked": lambda: discrete_agent(start=5, masked=True),
     "dict": dict_agent,
-    "category": lambda: make_agent(config(), load_dataset(log(observation=np.arange(40) % 5))),
+    "category": lambda: make_agent(
+        config(), load_dataset(small_columns(observation=np.arange(40) % 5))
+    ),
     "chunks": lambda: box_agent(action_chunk=3, replan_every=2),
 }
 SEVERAL = {"policy": "flow", "num_samples": 5, "flow_steps": 4, "activation": "gelu"}
@@ -236,7 +240,9 @@ def test_observations_named_as_an_operation_or_as_the_action(tmp_path, onnx):
         for name in ("action", "cat", "linear", "tanh")
     }
     space = spaces.Box(-np.ones(2, np.float32), np.ones(2, np.float32))
-    agent = make_agent(config(), replace(load_dataset(log(observation=seen)), action_space=space))
+    agent = make_agent(
+        config(), replace(load_dataset(small_columns(observation=seen)), action_space=space)
+    )
     path = agent.export(tmp_path / "policy.onnx")
     onnx.checker.check_model(onnx.load(path), full_check=True)
     note = json.loads((tmp_path / "policy.onnx.json").read_text())
@@ -354,7 +360,7 @@ def test_the_agent_and_the_callers_state_do_not_change(tmp_path):
     assert all(torch.equal(v, weights[k]) for k, v in agent.state_dict().items())
     # The file is of this moment: training on changes the agent and not the program.
     expected = agent.act(observations())
-    agent.step(load_dataset(log()).replay_buffer(16, seed=0).sample())
+    agent.step(load_dataset(small_columns()).replay_buffer(16, seed=0).sample())
     program = torch.export.load(tmp_path / "policy.pt2").module()
     np.testing.assert_allclose(program(torch.tensor(observations())), expected, atol=1e-6)
     assert np.abs(agent.act(observations()) - expected).max() > 1e-6

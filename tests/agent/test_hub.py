@@ -14,7 +14,15 @@ import numpy as np
 import pytest
 import torch
 from extras import needs
-from small_agents import config, discrete_agent, log, masks, observations, same_weights, trained
+from small_agents import (
+    config,
+    discrete_agent,
+    masks,
+    observations,
+    same_weights,
+    small_columns,
+    trained,
+)
 
 from iql_torchrl import Agent, load_dataset, make_agent
 from iql_torchrl.agent import HubError
@@ -223,7 +231,7 @@ def card_of(agent, folder, **options):
 
 @pytest.mark.usefixtures("short_program")
 def test_the_card_says_what_the_agent_is(server, tmp_path):
-    dataset = load_dataset(log(), reward=(0.5, -1.0))
+    dataset = load_dataset(small_columns(), reward=(0.5, -1.0))
     agent = make_agent(config(discount=0.9), dataset)
     named = replace(agent.task, name="x\n```z\n## y", reference_scores=(-9.0, 3.0))
     evaluation = Evaluation(np.array([1.0, 2.0, 6.0]), np.array([4, 5, 6]))
@@ -241,7 +249,7 @@ def test_the_card_says_what_the_agent_is(server, tmp_path):
     expected = hashlib.blake2b(digests.tobytes(), digest_size=16).hexdigest()
     assert data["digest of its episodes"] == expected
     assert (data["name"], data["episodes"], data["transitions"]) == (named.name, 4, 40)
-    assert data["mean return"] == pytest.approx(log()["reward"].sum() / 4, rel=1e-5)
+    assert data["mean return"] == pytest.approx(small_columns()["reward"].sum() / 4, rel=1e-5)
     assert data["rewards were mapped to"] == "0.5 * reward + -1"
     assert (sections["Scores"]["return_mean"], sections["Scores"]["episodes"]) == (3, 3)
     assert sections["Settings"] == json.loads(json.dumps(agent.config.to_dict()))
@@ -265,7 +273,7 @@ def test_scores_and_data_that_do_not_fit(server):
         with pytest.raises(error, match=message):
             agent.push_to_hub(REPO, evaluation=evaluation, token=TOKEN)
     words = r"dataset is 'arrays', whose episodes are not .* make_agent"
-    for other in (log(50), log(reward=np.ones(40, np.float32))):
+    for other in (small_columns(50), small_columns(reward=np.ones(40, np.float32))):
         with pytest.raises(ValueError, match=words):
             agent.push_to_hub(REPO, dataset=load_dataset(other), token=TOKEN)
     with pytest.raises(TypeError, match=r"dataset is str; expected what load_dataset"):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from small_agents import Walk, following, log
+from small_agents import Walk, following, small_columns
 from tensordict import TensorDict
 from torch import nn
 
@@ -264,7 +264,9 @@ HIGH = np.array([[1, 2], [3, 4]], np.float32)
 def test_actions_of_another_shape_are_flattened_in_data_and_environment(space, place):
     space.seed(0)
     actions = np.stack([space.sample() for _ in range(40)])
-    columns = log(action=actions, terminated=np.zeros(40, bool), truncated=np.ones(40, bool))
+    columns = small_columns(
+        action=actions, terminated=np.zeros(40, bool), truncated=np.ones(40, bool)
+    )
     columns |= {
         "reward": actions[(slice(None), *place)],
         "next_observation": -columns["observation"],

@@ -16,7 +16,7 @@ from iql_torchrl.evaluation.statistics import interquartile_mean, stratified_int
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import bench_scores
-import score_logs
+import score_datasets
 import score_methods
 import score_tables
 
@@ -46,14 +46,14 @@ def data(discrete: bool = False) -> dict[str, np.ndarray]:
     observation = draw.standard_normal((40, 2)).astype(np.float32)
     action = draw.integers(2, size=40) if discrete else draw.uniform(-1, 1, (40, 1))
     ends = rows % 10 == 9
-    return small_agents.log(
+    return small_agents.small_columns(
         40, observation, action.astype(int if discrete else np.float32),
         terminated=ends & (rows < 20), truncated=ends & (rows >= 20),
     )  # fmt: skip
 
 
-def log(play=None) -> score_logs.Data:
-    return score_logs.Data(data(), Sum, (0.0, 2.0), np.array([1.0, 3.0]), play)
+def small_data(play=None) -> score_datasets.Data:
+    return score_datasets.Data(data(), Sum, (0.0, 2.0), np.array([1.0, 3.0]), play)
 
 
 def options(*arguments: str):
@@ -70,18 +70,18 @@ def test_every_method_is_played_from_the_same_seeds_with_actions_inside_the_boun
         asked.append(observations.copy())
         return np.full((len(observations), 1), 5.0)  # above the bound of 1
 
-    assert bench_scores.mean_return(log(), act, episodes=4) == STEPS
+    assert bench_scores.mean_return(small_data(), act, episodes=4) == STEPS
     assert [len(rows) for rows in asked] == [4] * STEPS
     seeds = bench_scores.EVALUATION_SEED + np.arange(4)
     assert sorted(asked[0][:, 1]) == seeds.tolist()
 
 
 def test_an_exact_value_replaces_episodes():
-    assert bench_scores.mean_return(log(play=lambda act: act(7) + 1), lambda x: x, 0) == 8
+    assert bench_scores.mean_return(small_data(play=lambda act: act(7) + 1), lambda x: x, 0) == 8
 
 
 def test_a_score_is_relative_to_the_references():
-    assert log().score(0.5) == 25.0
+    assert small_data().score(0.5) == 25.0
 
 
 # -- processes ---------------------------------------------------------------------------------------
@@ -126,8 +126,8 @@ def test_an_environment_is_made_once(tmp_path, monkeypatch):
 
 SMALL = {
     "ours": {"hidden": [8, 8], "batch_size": 16, "reward": "raw"},
-    "TorchRL": {**score_logs.TORCHRL, "hidden": [8, 8], "batch_size": 16},
-    "TorchRL, discrete": {**score_logs.TORCHRL_DISCRETE, "hidden": [8, 8], "batch_size": 16},
+    "TorchRL": {**score_datasets.TORCHRL, "hidden": [8, 8], "batch_size": 16},
+    "TorchRL, discrete": {**score_datasets.TORCHRL_DISCRETE, "hidden": [8, 8], "batch_size": 16},
 }
 
 
@@ -177,7 +177,7 @@ def test_a_file_is_imported_without_packages_that_it_only_names(tmp_path):
 
 def result(method: str, seed: int, score: float, updates: int = 5000) -> dict:
     return {
-        "log": "pendulum", "method": method, "seed": seed, "updates": updates, "score": score,
+        "dataset": "pendulum", "method": method, "seed": seed, "updates": updates, "score": score,
         "return": 10 * score, "curve": [[updates // 2, 5 * score, score / 2], [updates, 0, score]],
         "settings": {"seed": seed, "rate": 0.1}, "versions": {"torch": "2"},
         "processor": f"Make(R) Chip{updates}(R) Processor, family 6",
@@ -185,7 +185,12 @@ def result(method: str, seed: int, score: float, updates: int = 5000) -> dict:
 
 
 def filled(**scores: list[float]) -> dict:
-    content = {"logs": {"pendulum": {"score": 31.5}}, "settings": {}, "cells": [], "summary": []}
+    content = {
+        "datasets": {"pendulum": {"score": 31.5}},
+        "settings": {},
+        "cells": [],
+        "summary": [],
+    }
     for method, values in scores.items():
         for seed, value in enumerate(values):
             score_tables.add(content, result(method, seed, value))
@@ -193,19 +198,19 @@ def filled(**scores: list[float]) -> dict:
 
 
 def test_a_second_call_leaves_out_what_is_there():
-    o = options("--logs", "pendulum", "--methods", "ours", "TorchRL", "CORL", "--seeds", "2")
+    o = options("--datasets", "pendulum", "--methods", "ours", "TorchRL", "CORL", "--seeds", "2")
     whole = bench_scores.missing(o, [])
     assert whole == [
         ("pendulum", method, seed) for seed in (0, 1) for method in ("ours", "TorchRL")
     ]  # CORL only with its file
     content = filled(ours=[1.0], TorchRL=[1.0, 2.0])
     assert bench_scores.missing(o, content["cells"]) == [("pendulum", "ours", 1)]
-    other = options("--logs", "pendulum", "--seeds", "2", "--updates", "pendulum=250")
+    other = options("--datasets", "pendulum", "--seeds", "2", "--updates", "pendulum=250")
     assert len(bench_scores.missing(other, content["cells"])) == 8
 
 
 def test_every_cell_is_written_when_it_is_done(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench_scores, "about_log", lambda name, peers: {"score": 31.5})
+    monkeypatch.setattr(bench_scores, "about_dataset", lambda name, peers: {"score": 31.5})
     monkeypatch.setattr(bench_scores, "interpreter", lambda method, peers: None)
     done = []
 
@@ -219,7 +224,7 @@ def test_every_cell_is_written_when_it_is_done(tmp_path, monkeypatch):
     path = tmp_path / "a.json"
     for seeds, first in (("4", 0), ("5", 2)):
         done.clear()
-        o = options("--logs", "pendulum", "--methods", "ours", "--seeds", seeds)
+        o = options("--datasets", "pendulum", "--methods", "ours", "--seeds", seeds)
         with pytest.raises(RuntimeError, match="stopped"):
             bench_scores.run(o, path)
         assert done == [("ours", first), ("ours", first + 1)]
@@ -241,7 +246,7 @@ def test_cells_of_other_files_are_added_once(tmp_path, monkeypatch):
     assert scores == [("ours", 1.0), ("ours", 2.0), ("ours", 3.0), ("TorchRL", 4.0)]
     assert content["settings"]["pendulum"].keys() == {"ours", "TorchRL"}
     assert [line["seeds"] for line in content["summary"]] == [3, 1]
-    files["second"]["logs"]["pendulum"]["score"] = 30.0
+    files["second"]["datasets"]["pendulum"]["score"] = 30.0
     (tmp_path / "second.json").write_text(json.dumps(files["second"]))
     with pytest.raises(SystemExit, match="second: pendulum is another dataset"):
         bench_scores.main(["--join", "second", "--result", "first"])
@@ -265,7 +270,10 @@ def test_summary_and_table():
     # pairs in which ours is better: 1 of 5 (and an equal one), then 2 with 3 equal, then all
     assert content["summary"][1]["ours_better"] == pytest.approx((1.5 + 3.5 + 15) / 25)
     text = score_tables.table(content)
-    assert text.splitlines()[0] == "| log | updates | of the dataset | cloning | ours | processor |"
+    assert (
+        text.splitlines()[0]
+        == "| dataset | updates | of the dataset | cloning | ours | processor |"
+    )
     cells = f"1.7<br>(0.3 to 2.0) | 3.0<br>({low:.1f} to {high:.1f})"
     on = "Make Chip5000, family 6"
     assert text.splitlines()[-1] == f"| pendulum | 5,000 | 31.5 | {cells} | {on} |"
@@ -280,9 +288,9 @@ def test_means_and_deviations_next_to_published_ones():
         return [[(i + 1) * 100_000, 0.0, score] for i, score in enumerate(scores)]
 
     cells = [
-        {"log": "d4rl-umaze", "method": "ours", "curve": curve(28.0, 30.0)},
-        {"log": "d4rl-umaze", "method": "ours", "curve": curve(29.0, 34.0)},
-        {"log": "d4rl-medium", "method": "cloning", "curve": curve(1.0)},
+        {"dataset": "d4rl-umaze", "method": "ours", "curve": curve(28.0, 30.0)},
+        {"dataset": "d4rl-umaze", "method": "ours", "curve": curve(29.0, 34.0)},
+        {"dataset": "d4rl-medium", "method": "cloning", "curve": curve(1.0)},
     ]
     unfinished = {"d4rl-umaze-noisy, CORL, 0, 1000000": {"curve": curve(7.25)}}
     text = score_tables.published_table(
@@ -322,8 +330,8 @@ def test_the_largest_difference_of_any_network_is_shown():
 
 def test_times_are_ratios_of_neighbouring_blocks():
     times = [
-        {"log": "pendulum", "method": "ours", "seconds": 5.0, "of_ours": 1.0},
-        {"log": "pendulum", "method": "d3rlpy", "seconds": 9.96, "of_ours": 2.04},
+        {"dataset": "pendulum", "method": "ours", "seconds": 5.0, "of_ours": 1.0},
+        {"dataset": "pendulum", "method": "d3rlpy", "seconds": 9.96, "of_ours": 2.04},
     ]
     assert score_tables.times_table({"times": times}).splitlines()[-1] == "| d3rlpy | 10.0 (2.04) |"
 
@@ -345,8 +353,8 @@ def test_wrong_options_are_refused(capsys):
 
 
 def test_the_cartpole_log(tmp_path):
-    score_logs.make_cartpole(tmp_path / "cartpole_mixed.npz", episodes=8)
-    made = score_logs.cartpole(tmp_path)
+    score_datasets.make_cartpole(tmp_path / "cartpole_mixed.npz", episodes=8)
+    made = score_datasets.cartpole(tmp_path)
     assert len(made.returns) == 8
     assert made.rows["reward"].sum() == made.returns.sum() == len(made.rows["action"])
     assert set(made.rows["action"]) == {0, 1}
@@ -355,7 +363,7 @@ def test_the_cartpole_log(tmp_path):
 
 def test_maze2d_rewards_the_surroundings_of_its_goal_and_never_terminates():
     needs("gymnasium_robotics")
-    env = score_logs.Maze2d(
+    env = score_datasets.Maze2d(
         gymnasium.make("PointMaze_UMaze-v3", continuing_task=True, reset_target=False), (1, 1)
     )
     goal = env.maze.cell_rowcol_to_xy(np.array([1, 1]))

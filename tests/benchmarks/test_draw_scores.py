@@ -12,11 +12,15 @@ from iql_torchrl.evaluation.statistics import interquartile_mean, stratified_int
 def content(scores: dict[str, list[list[float]]]) -> dict:
     """A result file with one dataset; ``scores``: of each method a list of curves."""
     cells = [
-        {"log": "log", "method": method, "curve": [[n + 1, 0.0, s] for n, s in enumerate(curve)]}
+        {
+            "dataset": "maze",
+            "method": method,
+            "curve": [[n + 1, 0.0, s] for n, s in enumerate(curve)],
+        }
         for method, curves in scores.items()
         for curve in curves
     ]
-    return {"cells": cells, "unfinished": {}, "logs": {"log": {"score": 7.0}}}
+    return {"cells": cells, "unfinished": {}, "datasets": {"maze": {"score": 7.0}}}
 
 
 def test_a_line_is_the_interquartile_mean_and_its_band_the_interval_of_the_tables():
@@ -35,14 +39,14 @@ def test_a_line_is_the_interquartile_mean_and_its_band_the_interval_of_the_table
 
 def test_datasets_have_panels_of_their_own_or_share_one():
     both = content({"ours": [[1.0]]})
-    both["cells"].append({"log": "other", "method": "ours", "curve": [[1, 0.0, 2.0]]})
+    both["cells"].append({"dataset": "other", "method": "ours", "curve": [[1, 0.0, 2.0]]})
     apart = draw_scores.picture(both, None, False, False)
-    assert [axes.get_title() for axes in apart.axes] == ["log", "other"]
+    assert [axes.get_title() for axes in apart.axes] == ["maze", "other"]
     assert len(draw_scores.picture(both, ["other"], False, False).axes) == 1
     (axes,) = draw_scores.picture(both, None, True, True).axes
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
     assert labels == [
-        "ours, log (1 seed)",
+        "ours, maze (1 seed)",
         "ours, other (1 seed)",
         "CORL's README, maze2d-umaze-v1",
     ]
@@ -51,7 +55,7 @@ def test_datasets_have_panels_of_their_own_or_share_one():
 def test_four_datasets_have_two_rows_of_panels():
     both = content({"ours": [[1.0]]})
     for name in ("b", "c", "d", "e"):
-        both["cells"].append({"log": name, "method": "ours", "curve": [[1, 0.0, 2.0]]})
+        both["cells"].append({"dataset": name, "method": "ours", "curve": [[1, 0.0, 2.0]]})
     panels = draw_scores.picture(both, ["b", "c", "d", "e"], False, False).axes
     assert panels[0].get_gridspec().get_geometry() == (2, 2)
     assert [axes.get_title() for axes in panels] == ["b", "c", "d", "e"]

@@ -12,7 +12,7 @@ import pytest
 import test_bench_scores
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-import score_logs
+import score_datasets
 import score_population
 
 
@@ -48,7 +48,7 @@ def populations(monkeypatch):
 
 
 def options(**changed):
-    given = {"logs": ["first", "second"], "updates": 10_000, "device": "cpu", "seconds": 1e9}
+    given = {"datasets": ["first", "second"], "updates": 10_000, "device": "cpu", "seconds": 1e9}
     return Namespace(**(given | changed))
 
 
@@ -69,7 +69,7 @@ def test_the_last_population_waits_and_trains_as_far_as_time_allows(populations)
 
 
 def test_what_is_unfinished_is_written_when_time_is_over(populations):
-    score_population.train(options(logs=["first", "second", "third"], seconds=35))
+    score_population.train(options(datasets=["first", "second", "third"], seconds=35))
     assert [each.calls for each in populations] == [20, 20, 10]
     assert [each.written for each in populations] == [[20], [20], [10]]
 
@@ -77,18 +77,22 @@ def test_what_is_unfinished_is_written_when_time_is_over(populations):
 @pytest.mark.slow
 def test_trained_policies_are_evaluated_and_added_to_the_results(tmp_path, monkeypatch):
     small = {"hidden": [8, 8], "batch_size": 16}
-    log = score_logs.Log(
-        lambda folder: test_bench_scores.log(), 20, 2, raw_reward=True, options={"ours": small}
+    scored = score_datasets.ScoredDataset(
+        lambda folder: test_bench_scores.small_data(),
+        20,
+        2,
+        raw_reward=True,
+        options={"ours": small},
     )
-    for module in (score_logs, score_population):
-        monkeypatch.setattr(module, "LOGS", {"sum": log})
+    for module in (score_datasets, score_population):
+        monkeypatch.setattr(module, "DATASETS", {"sum": scored})
 
     monkeypatch.setattr(score_population, "RESULTS", tmp_path)
     monkeypatch.setattr(score_population, "UPDATES_A_CALL", 5)
     monkeypatch.setattr(score_population, "OURS", small)
     monkeypatch.setattr(score_population, "EVALUATION_SEED", 0)
     o = Namespace(
-        logs=["sum"], peers=tmp_path, folder=tmp_path / "policies", seeds=2, updates=20, points=2,
+        datasets=["sum"], peers=tmp_path, folder=tmp_path / "policies", seeds=2, updates=20, points=2,
         device="cpu", seconds=1e9, change={}, result="scores", method="cloning",
     )  # fmt: skip
     score_population.train(o)

@@ -134,9 +134,9 @@ def png(values):
 def in_shards(folder, lengths, shards, seed=0, **options):
     """``shards`` in ``folder / "shards"`` of a dataset that is deleted afterwards."""
     source = save(folder / "log.npz", numbered(lengths, seed))
-    log = build_shards(source, folder / "shards", shards, **{**SPACES, **options})
+    dataset = build_shards(source, folder / "shards", shards, **{**SPACES, **options})
     source.unlink()
-    return log
+    return dataset
 
 
 def flip(path):
@@ -212,11 +212,11 @@ def assert_is_minaris(dataset, stored):
     assert start == len(dataset)
 
 
-def rows_of_all(log):
+def rows_of_all(dataset):
     """The rows of all shards, in memory."""
     parts = []
-    for number in range(len(log.shards)):
-        with log.shard(number) as rows:
+    for number in range(len(dataset.shards)):
+        with dataset.shard(number) as rows:
             parts.append(rows.clone())
     return torch.cat(parts)
 

@@ -13,7 +13,7 @@ from iql_torchrl.data import DatasetWarning, build_shards, load_dataset
 ROWS, STEPS = 60, 6
 
 
-def log(**changed):
+def dataset(**changed):
     """Independent contexts in ten episodes of six steps that terminate; None leaves a column out."""
     rng = np.random.default_rng(0)
     data = {
@@ -65,7 +65,7 @@ ALL_KINDS = pytest.mark.parametrize("kind", ["arrays", "npz", "csv", "parquet", 
 @ALL_KINDS
 def test_booleans_are_actions_and_rewards(kind, tmp_path):
     yes = np.arange(ROWS) % 3 == 0
-    data = load_dataset(stored(kind, log(action=yes, reward=~yes), tmp_path))
+    data = load_dataset(stored(kind, dataset(action=yes, reward=~yes), tmp_path))
     assert data.action_space == gym.spaces.Discrete(2)
     assert data.transitions["action"].flatten().tolist() == [1, 0, 0] * 20
     assert data.transitions["next", "reward"].flatten().tolist() == [0.0, 1.0, 1.0] * 20
@@ -76,7 +76,7 @@ def test_episode_ids_are_text(kind, tmp_path):
     names = np.array([f"p-{row // 5:02}" for row in range(ROWS)])
     names = names if kind != "npz" else names.astype("U")
     changed = {"terminated": np.arange(ROWS) % 5 == 4, "episode": names}
-    data = load_dataset(stored(kind, log(**changed), tmp_path))
+    data = load_dataset(stored(kind, dataset(**changed), tmp_path))
     assert data.episode_lengths.tolist() == [5] * 12
 
 
@@ -85,7 +85,7 @@ def test_text_of_bytes_is_decoded(kind, tmp_path):
     names = [f"p-é{row // 5:02}" for row in range(ROWS)]
     texts = {"episode": names, "action": ["left", "right"] * 30}
     texts = {key: np.char.encode(values, "utf-8") for key, values in texts.items()}
-    changed = log(terminated=np.arange(ROWS) % 5 == 4, **texts)
+    changed = dataset(terminated=np.arange(ROWS) % 5 == 4, **texts)
     source = stored(kind, changed, tmp_path) if "." not in kind else tmp_path / kind
     if "." in kind:
         with h5py.File(source, "w") as file:
@@ -99,17 +99,17 @@ def test_text_of_bytes_is_decoded(kind, tmp_path):
 
 
 def test_every_row_of_a_bandit_terminates():
-    data = load_dataset(log(terminated=np.ones(ROWS, bool), truncated=None))
+    data = load_dataset(dataset(terminated=np.ones(ROWS, bool), truncated=None))
     assert data.episode_lengths.tolist() == [1] * ROWS
     assert not data.warnings
     smooth = np.sin(np.arange(ROWS) / 4)[:, None]  # such as the temperature of each hour
     for following in (None, np.roll(smooth, -1)):
-        source = log(observation=smooth, terminated=np.ones(ROWS), next_observation=following)
+        source = dataset(observation=smooth, terminated=np.ones(ROWS), next_observation=following)
         assert not load_dataset(source).warnings
 
 
 def test_next_observations_of_terminations_may_be_nan():
-    source = log()
+    source = dataset()
     source["next_observation"] = np.roll(source["observation"], -1, 0)
     source["next_observation"][source["terminated"]] = np.nan
     data = load_dataset(source)
@@ -121,24 +121,24 @@ def test_next_observations_of_terminations_may_be_nan():
 
 def test_joined_datasets_have_the_union_of_guessed_spaces():
     many, few = np.arange(ROWS) % 3, np.arange(ROWS) % 2
-    assert load_dataset([log(action=few), log(action=many)]).action_space.n == 3
+    assert load_dataset([dataset(action=few), dataset(action=many)]).action_space.n == 3
     wide = np.tile([[-4.0, 3.0], [0.5, -0.5]], (30, 1))
     with pytest.warns(DatasetWarning, match="reach -4 to 3"):
-        bounds = load_dataset([log(), log(action=wide)]).action_space
+        bounds = load_dataset([dataset(), dataset(action=wide)]).action_space
     assert bounds.low[0] == -4
     assert bounds.high[1] == 3
 
 
 def test_joined_dicts_are_told_apart():
-    narrow = log(observation=np.zeros((ROWS, 2), np.float32))
-    refused("dataset 2: observation has rows of shape", [log(), narrow])
-    assert load_dataset([log(), log()]).name == "dataset 1 + dataset 2"
-    assert load_dataset(log()).name == "arrays"
+    narrow = dataset(observation=np.zeros((ROWS, 2), np.float32))
+    refused("dataset 2: observation has rows of shape", [dataset(), narrow])
+    assert load_dataset([dataset(), dataset()]).name == "dataset 1 + dataset 2"
+    assert load_dataset(dataset()).name == "arrays"
 
 
 def test_joined_text_is_numbered_together(tmp_path):
-    first = log(action=np.array(["b", "a"] * 30))
-    second = log(action=np.array(["c", "b"] * 30))
+    first = dataset(action=np.array(["b", "a"] * 30))
+    second = dataset(action=np.array(["c", "b"] * 30))
     for options in ({}, {"memmap": tmp_path / "built"}):
         data = load_dataset([first, second], **options)
         assert data.action_space == gym.spaces.Discrete(3)
@@ -150,7 +150,7 @@ def test_joined_text_is_numbered_together(tmp_path):
 
 def test_text_is_equal_on_both_sides_of_next():
     rooms = np.array(["kitchen", "hall", "attic"] * 20)
-    source = log(observation=rooms, next_observation=np.roll(rooms, -1))
+    source = dataset(observation=rooms, next_observation=np.roll(rooms, -1))
     data = load_dataset(source)
     assert data.transitions["observation"].flatten().tolist() == [2, 1, 0] * 20
     assert data.transitions["next", "observation"].flatten().tolist() == [1, 0, 2] * 20
@@ -159,10 +159,13 @@ def test_text_is_equal_on_both_sides_of_next():
 @pytest.mark.parametrize("key", ["observation", "next_observation", "action"])
 def test_one_text_in_a_column_of_numbers_is_refused_with_its_row(key):
     numbers = np.array([str(row / 8) for row in range(ROWS)])
-    source = log(observation=numbers, next_observation=np.roll(numbers, -1))
+    source = dataset(observation=numbers, next_observation=np.roll(numbers, -1))
     refused("stored as text", source)
     if key == "action":
-        source |= {"observation": log()["observation"], "next_observation": log()["observation"]}
+        source |= {
+            "observation": dataset()["observation"],
+            "next_observation": dataset()["observation"],
+        }
     source[key] = numbers.copy()
     source[key][53] = "n/a"
     place = key.replace("next_", "next.")
@@ -172,7 +175,7 @@ def test_one_text_in_a_column_of_numbers_is_refused_with_its_row(key):
 def test_a_constant_action_dimension():
     action = np.stack([np.linspace(-1, 1, ROWS), np.full(ROWS, 3.0)], 1).astype(np.float32)
     with pytest.warns(DatasetWarning, match="data's own range"):
-        data = load_dataset(log(action=action))
+        data = load_dataset(dataset(action=action))
     assert data.action_space.low.tolist() == [-1, 2]
     assert data.action_space.high.tolist() == [1, 4]
     assert make_agent(IQLConfig(hidden=(8,)), data)
@@ -186,14 +189,14 @@ def test_actions_beyond_a_bound_by_rounding(kind, memmap, tmp_path):
     action[3, 1] = 200 * (1 + 3 * float(np.finfo(kind).eps))
     options = {"action_space": gym.spaces.Box(-high, high)}
     options |= {"memmap": tmp_path / "built"} if memmap else {}
-    data = load_dataset(log(action=action), **options)
+    data = load_dataset(dataset(action=action), **options)
     assert data.transitions["action"][3, 1] == 200
     action[57, 0] = 0.11  # 10 % of a small bound
-    refused("outside its bounds | first at row 57 of 60", log(action=action), **options)
+    refused("outside its bounds | first at row 57 of 60", dataset(action=action), **options)
 
 
 def test_actions_of_one_float_without_a_dimension(tmp_path):
-    data = load_dataset(log(action=np.linspace(-1, 1, ROWS, dtype=np.float32)))
+    data = load_dataset(dataset(action=np.linspace(-1, 1, ROWS, dtype=np.float32)))
     assert data.action_space == gym.spaces.Box(-1, 1, (1,), np.float32)
     assert data.transitions["action"].shape == (ROWS, 1)
     assert make_agent(IQLConfig(hidden=(8,)), data)
@@ -201,27 +204,29 @@ def test_actions_of_one_float_without_a_dimension(tmp_path):
 
 def test_log_probabilities():
     actions, values = np.arange(ROWS) % 2, np.full(ROWS, 0.25)
-    data = load_dataset(log(action=actions, action_prob=values))
+    data = load_dataset(dataset(action=actions, action_prob=values))
     assert data.transitions["action_log_prob"].flatten()[0] == pytest.approx(np.log(0.25))
     for action in (actions, actions.astype(str), np.array(["l", "r"])[actions]):
         if action.dtype.kind == "U" and action[0].isdigit():
             continue
-        refused("expected logarithms of probabilities", log(action=action, action_log_prob=values))
+        refused(
+            "expected logarithms of probabilities", dataset(action=action, action_log_prob=values)
+        )
     values[7] = np.nan
     with pytest.warns(DatasetWarning, match="NaN in 1 of 60 rows; the column is left out"):
-        data = load_dataset(log(action=actions, action_log_prob=np.log(values)))
+        data = load_dataset(dataset(action=actions, action_log_prob=np.log(values)))
     assert "action_log_prob" not in set(data.transitions.keys())
 
 
 def test_leaves_and_lists_of_columns_have_guessed_spaces(tmp_path):
     pandas = pytest.importorskip("pandas")
     yes = np.arange(ROWS) % 2 == 0
-    dicts = log(observation={"a": log()["observation"], "b": np.arange(ROWS) % 5, "c": yes})
+    dicts = dataset(observation={"a": dataset()["observation"], "b": np.arange(ROWS) % 5, "c": yes})
     assert load_dataset(dicts).observation_space == gym.spaces.Dict(
         a=gym.spaces.Box(-np.inf, np.inf, (3,), np.float32),
         b=gym.spaces.Discrete(5), c=gym.spaces.Discrete(2),
     )  # fmt: skip
-    steps = log(
+    steps = dataset(
         observation=None, action=None, x=np.arange(ROWS) * 37 % 60 / 8, y=np.ones(ROWS), a=yes
     )
     columns = {"observation": ["x", "y"], "action": "a"}
@@ -242,7 +247,7 @@ def truncated(ends):
 @pytest.mark.parametrize("key", ["observation", "action", "reward"])
 @pytest.mark.parametrize("case", ["plain", "dropped", "sorted", "second", "memmap", "shards"])
 def test_errors_name_the_row_of_the_source(key, case, tmp_path):
-    source = log()
+    source = dataset()
     if case == "dropped":
         source |= truncated(source["terminated"])
     if case == "sorted":
@@ -251,7 +256,7 @@ def test_errors_name_the_row_of_the_source(key, case, tmp_path):
     for row in (58, 49):
         source[key].reshape(ROWS, -1)[row, -1] = np.nan
     row = 49 if case != "sorted" else 58  # the id of row 58 comes before that of row 49
-    items = [log(), source] if case == "second" else source
+    items = [dataset(), source] if case == "second" else source
     load, options = load_dataset, {}
     if case in ("memmap", "shards"):
         options["memmap" if case == "memmap" else "folder"] = tmp_path / "built"
@@ -261,15 +266,15 @@ def test_errors_name_the_row_of_the_source(key, case, tmp_path):
 
 
 def test_rows_beyond_the_limit_are_not_checked():
-    source = log()
+    source = dataset()
     source["reward"][58] = np.nan
     assert len(load_dataset(source, limit=12)) == 12
-    assert len(load_dataset([log(), source], limit=70)) == 66
-    assert load_dataset([log(), log()], limit=64).episode_lengths.tolist() == [6] * 10
-    assert load_dataset([log(), log()], limit=4).episode_lengths.tolist() == [4]
+    assert len(load_dataset([dataset(), source], limit=70)) == 66
+    assert load_dataset([dataset(), dataset()], limit=64).episode_lengths.tolist() == [6] * 10
+    assert load_dataset([dataset(), dataset()], limit=4).episode_lengths.tolist() == [4]
     short = {
-        key: values[-2:] for key, values in log().items()
+        key: values[-2:] for key, values in dataset().items()
     }  # after an episode that does not fit
-    assert load_dataset([log(), short], limit=9).episode_lengths.tolist() == [6]
+    assert load_dataset([dataset(), short], limit=9).episode_lengths.tolist() == [6]
     # a mistyped path is an error anyway
-    refused("no such file", [log(), "there/is/none.npz"], limit=12)
+    refused("no such file", [dataset(), "there/is/none.npz"], limit=12)

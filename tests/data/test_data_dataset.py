@@ -7,7 +7,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from small_agents import Walk, log
+from small_agents import Walk, small_columns
 from small_logs import numbered, refused
 from tensordict.nn import TensorDictModule
 
@@ -18,7 +18,7 @@ LOG = numbered([10] * 20)
 
 
 def test_a_dataset_is_four_lines_and_mapped_rewards_and_notes_are_named():
-    rows = {name: values[:4] for name, values in log(action=np.arange(40) % 4).items()}
+    rows = {name: values[:4] for name, values in small_columns(action=np.arange(40) % 4).items()}
     rows["reward"] = np.array([1.0, 2.0, 3.0, 4.5])
     rows["truncated"] = np.array([False, True, False, True])
     assert repr(replace(load_dataset(rows), name="four", notes=())).splitlines() == [
@@ -131,6 +131,6 @@ def test_categories_of_tables_count_from_0_whatever_their_space_starts_with(tmp_
 
 def test_no_reward_scaling_is_the_raw_one():
     """What a config without a reward scaling asks for: ``load_dataset(..., reward=config.reward)``."""
-    table = log(20)
+    table = small_columns(20)
     assert load_dataset(table, reward=None).reward_map == load_dataset(table).reward_map
     assert load_dataset(table, reward=IQLConfig().reward).reward_map.scale == 1.0

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from small_agents import log as small_log
+from small_agents import small_columns
 from small_logs import numbered
 from small_mdp import random_mdp, uniform
 
@@ -53,10 +53,10 @@ def test_parts_of_a_dict_observation_and_categories_count():
         "x": draw.normal(size=(40, 2)).astype(np.float32),
         "k": draw.integers(3, size=40),
     }
-    first = load_dataset(small_log(observation=observation))
+    first = load_dataset(small_columns(observation=observation))
     observation["k"] = observation["k"].copy()
     observation["k"][0] = (observation["k"][0] + 1) % 3
-    second = load_dataset(small_log(observation=observation))
+    second = load_dataset(small_columns(observation=observation))
     equal = first.episode_digests() == second.episode_digests()
     assert equal.tolist() == [False, True, True, True]
 
@@ -65,7 +65,7 @@ def test_parts_of_one_dataset_share_nothing():
     one, other = load_dataset(steps(300, 0)).split(0.5, 0)
     assert share(one, other) == share(other, one) == 0
     assert share(one, one) == 1
-    discrete = random_mdp().log(uniform(), episodes=1000).split(0.5, 0)
+    discrete = random_mdp().dataset(uniform(), episodes=1000).split(0.5, 0)
     digests = discrete[1].episode_digests()
     assert len(np.unique(digests)) < 0.9 * len(digests)  # many coincidences
     assert np.isin(digests, discrete[0].episode_digests()).mean() > 0.1
@@ -82,7 +82,7 @@ def test_a_share_of_continuous_episodes(reward):
 
 
 def test_a_share_of_episodes_that_repeat_themselves():
-    fresh, rest = random_mdp().log(uniform(), episodes=1400, seed=3).split(350 / 1400, 0)
+    fresh, rest = random_mdp().dataset(uniform(), episodes=1400, seed=3).split(350 / 1400, 0)
     parts = fresh, *rest.split(150 / 1050, 0)
     ends = [part.episode_digests() for part in parts]
     mixed = np.concatenate(ends[:2])
@@ -94,7 +94,7 @@ def test_a_share_of_episodes_that_repeat_themselves():
 @pytest.mark.parametrize(("fraction", "episodes"), [(0.95, 3000), (0.1, 3000), (0.5, 60)])
 def test_coincidences_with_a_dataset_of_another_size(fraction, episodes):
     """A large dataset has more of the repeated episodes than a small part of it."""
-    one, other = random_mdp().log(uniform(), episodes=episodes, seed=4).split(fraction, 0)
+    one, other = random_mdp().dataset(uniform(), episodes=episodes, seed=4).split(fraction, 0)
     assert share(one, other) < 0.05
     common = other.split(0.4, 0)[0]
     both = np.concatenate([one.episode_digests(), common.episode_digests()])

@@ -27,14 +27,14 @@ SOLVED = {"terminated": "next.success"}
 
 def columns_of(rows):
     """The columns of these rows of the dataset; ``rows`` is a slice or a list."""
-    log = counted(*LENGTHS, terminated=[1])
+    dataset = counted(*LENGTHS, terminated=[1])
     columns = {
-        "observation.state": log["observation"],
+        "observation.state": dataset["observation"],
         TOP: np.array([{"bytes": png(frame), "path": None} for frame in FRAMES]),
-        "action": log["action"],
-        "next.reward": log["reward"],
-        "next.done": log["terminated"] | log["truncated"],
-        "next.success": log["terminated"],
+        "action": dataset["action"],
+        "next.reward": dataset["reward"],
+        "next.done": dataset["terminated"] | dataset["truncated"],
+        "next.success": dataset["terminated"],
         "timestamp": np.float32(STEP / 10),
         "frame_index": STEP,
         "episode_index": EPISODE,

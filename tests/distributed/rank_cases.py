@@ -14,7 +14,7 @@ import torch
 from conftest import make_batch, make_networks
 from losses.test_encoder import build as build_encoded
 from losses.test_encoder import steps as encoded_steps
-from small_agents import config, log
+from small_agents import config, small_columns
 from tensordict.nn import (
     ProbabilisticTensorDictModule,
     ProbabilisticTensorDictSequential,
@@ -118,14 +118,14 @@ def make_step(case):
 
 def recurrent(case):
     """A dataset, and an agent for it whose policy reads the last three observations."""
-    dataset = load_dataset(log())
+    dataset = load_dataset(small_columns())
     kind = {"history_encoder": case["history"], "history_features": 8}
     return dataset, make_agent(config(history=3, **kind), dataset)
 
 
 def of_chunks(case):
     """A dataset, and an agent for it whose policy proposes three actions."""
-    dataset = load_dataset(log())
+    dataset = load_dataset(small_columns())
     return dataset, make_agent(config(action_chunk=case["chunk"]), dataset)
 
 

@@ -30,7 +30,7 @@ from rank_cases import (
     tensors_of,
     trained,
 )
-from small_agents import config, log
+from small_agents import config, small_columns
 from torch import optim
 
 from iql_torchrl import (
@@ -53,7 +53,7 @@ HALF, WHOLE = 12, 24
 
 
 def trainer(group: Ranks, folder: Path | None, total: int = WHOLE, **options) -> OfflineTrainer:
-    dataset = load_dataset(log())
+    dataset = load_dataset(small_columns())
     agent = make_agent(config(optimizer="adamw", schedule="cosine", batch_size=15), dataset)
     parts = {"agent": agent, "step": data_parallel(agent.step, group), "ranks": group}
     parts |= {"dataset": dataset, "folder": folder, "total_updates": total, "progress_bar": False}
@@ -93,7 +93,7 @@ def prioritised(ranks: Ranks) -> dict[str, Any]:
 
 def memmaps(ranks: Ranks, folder: Path) -> dict[str, list[int]]:
     """How many tables each rank builds: of one folder at the same time, and after rank 0."""
-    np.savez(folder / f"log{ranks.rank}.npz", **log())
+    np.savez(folder / f"log{ranks.rank}.npz", **small_columns())
     original, built = loading.write_dataset, []
 
     def counted(*args: Any, **kwargs: Any) -> Any:
@@ -115,7 +115,9 @@ def memmaps(ranks: Ranks, folder: Path) -> dict[str, list[int]]:
 
 def evaluated(ranks: Ranks, folder: Path | None, background: bool) -> list[float]:
     """Returns of a run, evaluated by rank 0 in this process or in another."""
-    dataset = load_dataset(log(action=log()["action"][:, :1]))  # of the shape of Pendulum's
+    dataset = load_dataset(
+        small_columns(action=small_columns()["action"][:, :1])
+    )  # of the shape of Pendulum's
     agent = make_agent(config(batch_size=15), dataset)
     kind = BackgroundEvaluation if background and ranks.is_main else partial(partial, evaluate)
     make_env = partial(gymnasium.make, "Pendulum-v1", max_episode_steps=10)
@@ -187,8 +189,8 @@ def runs(ranks: Ranks, folder: Path) -> dict:
 
 def refusals(ranks: Ranks, folder: Path) -> dict:
     """How runs are stopped, and what is refused."""
-    unseeded = load_dataset(log()).device_sampler(15)
-    other = load_dataset(log(40 + 10 * ranks.rank))
+    unseeded = load_dataset(small_columns()).device_sampler(15)
+    other = load_dataset(small_columns(40 + 10 * ranks.rank))
     return {
         "signal": stopped_by_a_signal(ranks),
         "nan": stopped_by_nan(ranks),

@@ -46,8 +46,8 @@ def test_blocks_run(part, empty_folder, request):
     whole = any(block.output is not None for block in part.quick)
     if "pendulum/mixed-v0" in "".join(block.code for block in part.quick):
         if whole:
-            log = request.getfixturevalue("pendulum_log")
-            shutil.copytree(log, empty_folder / "minari", dirs_exist_ok=True)
+            dataset = request.getfixturevalue("pendulum_log")
+            shutil.copytree(dataset, empty_folder / "minari", dirs_exist_ok=True)
         else:
             make_dataset("pendulum/mixed-v0", episodes=8, progress=False)
     run_part(part, part.quick, shorten=not whole)

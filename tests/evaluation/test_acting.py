@@ -11,9 +11,9 @@ from small_agents import (
     by_hand,
     config,
     discrete_agent,
-    log,
     masks,
     observations,
+    small_columns,
 )
 
 from iql_torchrl import evaluate, load_dataset, make_agent
@@ -35,7 +35,9 @@ def test_one_observation_gives_one_action_and_a_batch_a_batch(dtype):
 
 
 def test_an_episode_by_hand_is_evaluates():
-    table = log(action=np.random.default_rng(0).uniform(-2, 2, (40, 1)).astype(np.float32))
+    table = small_columns(
+        action=np.random.default_rng(0).uniform(-2, 2, (40, 1)).astype(np.float32)
+    )
     data = load_dataset(table, env="Pendulum-v1")
     agent = make_agent(config(), data)
     env, total, over = data.make_env(), 0.0, False
@@ -76,8 +78,10 @@ def test_a_mask_forbids():
 def test_dict_observations():
     generator = np.random.default_rng(0)
     parts = {k: generator.normal(size=(40, n)).astype(np.float32) for k, n in (("b", 2), ("a", 1))}
-    agent = make_agent(config(), load_dataset(log(observation=parts)))
-    flat = make_agent(config(), load_dataset(log(observation=parts), concatenate=["a", "b"]))
+    agent = make_agent(config(), load_dataset(small_columns(observation=parts)))
+    flat = make_agent(
+        config(), load_dataset(small_columns(observation=parts), concatenate=["a", "b"])
+    )
     flat.load_state_dict(agent.state_dict())
     joined = np.concatenate([parts["a"], parts["b"]], 1)
     np.testing.assert_allclose(agent.act(parts), flat.act(joined), atol=1e-6)
@@ -94,7 +98,7 @@ def test_dict_observations():
 
 
 def test_categories_in_observations():
-    table = log(observation=np.arange(40) % 5)
+    table = small_columns(observation=np.arange(40) % 5)
     agent = make_agent(config(), load_dataset(table))
     assert agent.act(3).shape == (2,)
     np.testing.assert_allclose(agent.act(np.arange(5))[3], agent.act(np.int64(3)), atol=1e-6)

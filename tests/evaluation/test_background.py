@@ -18,7 +18,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-from small_agents import log as small_log
+from small_agents import small_columns
 from tensordict.nn import TensorDictModule
 from torch import nn
 from torchrl.modules import NormalParamExtractor, ProbabilisticActor, TanhNormal
@@ -452,7 +452,7 @@ class Goals(gymnasium.Env):
 def test_joined_environments_and_those_of_minari_are_sent(tmp_path, monkeypatch):
     rows = np.random.default_rng(0).uniform(-1, 1, (40, 3))
     split = {"observation": rows[:, :2], "goal": rows[:, 2:]}
-    table = small_log(observation=split, action=rows[:, :1].astype(np.float32))
+    table = small_columns(observation=split, action=rows[:, :1].astype(np.float32))
     sent_alone(load_dataset(table, env=Goals, concatenate=["goal", "observation"]))
     minari = pytest.importorskip("minari")
     from minari.data_collector import EpisodeBuffer

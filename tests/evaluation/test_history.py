@@ -180,9 +180,9 @@ def test_a_call_takes_the_last_observations_of_an_episode():
     spaces_ = env.observation_space, env.action_space
     for step in range(7):
         assert act(policy, episode[max(0, step - 2) : step + 1], *spaces_).shape == (1,)
-    log = logged(False)
-    rows = log.transitions["observation"][:, 0] == 2
-    expected = of_dataset(log.windows(3), keys)[int(rows.int().argmax()) :][:7]
+    dataset = logged(False)
+    rows = dataset.transitions["observation"][:, 0] == 2
+    expected = of_dataset(dataset.windows(3), keys)[int(rows.int().argmax()) :][:7]
     same(module.read, expected)
     module.read.clear()
     batch = np.stack([episode[i : i + 3] for i in range(5)])

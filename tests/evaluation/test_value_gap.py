@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from small_agents import box_agent, config, discrete_agent, log, trained
+from small_agents import box_agent, config, discrete_agent, small_columns, trained
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torchrl.envs.utils import ExplorationType, set_exploration_type
@@ -59,7 +59,7 @@ def brute_force(agent, rows):
 
 
 def test_best_of_against_brute_force():
-    agent, dataset = trained(**BEST), load_dataset(log())
+    agent, dataset = trained(**BEST), load_dataset(small_columns())
     chosen, logged = brute_force(agent, dataset.transitions)
     gap = value_gap(agent.policy, dataset.transitions)
     np.testing.assert_allclose(np.sort(gap.chosen), np.sort(chosen), rtol=1e-5, atol=1e-6)
@@ -76,7 +76,7 @@ def test_best_of_against_brute_force():
 
 
 def test_random_generators_and_modes_are_left_alone():
-    agent, dataset = box_agent(**BEST), load_dataset(log())
+    agent, dataset = box_agent(**BEST), load_dataset(small_columns())
     agent.actor.train()
     state = torch.get_rng_state()
     drawn = [
@@ -88,7 +88,7 @@ def test_random_generators_and_modes_are_left_alone():
 
 
 def test_a_policy_that_does_not_choose():
-    agent, dataset = box_agent(actor_objective="ddpg_bc"), load_dataset(log())
+    agent, dataset = box_agent(actor_objective="ddpg_bc"), load_dataset(small_columns())
     with pytest.raises(ValueError, match=r"critics is None.*pass critics=losses.LossCritics"):
         value_gap(agent.policy, dataset.transitions)
     gap = value_gap(agent.policy, dataset.transitions, critics=LossCritics(agent.loss))
@@ -97,7 +97,7 @@ def test_a_policy_that_does_not_choose():
 
 
 def test_refusals():
-    agent, dataset = box_agent(**BEST), load_dataset(log())
+    agent, dataset = box_agent(**BEST), load_dataset(small_columns())
     with pytest.raises(ValueError, match="rows is 0; expected an integer >= 1"):
         value_gap(agent.policy, dataset.transitions, rows=0)
     with pytest.raises(ValueError, match="the transitions have no 'action'"):
@@ -111,7 +111,7 @@ def test_refusals():
 
 @pytest.mark.parametrize("num_samples", [1, 4])
 def test_a_trainer_records_it_at_every_evaluation(num_samples):
-    dataset = load_dataset(log())
+    dataset = load_dataset(small_columns())
     agent = make_agent(config(policy="flow", flow_steps=3, num_samples=num_samples), dataset)
     trainer = OfflineTrainer(
         agent=agent, dataset=dataset, total_updates=4, eval_interval=2, log_interval=1,

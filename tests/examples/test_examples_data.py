@@ -97,5 +97,5 @@ def test_the_fixed_goal_environment(maze_log):
 def test_maze_example(maze_log, capsys):
     assert run("iql_pointmaze", "--updates", 2, "--episodes", 2) == 0
     rows = capsys.readouterr().out.splitlines()[-3:]
-    assert [row.split()[0] for row in rows] == ["log", "cloning", "IQL"]
+    assert [row.split()[0] for row in rows] == ["dataset", "cloning", "IQL"]
     assert all(re.search(r" \d+%  ", row) for row in rows)

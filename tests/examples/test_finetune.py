@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from example_scripts import load, run, table
-from small_agents import log
+from small_agents import small_columns
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from iql_torchrl import PRESETS, load_dataset, make_agent
@@ -41,13 +41,13 @@ def collect(dataset, steps, agent=None):
     return torch.cat(list(example.act_online(agent, dataset, steps)))
 
 
-def test_online_steps_are_rows_of_the_log(pendulum):
-    online, log = collect(pendulum, 30), pendulum.transitions
+def test_online_steps_are_rows_of_the_dataset(pendulum):
+    online, dataset = collect(pendulum, 30), pendulum.transitions
     assert len(online) == 30
-    assert set(online.keys(True, True)) == set(log.keys(True, True))
-    for key in log.keys(True, True):
-        assert online[key].dtype == log[key].dtype, key
-        assert online[key].shape[1:] == log[key].shape[1:], key
+    assert set(online.keys(True, True)) == set(dataset.keys(True, True))
+    for key in dataset.keys(True, True):
+        assert online[key].dtype == dataset[key].dtype, key
+        assert online[key].shape[1:] == dataset[key].shape[1:], key
     assert (online["action"].abs() <= 2).all()
     assert (online[EPISODE] == len(pendulum.episode_lengths)).all(), "episodes get numbers anew"
 
@@ -91,9 +91,12 @@ def test_both_phases_equal_a_loop_by_hand(pendulum, monkeypatch):
     )
     points = list(example.run(pendulum, CONFIG, options, buffer))
     assert [point["update"] for point in points] == [5, 11]
-    log, online = pendulum.transitions, buffer[:][len(pendulum) :].exclude("index")
+    dataset, online = pendulum.transitions, buffer[:][len(pendulum) :].exclude("index")
     assert len(online) == 6
-    assert all(torch.equal(buffer[:][key][: len(log)], log[key]) for key in log.keys(True, True))
+    assert all(
+        torch.equal(buffer[:][key][: len(dataset)], dataset[key])
+        for key in dataset.keys(True, True)
+    )
 
     other = make_agent(CONFIG, pendulum)
     for number in range(11):
@@ -170,7 +173,7 @@ def test_discrete_actions():
     generator = np.random.default_rng(0)
     observation = generator.normal(size=(20, 4)).astype(np.float32)
     flags = {"terminated": np.arange(20) % 10 == 9, "truncated": np.zeros(20, bool)}
-    columns = log(20, observation, generator.integers(2, size=20), **flags)
+    columns = small_columns(20, observation, generator.integers(2, size=20), **flags)
     online = collect(load_dataset(columns, env="CartPole-v1"), 40)
     assert online["action"].dtype == torch.int64
     assert online["action"].shape == (40,)

@@ -41,7 +41,7 @@ def test_a_driver_moves_and_is_rewarded_by_the_distance():
         (
             "iql_pixels",
             ("--updates", 1, "--episodes", 4),
-            ("log", "cloning, pictures", "IQL, pictures", "IQL, coordinates"),
+            ("dataset", "cloning, pictures", "IQL, pictures", "IQL, coordinates"),
             -60,
         ),
         (
@@ -71,12 +71,12 @@ def test_ways_around_the_obstacle():
 
 
 def test_the_log_passes_on_both_sides_and_its_mean_hits():
-    log = multimodal.make_log(0)
-    points = log.transitions["action"].numpy()
+    dataset = multimodal.make_dataset(0)
+    points = dataset.transitions["action"].numpy()
     assert 0.48 < (points[:, 1] > 0).mean() < 0.52
     assert multimodal.hits(points).mean() < 0.1
     assert multimodal.hits(points.mean(0, keepdims=True)).all()
-    assert (log.episode_lengths == 1).all()
+    assert (dataset.episode_lengths == 1).all()
 
 
 def test_it_prints_a_table(capsys, monkeypatch):
@@ -84,14 +84,14 @@ def test_it_prints_a_table(capsys, monkeypatch):
     monkeypatch.setattr(multimodal, "STATES", 50)
     assert run(multimodal, "--updates", 3) == 0
     rows = capsys.readouterr().out.splitlines()[-9:]
-    names = ["log", "cloning", "IQL", "IQL, mixture", "DDPG+BC", "flow, IQL", "flow"]
+    names = ["dataset", "cloning", "IQL", "IQL, mixture", "DDPG+BC", "flow, IQL", "flow"]
     names += ["flow, best of 32", "best possible"]
     for name, row in zip(names, rows, strict=True):
         assert row.startswith(name)
         mean, hits, *others = row.removeprefix(name).split()
         assert -2 <= float(mean) <= 1.5
         assert 0 <= float(hits.removesuffix("%")) <= 100
-        assert len(others) == (0 if name in ("log", "best possible") else 2)
+        assert len(others) == (0 if name in ("dataset", "best possible") else 2)
 
 
 def test_guidance_has_exact_values_and_a_picture(capsys, monkeypatch, tmp_path):
@@ -124,9 +124,9 @@ def test_a_walker_arrives_and_the_log_ends_there():
     assert (reward, terminated, truncated, info["success"]) == (0.0, False, False, False)
     env.place = np.array([0.7, 0.7], np.float32)
     assert env.step(np.array([1.0, 1.0], np.float32))[1:3] == (1.0, True)
-    log = example.make_log(0, episodes=30)
-    assert log.episode_returns.max() == 1
-    assert log.episode_lengths.max() == 100
+    dataset = example.make_dataset(0, episodes=30)
+    assert dataset.episode_returns.max() == 1
+    assert dataset.episode_lengths.max() == 100
 
 
 @pytest.mark.slow

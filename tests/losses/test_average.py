@@ -11,7 +11,7 @@ import pytest
 import small_agents
 import torch
 from conftest import ACT, OBS, make_batch
-from small_agents import box_agent, config, discrete_agent, log, observations
+from small_agents import box_agent, config, discrete_agent, observations, small_columns
 from small_losses import Forms, make_loss, make_step
 from tensordict.nn import TensorDictModule
 from torch import nn
@@ -170,7 +170,7 @@ def test_copies_moves_and_resets_stay_together():
 
 def test_a_resumed_run_has_the_same_bits(tmp_path, monkeypatch):
     monkeypatch.setattr(run_folder, "draw", lambda *args, **kwargs: None)  # it takes a second
-    data = load_dataset(log())
+    data = load_dataset(small_columns())
 
     def run(folder, updates):
         agent = make_agent(config(actor_ema=0.9, updates=6, schedule="constant"), data)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_networks
-from small_agents import config, log, same_weights
+from small_agents import config, same_weights, small_columns
 from small_losses import Forms, NormalActor
 from torch import nn, optim
 from torchrl.data import Bounded
@@ -137,7 +137,7 @@ def test_values_of_chunks_equal_those_of_the_behaviour_policy(size):
 
 
 def agent_and_batch(size=3, rows=16, **options):
-    dataset = load_dataset(log())
+    dataset = load_dataset(small_columns())
     agent = make_agent(config(action_chunk=size, **options), dataset)
     return agent, dataset.chunks(size)[:rows]
 
@@ -206,7 +206,7 @@ def test_a_flow_learns_no_velocity_of_padding():
 
 
 def test_chunks_of_one_action_train_the_same_weights():
-    dataset = load_dataset(log(), dtype=torch.float64)
+    dataset = load_dataset(small_columns(), dtype=torch.float64)
     agents = [make_agent(config(**options), dataset) for options in ({}, {"action_chunk": 1})]
     for agent, source in zip(agents, (dataset, dataset.chunks(1)), strict=True):
         buffer = source.replay_buffer(16, seed=0)
@@ -235,7 +235,7 @@ def test_every_network_is_trained(policy, order):
 def test_compiled_and_captured_updates_equal_the_eager_ones(policy):
     """A captured flow draws its noise from the generator of the rows, so it is left out."""
     torch._dynamo.reset()
-    dataset = load_dataset(log(), dtype=torch.float64)
+    dataset = load_dataset(small_columns(), dtype=torch.float64)
     options = {"action_chunk": 3, "policy": policy, "history": 2, "history_encoder": "stack"}
     source = dataset.chunks(3, history=2, stack=True)
 
@@ -271,7 +271,7 @@ def test_rewards_of_padding_change_no_update(order):
 
 def test_wrong_batches_and_combinations_are_refused():
     agent, batch = agent_and_batch()
-    plain = load_dataset(log())
+    plain = load_dataset(small_columns())
     with pytest.raises(RuntimeError, match="shapes"):
         agent.step(plain.replay_buffer(8).sample())
     with pytest.raises(RuntimeError, match="shapes"):
@@ -284,7 +284,7 @@ def test_wrong_batches_and_combinations_are_refused():
     agent.loss.make_value_estimator(ValueEstimators.TDLambda, gamma=0.9, lmbda=0.9)
     with pytest.raises(NotImplementedError, match=r"chunks of actions and the value estimator is"):
         agent.loss.qvalue_loss(batch)
-    discrete = load_dataset(log(action=np.arange(40) % 4))
+    discrete = load_dataset(small_columns(action=np.arange(40) % 4))
     with pytest.raises(ValueError, match=r"action_chunk is 2 .*chunks are of continuous actions"):
         make_agent(config(action_chunk=2), discrete)
     with pytest.raises(ValueError, match=r"replan_every is 4 and action_chunk is 3"):

@@ -104,8 +104,8 @@ def test_exact_fields_are_followed(w):
     assert np.median(np.abs(actions - exact)) < 0.01  # of Euler's method
     other = np.random.default_rng(2).normal(size=2_000)
     assert are_alike(actions, integrated(other, w).clip(-1, 1))
-    log, positive = (drawn(share, 2_000)[0] for share in (SHARE, POSITIVE))
-    assert are_alike(actions, log) is (w == 0)
+    dataset, positive = (drawn(share, 2_000)[0] for share in (SHARE, POSITIVE))
+    assert are_alike(actions, dataset) is (w == 0)
     assert are_alike(actions, positive) is (w == 1)
     if w > 1:  # not the exact product of densities, p(a) (p(a | c) / p(a))**w: that of the arms is
         product = SHARE * (POSITIVE / SHARE) ** w

@@ -170,7 +170,7 @@ def test_wrong_arguments_are_refused():
 ROWS = 12  # episodes of 3, 7 and 2 steps
 
 
-def log():
+def dataset():
     observations = torch.randn(ROWS + 3, F).double().numpy()
     first = np.array([0, 1, 2, 4, 5, 6, 7, 8, 9, 10, 12, 13])
     ends = np.isin(np.arange(ROWS), (2, 9, 11))
@@ -215,7 +215,7 @@ def step_of(names: dict[str, Callable[[], nn.Module]]) -> IQLStep:
 
 
 def trained_as_eager(names: dict[str, Callable[[], nn.Module]], length: int) -> None:
-    windows = log().windows(length)
+    windows = dataset().windows(length)
     forms = Forms(step_of(names).loss, lambda: windows.device_sampler(16, seed=2), ["captured"])
     for _ in range(2):
         forms.run()

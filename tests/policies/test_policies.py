@@ -18,7 +18,7 @@ from gymnasium import spaces
 from one_device import OneDevice
 from scipy import stats
 from scipy.special import logsumexp
-from small_agents import box_agent, config, log, saved
+from small_agents import box_agent, config, saved, small_columns
 from small_losses import BOX as SPEC
 from small_losses import HIGH, LOW, make_step
 from tensordict import TensorDict
@@ -436,7 +436,7 @@ def test_critics_of_a_loss_follow_it_and_copies_do_not(count):
 
 
 def test_fitted_q_accepts_it_and_importance_sampling_refuses_it_in_one_sentence():
-    agent, dataset = box_agent(), load_dataset(log())
+    agent, dataset = box_agent(), load_dataset(small_columns())
     policy = policies.best_of(agent.actor, LossCritics(agent.loss), 4)
     candidates = {"best of 4": policy, "flow": box_agent(policy="flow").policy}
     options = {"discount": 0.9, "updates": 20, "hidden": (8,)}
@@ -461,7 +461,7 @@ def test_a_constant_dimension_of_the_action_stays_constant(policy, gap, tmp_path
     space = spaces.Box(np.array([-1, fixed], "f4"), np.array([1, fixed + gap], "f4"))
     actions = np.random.default_rng(0).uniform(-1, 1, (40, 2)).astype(np.float32)
     actions[:, 1] = fixed
-    data = load_dataset(log(action=actions), action_space=space)
+    data = load_dataset(small_columns(action=actions), action_space=space)
     agent = make_agent(config(policy=policy), data)
     buffer = data.replay_buffer(16, seed=0)
     for _ in range(20):

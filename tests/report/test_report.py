@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
-from small_agents import log as small_log
+from small_agents import small_columns
 
 from iql_torchrl import Evaluation, IQLConfig, load_dataset, report
 from iql_torchrl.evaluation.statistics import mean_interval
@@ -573,7 +573,7 @@ def test_the_report_prints_it_below_the_table(make_seed, tmp_path, capsys):
 def test_means_standard_errors_and_counts():
     """The dataset has two episodes of returns 1 and 5."""
     ends = {"terminated": np.arange(4) % 2 == 1, "truncated": np.zeros(4, bool)}
-    made = load_dataset(small_log(4, reward=np.array([1.0, 0.0, 2.0, 3.0]), **ends))
+    made = load_dataset(small_columns(4, reward=np.array([1.0, 0.0, 2.0, 3.0]), **ends))
     results = {
         "IQL": Evaluation(np.array([2.0, 4.0, 6.0, 8.0]), np.full(4, 2)),
         "once": Evaluation(np.array([7.0]), np.array([2])),

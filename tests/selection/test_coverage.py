@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.spatial import cKDTree
-from small_agents import log as small_log
+from small_agents import small_columns
 from small_mdp import STATES, actor, policy_of, random_mdp, uniform
 
 from iql_torchrl import load_dataset
@@ -27,11 +27,11 @@ def box_parts(rows=400):
     observation = draw.normal(size=(rows, 2)).astype(np.float32) * np.array([1, 20], np.float32)
     noise = 0.05 * draw.normal(size=(rows, 2))
     action = (0.3 * np.tanh(observation) + noise).astype(np.float32)
-    return load_dataset(small_log(rows, observation=observation, action=action)).split(0.5, 0)
+    return load_dataset(small_columns(rows, observation=observation, action=action)).split(0.5, 0)
 
 
-def scaled(log, rows):
-    return rows["observation"].numpy() / log.statistics["observation"].std.numpy()
+def scaled(dataset, rows):
+    return rows["observation"].numpy() / dataset.statistics["observation"].std.numpy()
 
 
 def test_states_against_a_tree():
@@ -84,8 +84,8 @@ def test_discrete_actions_against_a_tree_for_each_action(count):
     # action 2 is taken on the right side only, action 3 hardly ever
     right = np.where(observation[:, 0] > 0.5, 2, draw.integers(2, size=600))
     action = np.where(np.arange(600) == 7, 3, right)
-    log = load_dataset(small_log(600, observation=observation, action=action))
-    train, held_out = log.split(0.5, 0)
+    dataset = load_dataset(small_columns(600, observation=observation, action=action))
+    train, held_out = dataset.split(0.5, 0)
     coverage = Coverage(train, held_out, min_count=count)
     points, taken = scaled(train, train.transitions), train.transitions["action"].numpy()
     queries = scaled(train, held_out.transitions)
@@ -110,7 +110,7 @@ def test_an_action_that_the_fit_lacks_is_unsupported_even_if_held_out_steps_took
     """Then logged steps themselves have infinite scores, which say nothing of what is usual."""
     draw = np.random.default_rng(2)
     observation = draw.normal(size=(60, 2)).astype(np.float32)
-    train = load_dataset(small_log(60, observation=observation, action=np.arange(60) % 3))
+    train = load_dataset(small_columns(60, observation=observation, action=np.arange(60) % 3))
     rows = train.transitions.clone()
     rows["action"] = rows["action"] % 2
     lacking = replace(train, transitions=rows)
@@ -135,13 +135,13 @@ def test_large_logs_are_sampled():
 
 
 def test_categories_are_known_or_unknown():
-    log = random_mdp().log(uniform(), episodes=200)
-    features = features_of(log, log.transitions)
-    assert not Coverage(log, log).unsupported_states(features).any()
-    rows = log.transitions[log.transitions["observation"] != 4]
-    fewer = replace(log, transitions=rows)
+    dataset = random_mdp().dataset(uniform(), episodes=200)
+    features = features_of(dataset, dataset.transitions)
+    assert not Coverage(dataset, dataset).unsupported_states(features).any()
+    rows = dataset.transitions[dataset.transitions["observation"] != 4]
+    fewer = replace(dataset, transitions=rows)
     outside = Coverage(fewer, fewer).unsupported_states(features)
-    np.testing.assert_array_equal(outside.numpy(), log.transitions["observation"].numpy() == 4)
+    np.testing.assert_array_equal(outside.numpy(), dataset.transitions["observation"].numpy() == 4)
 
 
 def named(policy):
@@ -149,20 +149,20 @@ def named(policy):
 
 
 def test_distance_to_a_clone_of_discrete_actions():
-    log = random_mdp().log(uniform(), episodes=50)
+    dataset = random_mdp().dataset(uniform(), episodes=50)
     probabilities = [0.5, 0.49, 0.01], [0.1, 0.2, 0.7], [0.5, 0.5, 0.0]
     clone, other, zero = (named(actor(np.tile(p, (STATES, 1)))) for p in probabilities)
-    assert bc_distance(other, zero, log) == math.inf
+    assert bc_distance(other, zero, dataset) == math.inf
     expected = 0.5 * math.log(0.5 / 0.1) + 0.49 * math.log(0.49 / 0.2) + 0.01 * math.log(0.01 / 0.7)
-    assert bc_distance(clone, other, log) == pytest.approx(expected, rel=1e-4)
+    assert bc_distance(clone, other, dataset) == pytest.approx(expected, rel=1e-4)
     expected = 0.5 * math.log(0.5 / 0.1) + 0.5 * math.log(0.5 / 0.2)
-    assert bc_distance(zero, other, log) == pytest.approx(expected, rel=1e-4)
-    assert bc_distance(clone, clone, log) == 0
+    assert bc_distance(zero, other, dataset) == pytest.approx(expected, rel=1e-4)
+    assert bc_distance(clone, clone, dataset) == 0
 
 
 def test_distance_to_a_clone_of_continuous_actions():
-    log = box_parts()[1]
+    dataset = box_parts()[1]
     pair = (policy_of(lambda x, gain=gain: gain * x.tanh()) for gain in (0.3, -0.9))
-    gaps = (1.2 * np.tanh(log.transitions["observation"].numpy())) ** 2
-    distance = bc_distance(*map(named, pair), log)
+    gaps = (1.2 * np.tanh(dataset.transitions["observation"].numpy())) ** 2
+    distance = bc_distance(*map(named, pair), dataset)
     assert distance == pytest.approx(gaps.sum(1).mean(), rel=1e-4)

@@ -18,40 +18,40 @@ def three_episodes(going_on=False, **options):
 
     ``going_on``: the first episode already terminates at its second step, and continues.
     """
-    log = steps_log(
+    dataset = steps_log(
         6, options, observation=np.arange(6) % 2, next_observation=np.arange(1, 7) % 2,
         reward=np.array([1, 2, 4, -1, 3, 5]), terminated=np.array([0, 0, 1, 0, 0, 1], bool),
         truncated=np.array([0, 0, 0, 0, 1, 0], bool),
     )  # fmt: skip
-    rows = log.transitions.clone()
+    rows = dataset.transitions.clone()
     rows["next", "terminated"][1] = going_on
-    return replace(log, transitions=rows)
+    return replace(dataset, transitions=rows)
 
 
 def test_rows_of_episodes():
-    log = Episodes(three_episodes(), 0.5)
-    assert (log.first.tolist(), log.last.tolist()) == ([0, 3, 5], [2, 4, 5])
-    for each in (log, Episodes(three_episodes(going_on=True), 0.5)):
+    dataset = Episodes(three_episodes(), 0.5)
+    assert (dataset.first.tolist(), dataset.last.tolist()) == ([0, 3, 5], [2, 4, 5])
+    for each in (dataset, Episodes(three_episodes(going_on=True), 0.5)):
         assert each.never_terminated.tolist() == [False, True, False]
-    assert log.horizon == pytest.approx((1.75 + 1.5 + 1) / 3)
+    assert dataset.horizon == pytest.approx((1.75 + 1.5 + 1) / 3)
     assert [Episodes(three_episodes(), d).horizon for d in (0, 1)] == [1, 2]
-    assert log.truncation_weight.tolist() == [0, 0.25, 0]
-    assert log.step.tolist() == [0, 1, 2, 0, 1, 0]
-    assert log.effective(np.array([1.0, 0, 0, 2, 0, 0])) == pytest.approx(9 / 5)
-    assert log.effective(np.zeros(6)) == 0
+    assert dataset.truncation_weight.tolist() == [0, 0.25, 0]
+    assert dataset.step.tolist() == [0, 1, 2, 0, 1, 0]
+    assert dataset.effective(np.array([1.0, 0, 0, 2, 0, 0])) == pytest.approx(9 / 5)
+    assert dataset.effective(np.zeros(6)) == 0
 
 
 def test_returns_to_go():
     for options in ({}, {"reward": (-7.0, 0.5)}):
-        log = Episodes(three_episodes(**options), 0.5)
-        np.testing.assert_allclose(log.reward, [1, 2, 4, -1, 3, 5], atol=1e-5)
-        np.testing.assert_allclose(log.returns_to_go, [3, 4, 4, 0.5, 3, 5], atol=1e-5)
+        dataset = Episodes(three_episodes(**options), 0.5)
+        np.testing.assert_allclose(dataset.reward, [1, 2, 4, -1, 3, 5], atol=1e-5)
+        np.testing.assert_allclose(dataset.returns_to_go, [3, 4, 4, 0.5, 3, 5], atol=1e-5)
     going_on = Episodes(three_episodes(going_on=True), 0.5)
     assert going_on.returns_to_go.tolist() == [2, 2, 4, 0.5, 3, 5]
-    log = random_mdp().log(uniform(), episodes=100)
-    episodes = Episodes(log, DISCOUNT)
+    dataset = random_mdp().dataset(uniform(), episodes=100)
+    episodes = Episodes(dataset, DISCOUNT)
     returns = episodes.returns_to_go[episodes.first]
-    np.testing.assert_allclose(returns, plain_returns(log))
+    np.testing.assert_allclose(returns, plain_returns(dataset))
 
 
 def test_the_range_of_returns_continues_truncated_episodes_as_they_went():
@@ -76,22 +76,22 @@ def test_the_range_of_returns_continues_truncated_episodes_as_they_went():
 def test_masks_that_forbid_everything_after_a_termination_become_all_true():
     allowed = np.array([[1, 0], [0, 1], [1, 1]], bool)
     after = np.array([[0, 1], [1, 1], [0, 0]], bool)
-    log = steps_log(
+    dataset = steps_log(
         3, observation=np.array([0, 1, 0]), next_observation=np.array([1, 0, 1]),
         action=np.array([0, 1, 1]), terminated=np.array([False, False, True]),
         action_mask=allowed, next_action_mask=after,
     )  # fmt: skip
-    assert torch.equal(states(log.transitions)["action_mask"], torch.as_tensor(allowed))
-    opened = states(log.transitions, following=True)
+    assert torch.equal(states(dataset.transitions)["action_mask"], torch.as_tensor(allowed))
+    opened = states(dataset.transitions, following=True)
     assert opened["action_mask"].tolist() == [[False, True], [True, True], [True, True]]
     assert opened["observation"].tolist() == [1, 0, 1]
     assert set(opened.keys()) == {"observation", "action_mask"}
 
 
 def test_what_cannot_be_is_refused():
-    log = three_episodes()
+    dataset = three_episodes()
     for bad in (-0.1, 1.01, True):
         with pytest.raises(ValueError, match=r"discount is .*must lie in \[0, 1\]"):
-            read_datasets(log, log, bad)
+            read_datasets(dataset, dataset, bad)
     with pytest.raises(ValueError, match="observation_space of train is Discrete"):
-        read_datasets(log, random_mdp().log(uniform(), episodes=20), 0.9)
+        read_datasets(dataset, random_mdp().dataset(uniform(), episodes=20), 0.9)

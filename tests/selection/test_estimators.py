@@ -32,7 +32,7 @@ def bandit(rows=400, arms=4, seed=0, rate=0.2):
     behaviour = draw.dirichlet(np.ones(arms))
     action = draw.choice(arms, size=rows, p=behaviour)
     reward = (draw.random(rows) < rate * (1 + action) / arms).astype(float)
-    log = steps_log(
+    dataset = steps_log(
         rows, {"action_space": spaces.Discrete(arms)}, action=action, reward=reward,
         action_log_prob=np.log(behaviour[action]),
     )  # fmt: skip
@@ -41,7 +41,14 @@ def bandit(rows=400, arms=4, seed=0, rate=0.2):
     value, none = np.full(rows, policy @ q), np.full(rows, np.nan)
     model = ModelValues(value, q[action], reward - q[action], none)
     logged = np.log(policy)[action], np.log(behaviour)[action]
-    return Episodes(log, 1.0), logged, model, policy[action] / behaviour[action], reward, q[action]
+    return (
+        Episodes(dataset, 1.0),
+        logged,
+        model,
+        policy[action] / behaviour[action],
+        reward,
+        q[action],
+    )
 
 
 def test_one_step_estimators_are_those_of_obp():
@@ -65,11 +72,11 @@ def test_scores_of_self_normalised_importance_sampling_show_its_error():
 
 def two_episodes():
     """Steps with rewards 1, 2 | 3; ratios 2, 0.5 | 4; the second episode is truncated."""
-    log = steps_log(
+    dataset = steps_log(
         3, action=np.array([0, 1, 1]), reward=np.array([1.0, 2.0, 3.0]),
         terminated=np.array([False, True, False]), truncated=np.array([False, False, True]),
     )  # fmt: skip
-    return Episodes(log, 0.5), np.log([2.0, 0.5, 4.0]), np.zeros(3)
+    return Episodes(dataset, 0.5), np.log([2.0, 0.5, 4.0]), np.zeros(3)
 
 
 def test_weights_and_doubly_robust_scores_of_sequences_by_hand():
@@ -89,8 +96,8 @@ def test_weights_and_doubly_robust_scores_of_sequences_by_hand():
 
 def test_doubly_robust_is_unbiased_whatever_the_model_says():
     policy = 0.7 * uniform() + 0.3 * np.eye(3)[[0, 1, 2, 0, 1]]
-    log = WORLD.log(uniform(), episodes=6000, seed=3)
-    episodes, rows = Episodes(log, DISCOUNT), log.transitions
+    dataset = WORLD.dataset(uniform(), episodes=6000, seed=3)
+    episodes, rows = Episodes(dataset, DISCOUNT), dataset.transitions
     state, action, after = (
         rows[key].reshape(-1).numpy() for key in ("observation", "action", ("next", "observation"))
     )
@@ -129,14 +136,14 @@ def test_one_more_episode_can_lose_no_more_than_its_largest_value():
 ARMS, FAST = 10, {"hidden": (8,), "updates": 60, "batch_size": 64}
 
 
-def first_arm(gain, log):
+def first_arm(gain, dataset):
     """Logits: ``gain`` times the context's first number for the first arm, 0 for the others."""
     rest = ARMS - 1
 
     def logits(context):
         return torch.cat([gain * context[:, :1], torch.zeros(len(context), rest)], -1)
 
-    return policy_of(logits, log.action_spec)
+    return policy_of(logits, dataset.action_spec)
 
 
 def contextual(rows=4000, seed=0):
@@ -153,10 +160,10 @@ def contextual(rows=4000, seed=0):
 
 @pytest.fixture(scope="module")
 def logged_bandit():
-    log = contextual(seed=1)
+    dataset = contextual(seed=1)
     gains = {"uniform": 0.0, "good": 8.0, "bad": -8.0}
-    candidates = {name: first_arm(gain, log) for name, gain in gains.items()}
-    return candidates, log.split(0.5, 0)
+    candidates = {name: first_arm(gain, dataset) for name, gain in gains.items()}
+    return candidates, dataset.split(0.5, 0)
 
 
 def test_a_ranking_of_logged_bandit_feedback_rests_on_its_propensities(logged_bandit):
@@ -195,8 +202,8 @@ def test_actions_of_probability_zero_stay_unsupported(logged_bandit):
     """Half of the contexts never saw arm 0: there the mean of ratios is far below 1."""
     candidates, parts = logged_bandit
     part = []
-    for log in parts:
-        rows = log.transitions
+    for dataset in parts:
+        rows = dataset.transitions
         kept = (rows["action"].reshape(-1) != 0) | (rows["observation"][:, 0] < 0)
         rows = rows[kept]
         context = rows["observation"].numpy()
@@ -215,8 +222,8 @@ def test_actions_of_probability_zero_stay_unsupported(logged_bandit):
 
 
 def test_long_episodes_with_few_effective_ones_rest_on_the_models_weights():
-    log = WORLD.log(uniform(), episodes=600, seed=5).split(0.5, 0)
+    dataset = WORLD.dataset(uniform(), episodes=600, seed=5).split(0.5, 0)
     near, far = 0.97 * uniform() + 0.03 * np.eye(3)[[0] * 5], np.eye(3)[[0] * 5]
     who = {"near": actor(near), "far": actor(far)}
-    fitted = fitted_q_evaluation(who, *log, discount=DISCOUNT, model="table")
+    fitted = fitted_q_evaluation(who, *dataset, discount=DISCOUNT, model="table")
     assert fitted.episodes.exact.tolist() == [True, False]

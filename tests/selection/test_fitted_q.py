@@ -9,8 +9,7 @@ import pytest
 import torch
 from gymnasium import spaces
 from one_device import Copies
-from small_agents import box_agent, discrete_agent
-from small_agents import log as small_log
+from small_agents import box_agent, discrete_agent, small_columns
 from small_mdp import (
     ACTIONS,
     DISCOUNT,
@@ -57,13 +56,13 @@ def evaluated(who, train, held_out, model="network", **options):
 
 @pytest.fixture(scope="module")
 def parts():
-    return WORLD.log(uniform(), episodes=1200).split(0.6, 0)
+    return WORLD.dataset(uniform(), episodes=1200).split(0.6, 0)
 
 
 @pytest.fixture(scope="module")
 def few():
     """Enough to compare two evaluations of the same log."""
-    return WORLD.log(uniform(), episodes=200).split(0.6, 0)
+    return WORLD.dataset(uniform(), episodes=200).split(0.6, 0)
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +112,7 @@ def test_corrected_values_are_those_of_the_table(parts, fitted):
 @BOTH
 def test_values_approach_the_truth_and_rank_it_right(model):
     estimate = evaluated(
-        candidates(POLICIES), *WORLD.log(uniform(), 2000, seed=3).split(0.5, 0), model
+        candidates(POLICIES), *WORLD.dataset(uniform(), 2000, seed=3).split(0.5, 0), model
     )
     np.testing.assert_allclose(estimate.values, EXACT, atol=0.15)
     assert np.array_equal(np.argsort(estimate.values), np.argsort(EXACT))
@@ -126,7 +125,7 @@ def test_values_approach_the_truth_and_rank_it_right(model):
 
 def test_truncated_returns_are_continued_with_the_value_of_the_log():
     behaviour = 0.5 * greedy_policy(WORLD) + 0.5 * uniform()
-    train, held_out = WORLD.log(behaviour, episodes=3000, horizon=3, seed=9).split(0.5, 0)
+    train, held_out = WORLD.dataset(behaviour, episodes=3000, horizon=3, seed=9).split(0.5, 0)
     table, network = (evaluated({"p": actor(uniform())}, train, held_out, m) for m in OFF)
     scores, exact = table.episodes, WORLD.start @ WORLD.values(behaviour)
     error = scores.behaviour_scores.std() / len(held_out.episode_lengths) ** 0.5
@@ -149,18 +148,18 @@ def test_truncated_returns_are_continued_with_the_value_of_the_log():
     assert network.values[0] == pytest.approx(table.values[0], abs=NEAR)
 
 
-def with_rewards(log, change):
+def with_rewards(dataset, change):
     """``log`` as if each step had paid ``change`` of its action more."""
-    rows = log.transitions.clone()
+    rows = dataset.transitions.clone()
     more = torch.as_tensor(change(rows["action"].numpy()), dtype=torch.float32)
     rows["next", "reward"] = rows["next", "reward"] + more.reshape(-1, 1)
-    return replace(log, transitions=rows)
+    return replace(dataset, transitions=rows)
 
 
 @BOTH
 def test_held_out_steps_correct_what_the_fit_believes(model):
     """The fit believes in two more per step, so values and open ends would be worth far too much."""
-    train, held_out = WORLD.log(uniform(), episodes=3000, horizon=3, seed=10).split(0.5, 0)
+    train, held_out = WORLD.dataset(uniform(), episodes=3000, horizon=3, seed=10).split(0.5, 0)
     wrong = with_rewards(train, lambda a: 2.0 * (a == 1) if model == "table" else 2.0 + 0 * a)
     estimate = evaluated({"p": actor(uniform())}, wrong, held_out, model)
     exact, off = WORLD.start @ WORLD.values(uniform()), 0.25 if model == "table" else 0.4
@@ -175,13 +174,13 @@ def test_held_out_steps_correct_what_the_fit_believes(model):
 
 @BOTH
 def test_a_truncated_episode_is_continued_and_a_terminated_one_is_not(model):
-    log = WORLD.log(uniform(), episodes=1000, horizon=2)
-    shut = log.transitions.clone()
-    shut["next", "terminated"] = log.transitions["next", "done"].clone()
-    for data in (log, replace(log, transitions=shut)):
+    dataset = WORLD.dataset(uniform(), episodes=1000, horizon=2)
+    shut = dataset.transitions.clone()
+    shut["next", "terminated"] = dataset.transitions["next", "done"].clone()
+    for data in (dataset, replace(dataset, transitions=shut)):
         estimate = evaluated(candidates(POLICIES), data, data, model)
         for number, policy in enumerate(POLICIES):
-            value = counted_value(data, policy)[first_states(log)].mean()
+            value = counted_value(data, policy)[first_states(dataset)].mean()
             assert estimate.initial_values[number].mean() == pytest.approx(value, abs=OFF[model])
 
 
@@ -219,8 +218,8 @@ def test_a_truncated_end_that_no_state_describes(model):
 @BOTH
 def test_values_do_not_depend_on_the_reward_map(few, model):
     raw = evaluated(candidates(POLICIES), *few, model, updates=100)
-    log = WORLD.log(uniform(), episodes=200, reward=(-250.0, 3.0))
-    mapped = evaluated(candidates(POLICIES), *log.split(0.6, 0), model, updates=100)
+    dataset = WORLD.dataset(uniform(), episodes=200, reward=(-250.0, 3.0))
+    mapped = evaluated(candidates(POLICIES), *dataset.split(0.6, 0), model, updates=100)
     small, large = (1e-4, 1e-4) if model == "table" else (1e-3, 1e-2)
     np.testing.assert_allclose(mapped.initial_values, raw.initial_values, atol=small)
     np.testing.assert_allclose(mapped.td_error, raw.td_error, rtol=1e-3)
@@ -257,7 +256,7 @@ def test_masks_exclude_actions_also_for_policies_that_do_not_read_them(model):
     masks = np.random.default_rng(5).random((STATES, ACTIONS)) < 0.6
     masks[np.arange(STATES), np.arange(STATES) % ACTIONS] = True
     behaviour = masks / masks.sum(1, keepdims=True)
-    train, held_out = WORLD.log(behaviour, episodes=1000, masks=masks).split(0.6, 0)
+    train, held_out = WORLD.dataset(behaviour, episodes=1000, masks=masks).split(0.6, 0)
     estimate = evaluated(candidates(POLICIES), train, held_out, model)
     for number, policy in enumerate(POLICIES):
         allowed = policy * masks / (policy * masks).sum(1, keepdims=True)
@@ -287,8 +286,8 @@ def test_td_errors_against_q_of_the_counted_mdp(parts, fitted):
     errors = fitted["network"].td_error_training, fitted["network"].td_error
     for number, policy in enumerate(POLICIES):
         value, q = counted_value(parts[0], policy), None
-        for log, error in zip(parts, errors, strict=True):
-            rows = log.transitions
+        for dataset, error in zip(parts, errors, strict=True):
+            rows = dataset.transitions
             pair = tuple(rows[key].numpy() for key in ("observation", "action"))
             going = ~rows["next", "terminated"].squeeze(-1).numpy()
             ahead = going * value[rows["next", "observation"].numpy()]
@@ -377,7 +376,7 @@ def test_progress_is_shown_where_it_is_asked_for(progress, shown, capsys):
 
 
 def test_continuous_samples_leave_the_caller_s_random_state_as_it_is():
-    dataset = load_dataset(small_log(rows=80))
+    dataset = load_dataset(small_columns(rows=80))
     agents = {"one": box_agent(), "two": box_agent(seed=1)}
     agents["one"].actor.train()
     torch.manual_seed(3)
@@ -398,7 +397,7 @@ def test_first_states_have_draws_of_their_own_however_many_there_are(monkeypatch
     """Each part of them had the draws of the first part."""
     monkeypatch.setattr(critics_file, "ROWS_AT_ONCE", 4)
     step = (np.arange(80) % 10).astype(np.float32)  # all episodes of 10 steps look alike
-    dataset = load_dataset(small_log(80, observation=step[:, None] * np.ones(3, np.float32)))
+    dataset = load_dataset(small_columns(80, observation=step[:, None] * np.ones(3, np.float32)))
     how = {"discount": 0.9, "deterministic": False, **BRIEF}
     (values,) = fitted_q_evaluation({"one": box_agent()}, dataset, dataset, **how).initial_values
     assert len(np.unique(values.round(9))) == 8
@@ -407,7 +406,7 @@ def test_first_states_have_draws_of_their_own_however_many_there_are(monkeypatch
 def test_dict_observations_with_a_category():
     draw = np.random.default_rng(0)
     where, ward = draw.normal(size=(40, 2)).astype(np.float32), draw.integers(3, size=40)
-    dataset = load_dataset(small_log(observation={"where": where, "ward": ward}))
+    dataset = load_dataset(small_columns(observation={"where": where, "ward": ward}))
     policy = TensorDictModule(nn.Linear(2, 2), [("observation", "where")], ["action"])
     estimate = fitted_q_evaluation({"a": policy}, dataset, dataset, discount=0.9, **BRIEF)
     assert np.isfinite(estimate.episodes.scores).all()
@@ -418,12 +417,12 @@ def test_training_on_a_device_waits_for_nothing(make, monkeypatch):
     """On ``meta`` in place of a GPU; row numbers are copied there once for many updates."""
     monkeypatch.setattr(critics_file, "DRAWN_TOGETHER", 4)
     more = {} if make is box_agent else {"action": np.arange(40) % 4}
-    log = load_dataset(small_log(**more))
+    dataset = load_dataset(small_columns(**more))
     if more:
-        log = replace(log, action_space=spaces.Discrete(4))
-    who, episodes = resolve_candidates({"one": make()}), Episodes(log, DISCOUNT)
+        dataset = replace(dataset, action_space=spaces.Discrete(4))
+    who, episodes = resolve_candidates({"one": make()}), Episodes(dataset, DISCOUNT)
     critics = Critics(who, episodes, torch.device("meta"), (0.0, 1.0))
-    steps, counts = Steps(critics, episodes, Coverage(log, log)), {}
+    steps, counts = Steps(critics, episodes, Coverage(dataset, dataset)), {}
     for updates in (1, 4, 5):
         with Copies() as mode:
             critics.fit(steps, (4,), updates, 4, 1e-3, 0.05, False)
@@ -435,7 +434,7 @@ def test_training_on_a_device_waits_for_nothing(make, monkeypatch):
             steps.visits(policy)
 
 
-CUT = WORLD.log(uniform(), episodes=9, horizon=2)
+CUT = WORLD.dataset(uniform(), episodes=9, horizon=2)
 ELSEWHERE = TensorDictModule(nn.Identity(), in_keys=["elsewhere"], out_keys=["action"])
 
 
@@ -487,7 +486,7 @@ def test_logs_that_do_not_fit_are_refused(parts):
     with pytest.raises(ValueError, match=r"continuous actions or too many distinct states; choose"):
         evaluated({"a": line(1.0)}, line_log(20), line_log(20, 1), "table")
     pictures = np.random.default_rng(0).integers(9, size=(40, 9, 9, 3), dtype=np.uint8)
-    dataset = load_dataset(small_log(observation=pictures))
+    dataset = load_dataset(small_columns(observation=pictures))
     for model in ("network", "auto"):
         with pytest.raises(ValueError, match="reads numbers and categories, no images"):
             evaluated({"x": line(1.0)}, dataset, dataset, model)

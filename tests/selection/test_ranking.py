@@ -12,8 +12,7 @@ import pytest
 import torch
 from gymnasium import spaces
 from scipy import stats
-from small_agents import box_agent, config
-from small_agents import log as small_log
+from small_agents import box_agent, config, small_columns
 from small_mdp import (
     DISCOUNT,
     actor,
@@ -61,7 +60,7 @@ def _few_draws():
 
 @pytest.fixture(scope="module")
 def parts(_few_draws):
-    return WORLD.log(uniform(), episodes=1600).split(0.5, 0)
+    return WORLD.dataset(uniform(), episodes=1600).split(0.5, 0)
 
 
 @pytest.fixture(scope="module")
@@ -362,7 +361,7 @@ def test_a_tenth_of_the_episodes_must_bear_the_weight(again):
 
 
 def test_the_clone_is_the_first_of_temperature_zero():
-    parts = load_dataset(small_log(rows=120)).split(0.5, 0)
+    parts = load_dataset(small_columns(rows=120)).split(0.5, 0)
     agents = {"iql": box_agent(seed=1), "clone": box_agent(temperature=0.0)}
     how = {"hidden": (8,), "updates": 20, "batch_size": 16, "deterministic": False}
     fitted = fitted_q_evaluation(agents, *parts, discount=0.9, **how)
@@ -376,9 +375,11 @@ def test_the_clone_is_the_first_of_temperature_zero():
 
 
 def test_without_behaviour_and_clone(parts):
-    log = [replace(part, transitions=part.transitions.exclude("action_log_prob")) for part in parts]
+    dataset = [
+        replace(part, transitions=part.transitions.exclude("action_log_prob")) for part in parts
+    ]
     policies = {"p0": actor(MIXED[0]), "greedy": actor(GREEDY)}
-    result = rank_policies(policies, *log, discount=DISCOUNT)
+    result = rank_policies(policies, *dataset, discount=DISCOUNT)
     first = result.rows[0]
     assert np.isnan([first["importance_value"], first["bc_distance"], result.spearman]).all()
     assert warnings_with(result, "no behaviour model was given")
@@ -389,7 +390,7 @@ def test_without_behaviour_and_clone(parts):
 
 
 def test_truncated_returns_are_continued_without_a_clone():
-    parts = WORLD.log(uniform(), episodes=1600, horizon=2).split(0.5, 0)
+    parts = WORLD.dataset(uniform(), episodes=1600, horizon=2).split(0.5, 0)
     policies = {"greedy": actor(GREEDY), "p0": actor(MIXED[0])}
     result = rank_policies(policies, *parts, discount=DISCOUNT)
     assert result.behaviour_value == pytest.approx(EXACT["clone"], abs=0.3)
@@ -422,9 +423,9 @@ class Shipped:
 
 
 def test_members_trained_on_held_out_episodes_are_not_recommended(parts):
-    own = WORLD.log(uniform(), episodes=300, seed=77)
+    own = WORLD.dataset(uniform(), episodes=300, seed=77)
     logs = {"held": parts[1], "fit": parts[0], "own": own}
-    agents = {name: make_agent(config(), log) for name, log in logs.items()}
+    agents = {name: make_agent(config(), dataset) for name, dataset in logs.items()}
     agents |= {"greedy": actor(GREEDY), "shipped": Shipped(GREEDY, parts[1])}
     result = rank_policies(agents, *parts, discount=DISCOUNT)
     seen = column(result, "seen")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 from scipy import stats
-from small_agents import log as small_log
+from small_agents import small_columns
 from small_mdp import (
     ACTIONS,
     DISCOUNT,
@@ -43,23 +43,23 @@ def evaluated(who, train, held_out, **options):
 
 @pytest.fixture(scope="module")
 def parts():
-    return WORLD.log(uniform(), episodes=1000).split(0.6, 0)
+    return WORLD.dataset(uniform(), episodes=1000).split(0.6, 0)
 
 
 @pytest.fixture(scope="module")
 def small_parts():
     """Rare pairs of state and action, and truncated episodes, whose last states may be new."""
     behaviour = random_policies(1, seed=8)[0] * 0.97 + 0.01
-    return WORLD.log(behaviour, episodes=40, horizon=6, seed=4, **SPACE).split(0.5, 0)
+    return WORLD.dataset(behaviour, episodes=40, horizon=6, seed=4, **SPACE).split(0.5, 0)
 
 
-def episodes_of(log):
+def episodes_of(dataset):
     """Lists of ``(state, action, reward, following, terminated)``."""
-    rows = log.transitions
+    rows = dataset.transitions
     columns = [rows["observation"], rows["action"], rows["next", "reward"].double()]
     columns += [rows["next", "observation"], rows["next", "terminated"]]
     steps = list(zip(*(column.reshape(-1).tolist() for column in columns), strict=True))
-    ends = np.cumsum(log.episode_lengths).tolist()
+    ends = np.cumsum(dataset.episode_lengths).tolist()
     return [steps[b:e] for b, e in zip([0, *ends[:-1]], ends, strict=True)]
 
 
@@ -136,7 +136,7 @@ def test_intervals_contain_the_truth_as_often_as_their_confidence():
     policy = 0.5 * greedy_policy(WORLD) + 0.5 * uniform()
     exact, missed = WORLD.start @ WORLD.values(policy), 0
     for seed in range(40):
-        parts = WORLD.log(uniform(), episodes=80, seed=100 + seed, **SPACE).split(0.5, 0)
+        parts = WORLD.dataset(uniform(), episodes=80, seed=100 + seed, **SPACE).split(0.5, 0)
         low, high = evaluated({"p": actor(policy)}, *parts).intervals()[0]
         missed += not low <= exact <= high
     assert missed <= 5  # at a rate of 0.05 more than 5 have a probability of 0.014
@@ -144,8 +144,8 @@ def test_intervals_contain_the_truth_as_often_as_their_confidence():
 
 def test_a_right_model_is_kept_where_visits_are_wrong():
     """The held-out episodes come from another policy: no weight fits, but no step errs."""
-    train = WORLD.log(uniform(), episodes=2500, seed=6)
-    held_out = WORLD.log(0.9 * POLICIES[1] + 0.1 / 3, episodes=1000, seed=7)
+    train = WORLD.dataset(uniform(), episodes=2500, seed=6)
+    held_out = WORLD.dataset(0.9 * POLICIES[1] + 0.1 / 3, episodes=1000, seed=7)
     estimate = evaluated(CANDIDATES, train, held_out)
     exact = np.array([WORLD.values(policy)[first_states(held_out)].mean() for policy in POLICIES])
     np.testing.assert_allclose(estimate.values, exact, atol=0.2)
@@ -155,7 +155,7 @@ def test_actions_that_the_log_lacks_lead_to_the_least_return():
     never = uniform()
     never[1] = [0.5, 0.5, 0.0]
     with np.errstate(divide="ignore"):
-        train, held_out = WORLD.log(never, episodes=600).split(0.5, 0)
+        train, held_out = WORLD.dataset(never, episodes=600).split(0.5, 0)
     estimate = evaluated({"uses it": actor(np.eye(ACTIONS)[[0, 2, 0, 0, 0]])}, train, held_out)
     scores, starts = estimate.episodes, first_states(held_out)
     low, high = scores.return_range
@@ -176,7 +176,7 @@ def test_actions_that_the_log_lacks_lead_to_the_least_return():
 def test_a_state_visited_once_in_a_hundred_episodes_counts_as_worst():
     """State 1 follows in a given number of 400 episodes; its action 1 was never logged."""
 
-    def log(times):
+    def dataset(times):
         steps = [
             step
             for episode in range(400)
@@ -190,7 +190,7 @@ def test_a_state_visited_once_in_a_hundred_episodes_counts_as_worst():
     names = ("observation", "action", "reward", "next_observation")
     reckless = actor(np.array([[0.5, 0.5], [0.2, 0.8]]))
     for times in (0, 1, 4, 40):
-        scores = evaluated({"p": reckless}, log(times), log(4), min_count=1).episodes
+        scores = evaluated({"p": reckless}, dataset(times), dataset(4), min_count=1).episodes
         # the upper 95 % bound of the number of visits, given the discounted number seen
         most = stats.chi2.ppf(0.95, 2 * (DISCOUNT * times + 1)) / 2
         assert (most >= 4) == (times >= 1)
@@ -202,9 +202,11 @@ def test_a_state_visited_once_in_a_hundred_episodes_counts_as_worst():
 def test_what_the_log_itself_rarely_does_counts_less():
     """One state: actions 0, 1 and 2 were taken 15, 4 and 1 times; two times at least are enough."""
     action = np.array([0] * 15 + [1] * 4 + [2])
-    log = steps_log(20, action=action, reward=action)
+    dataset = steps_log(20, action=action, reward=action)
     half = actor(np.array([[0.5, 0.2, 0.3]]))
-    scores = evaluated({"half": half, "clone": actor(np.array([[0.75, 0.2, 0.05]]))}, log, log)
+    scores = evaluated(
+        {"half": half, "clone": actor(np.array([[0.75, 0.2, 0.05]]))}, dataset, dataset
+    )
     scores = scores.episodes
     np.testing.assert_allclose(scores.unsupported, [0.3, 0.05], atol=1e-6)
     assert scores.behaviour_unsupported == pytest.approx(0.05)
@@ -214,7 +216,7 @@ def test_what_the_log_itself_rarely_does_counts_less():
 
 
 def test_undiscounted_values():
-    train, held_out = WORLD.log(uniform(), episodes=600).split(0.5, 0)
+    train, held_out = WORLD.dataset(uniform(), episodes=600).split(0.5, 0)
     estimate = evaluated(CANDIDATES, train, held_out, discount=1.0)
     for number, policy in enumerate(POLICIES):
         going = (policy * (1 - WORLD.ending))[:, :, None] * WORLD.transition
@@ -229,12 +231,12 @@ def test_a_mask_is_part_of_the_state():
     rows = np.arange(80)
     allowed = np.array([[True, True], [True, False]])[rows % 2]
     action = np.where(allowed[:, 1], rows // 2 % 2, 0)
-    log = steps_log(
+    dataset = steps_log(
         80, action=action, reward=np.where(allowed[:, 1], 3.0 + action, 1.0),
         action_mask=allowed, next_action_mask=np.ones((80, 2), bool),
     )  # fmt: skip
     who = {"0": actor(np.array([[1.0, 0.0]])), "1": actor(np.array([[1e-6, 1.0]]))}
-    estimate = evaluated(who, log, log)
+    estimate = evaluated(who, dataset, dataset)
     np.testing.assert_allclose(estimate.initial_values[0], [3.0, 1.0] * 40)
     np.testing.assert_allclose(estimate.initial_values[1], [4.0, 1.0] * 40, atol=1e-4)
 
@@ -267,9 +269,9 @@ def test_an_action_that_is_not_held_out_is_unsupported():
     """Without held-out steps of a pair, errors of its fit cannot be corrected."""
     without = uniform()
     without[1] = [0.5, 0.5, 0.0]
-    train = WORLD.log(uniform(), episodes=300, seed=1)
+    train = WORLD.dataset(uniform(), episodes=300, seed=1)
     with np.errstate(divide="ignore"):
-        held_out = WORLD.log(without, episodes=300, seed=2)
+        held_out = WORLD.dataset(without, episodes=300, seed=2)
     scores = evaluated({"uses it": actor(np.eye(ACTIONS)[[0, 2, 0, 0, 0]])}, train, held_out)
     scores = scores.episodes
     first = first_states(held_out) == 1
@@ -327,7 +329,7 @@ def test_outcomes_that_depend_on_more_than_the_observation_are_noticed(depends):
 def test_outcomes_of_a_markov_chain_depend_on_nothing_else():
     statistics = []
     for seed in range(10):
-        parts = WORLD.log(uniform(), episodes=300, seed=50 + seed).split(0.5, 0)
+        parts = WORLD.dataset(uniform(), episodes=300, seed=50 + seed).split(0.5, 0)
         statistics.append([*evaluated(CANDIDATES, *parts).episodes.history.values()])
     assert np.abs(statistics).max() < 4
     assert np.abs(np.mean(statistics, 0)).max() < 1
@@ -340,14 +342,14 @@ def test_what_counts_as_few_states(parts):
     rows = parts[1].transitions
     np.testing.assert_array_equal(result.held_out, rows["observation"].numpy())
     np.testing.assert_array_equal(result.held_out_next, rows["next", "observation"].numpy())
-    continuous = load_dataset(small_log())
+    continuous = load_dataset(small_columns())
     assert finite_states(continuous, continuous) is None
-    distinct = load_dataset(small_log(rows=2400, action=np.arange(2400) % 2))
+    distinct = load_dataset(small_columns(rows=2400, action=np.arange(2400) % 2))
     assert finite_states(distinct, distinct) is None
     draw = np.random.default_rng(0)
 
     def few(observation):
-        table = small_log(400, observation=observation, action=np.arange(400) % 2)
+        table = small_columns(400, observation=observation, action=np.arange(400) % 2)
         return finite_states(*[load_dataset(table)] * 2)
 
     several = draw.integers(20, size=(400, 1)).astype(np.float32)  # 20 rows of each pair

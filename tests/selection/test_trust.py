@@ -30,14 +30,14 @@ def value(problem, name):
     ("family", "seed"),
     [
         ("rare state", 0), ("rare state", 1), ("censored", 0), ("winner's curse", 0),
-        ("winner's curse", 1), ("poor clone", 0), ("poor clone", 1), ("tiny log", 0),
+        ("winner's curse", 1), ("poor clone", 0), ("poor clone", 1), ("tiny dataset", 0),
     ],
 )  # fmt: skip
 def test_no_member_worse_than_the_log_is_recommended(family, seed):
     problem = FAMILIES[family](seed)
     truth = {name: problem.value(policy) for name, policy in problem.candidates.items()}
-    log = problem.value(problem.behaviour)
-    assert min(truth.values()) < log - 0.05  # there is somebody to be wrong about
+    dataset = problem.value(problem.behaviour)
+    assert min(truth.values()) < dataset - 0.05  # there is somebody to be wrong about
     outcome = trial(family, seed)
     assert not outcome["harmful"]
     assert outcome["covered"]
@@ -47,8 +47,8 @@ def test_no_member_worse_than_the_log_is_recommended(family, seed):
 def test_no_recommendation_where_episodes_are_used_twice(family):
     """The held-out steps then have the same random errors as the fit and cannot show them."""
     problem = FAMILIES[family](0)
-    log = problem.log(0)
-    ranking = rank_policies(problem.actors(), log, log, discount=problem.discount)
+    dataset = problem.dataset(0)
+    ranking = rank_policies(problem.actors(), dataset, dataset, discount=problem.discount)
     assert ranking.recommended is None
     assert any("100% of the held-out episodes" in warning for warning in ranking.warnings)
 
@@ -58,7 +58,7 @@ def test_a_policy_fitted_to_its_own_log_is_not_flattered():
     problem = FAMILIES["winner's curse"](0)
 
     def means(seed):
-        rows = problem.log(seed).transitions
+        rows = problem.dataset(seed).transitions
         arms, reward = (rows[key].reshape(-1) for key in ("action", ("next", "reward")))
         return [float(reward[arms == arm].mean()) for arm in range(4)]
 
@@ -67,7 +67,7 @@ def test_a_policy_fitted_to_its_own_log_is_not_flattered():
     lucky = own.index(max(own))
     assert max(own) > 2  # its true mean is -1
     actors = {f"arm {lucky}": problem.actors()[f"arm {lucky}"]}
-    fresh = problem.log(101), problem.log(102)
+    fresh = problem.dataset(101), problem.dataset(102)
     ranking = rank_policies(actors, *fresh, discount=problem.discount)
     assert ranking.recommended is None
     row, gain = ranking.rows[0], value(problem, f"arm {lucky}") - value(problem, None)

@@ -19,7 +19,7 @@ from gymnasium import spaces
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from small_agents import by_hand, config, following, log
+from small_agents import by_hand, config, following, small_columns
 from small_agents import saved as saved_agent
 from small_trainers import make_step, make_trainer, table, weight
 from test_background import pendulum_log
@@ -306,7 +306,7 @@ def trainer_of(agent, dataset, **options):
 
 
 def of_agent(folder=None, reward="raw", **fields):
-    data = load_dataset(log(), reward=reward)
+    data = load_dataset(small_columns(), reward=reward)
     return trainer_of(make_agent(config(updates=4, **fields), data), data, folder=folder)
 
 
@@ -381,7 +381,7 @@ def test_a_fingerprint_notices_any_value(row, key):
 )
 def test_a_config_of_another_reward_is_reported(asked, loaded, lines, caplog):
     reward = (1.0, -1.0) if loaded == -1 else loaded
-    dataset = load_dataset(log(), reward=reward)
+    dataset = load_dataset(small_columns(), reward=reward)
     with caplog.at_level("WARNING", logger="torchrl"):
         torchrl_logger.addHandler(caplog.handler)
         try:
@@ -397,27 +397,31 @@ def test_a_config_of_another_reward_is_reported(asked, loaded, lines, caplog):
 
 
 def test_continuing_with_another_reward_scaling_gives_a_warning(tmp_path):
-    agent = make_agent(config(), load_dataset(log(), reward=(2.0, 0.5)))
+    agent = make_agent(config(), load_dataset(small_columns(), reward=(2.0, 0.5)))
     for each in (agent, Agent.load(saved_agent(agent, tmp_path / "agent.torchrl"))):
         words = r"\(scale, shift\) \(2.0, 0.5\), .* have \(240.0, 0.5\).*reward=\(2.0, 0.5\)"
         with pytest.warns(DatasetWarning, match=words):
-            trainer_of(each, load_dataset(log(), reward=(240.0, 0.5)))
-        trainer_of(each, load_dataset(log(60), reward=(2.0, 0.5)))
+            trainer_of(each, load_dataset(small_columns(), reward=(240.0, 0.5)))
+        trainer_of(each, load_dataset(small_columns(60), reward=(2.0, 0.5)))
 
 
 def test_continuing_with_observations_in_another_unit_gives_a_warning():
-    metres = log()["observation"].copy()
-    agent = make_agent(config(), load_dataset(log()))
+    metres = small_columns()["observation"].copy()
+    agent = make_agent(config(), load_dataset(small_columns()))
     metres[:, 1] /= 1e4
     ends = np.arange(40) % 10 == 9
-    other = load_dataset(log(observation=metres, next_observation=following(metres, ends)))
+    other = load_dataset(
+        small_columns(observation=metres, next_observation=following(metres, ends))
+    )
     with pytest.warns(DatasetWarning, match=r"^observation: column 1 was -.* and is .*same unit"):
         trainer_of(agent, other)
 
 
 def actions(high: float):
     return load_dataset(
-        log(action=np.random.default_rng(3).uniform(-high, high, (40, 2)).astype(np.float32)),
+        small_columns(
+            action=np.random.default_rng(3).uniform(-high, high, (40, 2)).astype(np.float32)
+        ),
         action_space=spaces.Box(-high, high, (2,), np.float32),
     )
 
@@ -429,12 +433,12 @@ def test_continuing_with_actions_that_the_policy_cannot_take_is_refused(tmp_path
         trainer_of(agent, actions(2.0))
     wider = replace(actions(0.9), action_space=spaces.Box(-5, 5, (2,), np.float32))
     trainer_of(agent, wider)  # the actions themselves are inside
-    rows = log(action=actions(2.0).transitions["action"].numpy())
+    rows = small_columns(action=actions(2.0).transitions["action"].numpy())
     space = spaces.Box(-2, 2, (2,), np.float32)
     shards = build_shards(rows, tmp_path / "shards", shards=2, action_space=space)
     with pytest.raises(ValueError, match="that it can never take"):
         trainer_of(agent, shards)
-    choice = load_dataset(log(action=np.arange(40) % 3))
+    choice = load_dataset(small_columns(action=np.arange(40) % 3))
     shifted = replace(choice, action_space=spaces.Discrete(3, start=1))
     with pytest.raises(ValueError, match=r"^action: the agent was made for Discrete\(3\) and"):
         trainer_of(make_agent(config(), choice), shifted)
@@ -457,11 +461,13 @@ def observations(width: int, dtype: type = np.float32):
 def test_a_dataset_of_other_shapes_or_categories_is_refused_and_other_rows_are_taken(
     own, given, key, words
 ):
-    agent = make_agent(config(), load_dataset(log(**own)))
+    agent = make_agent(config(), load_dataset(small_columns(**own)))
     with pytest.raises(ValueError, match=rf"^{key}: the agent was made for {words}.*make_agent"):
-        trainer_of(agent, load_dataset(log(**given)))
+        trainer_of(agent, load_dataset(small_columns(**given)))
     if not own:
-        trainer_of(agent, load_dataset(log(observation=observations(3))), total_updates=2).train()
+        trainer_of(
+            agent, load_dataset(small_columns(observation=observations(3))), total_updates=2
+        ).train()
 
 
 # -- Files on a full disk: an ``OSError`` that names the file, and what was saved before stays

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from small_agents import config as small_config
-from small_agents import log
+from small_agents import small_columns
 from small_logs import counted
 from small_trainers import Numbers, make_step, make_trainer, same_weights, table, weight
 from tensordict import TensorDict
@@ -312,7 +312,7 @@ def test_wrong_parts_are_refused_before_training(options, words):
 
 
 def test_a_step_of_another_agent_is_refused():
-    dataset = load_dataset(log())
+    dataset = load_dataset(small_columns())
     agent, other = (make_agent(small_config(seed=seed), dataset) for seed in (0, 1))
     with pytest.raises(ValueError, match=r"step is not of the agent.*compiled\(agent\.step\)"):
         OfflineTrainer(agent=agent, step=other.step, dataset=dataset, progress_bar=False)

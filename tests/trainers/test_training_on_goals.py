@@ -10,8 +10,7 @@ import pytest
 import torch
 from goal_maze import LARGE, SMALL, Maze, walks
 from scipy import stats
-from small_agents import Walk, config
-from small_agents import log as vector_log
+from small_agents import Walk, config, small_columns
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 
@@ -30,12 +29,12 @@ from iql_torchrl.files import CheckpointError
 
 
 @pytest.fixture(scope="module")
-def log():
+def dataset():
     return walks(SMALL, episodes=40, steps=25)
 
 
 def vectors():
-    return load_dataset(vector_log(60), columns={"reward": None})
+    return load_dataset(small_columns(60), columns={"reward": None})
 
 
 # -- the losses
@@ -100,8 +99,8 @@ def run(data, total, **settings):
     )
 
 
-def test_a_loaded_run_has_the_bits_of_one_without_interruption(log):
-    data = log.relabelled(discount=0.9)
+def test_a_loaded_run_has_the_bits_of_one_without_interruption(dataset):
+    data = dataset.relabelled(discount=0.9)
     alone, stopped, again = run(data, 12), run(data, 5), run(data, 12)
     alone.train()
     stopped.train()
@@ -112,11 +111,11 @@ def test_a_loaded_run_has_the_bits_of_one_without_interruption(log):
     with pytest.raises(
         CheckpointError, match="goals of the dataset was 'goal of None, GoalOrigins"
     ):
-        run(log.relabelled(discount=0.8), 12).load_state_dict(state)
+        run(dataset.relabelled(discount=0.8), 12).load_state_dict(state)
 
 
-def test_curves_have_no_line_of_the_logs_return(log, tmp_path):
-    trainer = run(log.relabelled(), 4, folder=tmp_path / "run")
+def test_curves_have_no_line_of_the_logs_return(dataset, tmp_path):
+    trainer = run(dataset.relabelled(), 4, folder=tmp_path / "run")
     trainer.train()
     assert (tmp_path / "run" / "curves.png").is_file()
     assert trainer.data_state["reward_map"] == [1.0, 0.0]
@@ -215,13 +214,13 @@ def test_goals_and_success_of_the_environment_itself():
 # -- values and policies in a maze
 
 
-def learned(log, goals=None, **settings):
+def learned(dataset, goals=None, **settings):
     base = IQLConfig(
         batch_size=256, hidden=(64, 64), critic_lr=3e-3, value_lr=3e-3, actor_lr=3e-3,
         discount=0.9, expectile=0.95, temperature=20.0, polyak=0.05, reward="raw", seed=1,
     )  # fmt: skip
     settings = replace(base, **settings)
-    data = log.relabelled(discount=settings.discount, **(goals or {}))
+    data = dataset.relabelled(discount=settings.discount, **(goals or {}))
     agent = make_agent(settings, data)
     OfflineTrainer(agent=agent, dataset=data, progress_bar=False).train()
     return agent, data
@@ -262,9 +261,9 @@ def check_maze(agent, data, maze):
     return overall, min(ranks), solved / count**2, result.goal_success_rates.mean()
 
 
-def test_values_order_the_cells_and_the_greedy_policy_reaches_every_goal(log):
+def test_values_order_the_cells_and_the_greedy_policy_reaches_every_goal(dataset):
     agent, data = learned(
-        log, updates=400, batch_size=64, critic_lr=5e-3, value_lr=5e-3, polyak=0.1
+        dataset, updates=400, batch_size=64, critic_lr=5e-3, value_lr=5e-3, polyak=0.1
     )
     spearman, worst, greedy, _ = check_maze(agent, data, Maze(SMALL))
     assert spearman > 0.98

@@ -12,7 +12,7 @@ from small_agents import config
 from small_logs import LENGTHS, SPACES, in_shards, numbered
 from small_trainers import same_weights
 from test_sequences import ENCODERS, Last, step_of
-from test_sequences import log as sequences
+from test_sequences import dataset as sequences
 
 from iql_torchrl import OfflineDataset, OfflineTrainer, captured, compiled, load_dataset, make_agent
 from iql_torchrl.agent import Agent

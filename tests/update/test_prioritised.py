@@ -9,7 +9,7 @@ import pytest
 import small_losses
 import torch
 from conftest import make_networks
-from small_agents import log
+from small_agents import small_columns
 from torchrl.data import (
     LazyTensorStorage,
     PrioritizedSampler,
@@ -32,7 +32,7 @@ def dataset():
     rows, draw = np.arange(ROWS), np.random.default_rng(0)
     observation = draw.normal(size=(ROWS, OBS)).astype(np.float32)
     ends = {"terminated": rows % 10 == 4, "truncated": rows % 10 == 9}
-    return load_dataset(log(ROWS, observation, **ends))
+    return load_dataset(small_columns(ROWS, observation, **ends))
 
 
 def make_sampler() -> PrioritizedSampler:

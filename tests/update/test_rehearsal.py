@@ -10,7 +10,7 @@ import pytest
 import torch
 from gymnasium import spaces
 from one_device import OneDevice, meta, values_are_assumed
-from small_agents import config, log
+from small_agents import config, small_columns
 from torch import optim
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
 
@@ -29,17 +29,17 @@ pytestmark = [
 
 
 def continuous():
-    return load_dataset(log())
+    return load_dataset(small_columns())
 
 
 def discrete(masked: bool = False):
     masks = {f"{when}action_mask": np.ones((40, 4), bool) for when in ("", "next_")}
-    data = load_dataset(log(action=np.arange(40) % 4, **(masks if masked else {})))
+    data = load_dataset(small_columns(action=np.arange(40) % 4, **(masks if masked else {})))
     return replace(data, action_space=spaces.Discrete(4))
 
 
 def categories():
-    data = load_dataset(log(observation=np.arange(40) % 6, action=np.arange(40) % 4))
+    data = load_dataset(small_columns(observation=np.arange(40) % 6, action=np.arange(40) % 4))
     return replace(data, observation_space=spaces.Discrete(6), action_space=spaces.Discrete(4))
 
 

@@ -1,7 +1,8 @@
 """The datasets of bench_scores.py, and the settings that each library's authors use.
 
-``LOGS`` has them all: how each is made, the updates and episodes of the plan, and which methods learn
-from it. ``log_data`` makes one, or reads it from the folder where an earlier call wrote it.
+``DATASETS`` has them all: how each is made, the updates and episodes of the plan, and which
+methods learn from it. ``scored_data`` makes one, or reads it from the folder where an
+earlier call wrote it.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Log:
+class ScoredDataset:
     """A dataset: how it is made, the numbers of updates and evaluation episodes, and the methods."""
 
     made: Callable[[Path], Data]
@@ -118,7 +119,7 @@ def columns(dataset: Any) -> dict[str, Any]:
 
 
 def built_in(name: str, folder: Path) -> Any:
-    """A log of this package, as a table that later calls reuse."""
+    """A dataset of this package, as a table that later calls reuse."""
     table = folder / name.replace("/", "-")
     table.parent.mkdir(parents=True, exist_ok=True)
     return load_dataset(ensure_dataset(name, progress=False), memmap=table, progress=False)
@@ -298,22 +299,24 @@ REPLAYS = {
         ("walker2d", "Walker2d-v5", 120_000),
     )
 }
-LOGS: dict[str, Log] = {
-    "pendulum": Log(pendulum, updates=5_000, episodes=20),
-    "sepsis": Log(sepsis, updates=1_000, episodes=0, methods=DISCRETE, options={"ours": SEPSIS}),
-    "cartpole": Log(cartpole, updates=1_000, episodes=20, methods=DISCRETE),
-    "maze2d-umaze": Log(
+DATASETS: dict[str, ScoredDataset] = {
+    "pendulum": ScoredDataset(pendulum, updates=5_000, episodes=20),
+    "sepsis": ScoredDataset(
+        sepsis, updates=1_000, episodes=0, methods=DISCRETE, options={"ours": SEPSIS}
+    ),
+    "cartpole": ScoredDataset(cartpole, updates=1_000, episodes=20, methods=DISCRETE),
+    "maze2d-umaze": ScoredDataset(
         partial(maze2d, "umaze", (1, 1)), updates=3_000, episodes=20, raw_reward=True
     ),
-    "maze2d-medium": Log(
+    "maze2d-medium": ScoredDataset(
         partial(maze2d, "medium", (6, 6)), updates=5_000, episodes=20, raw_reward=True
     ),
     **{
-        f"{name}-replay": Log(partial(replay, name), updates=50_000, episodes=20)
+        f"{name}-replay": ScoredDataset(partial(replay, name), updates=50_000, episodes=20)
         for name in REPLAYS
     },
     **{
-        f"d4rl-{name}": Log(
+        f"d4rl-{name}": ScoredDataset(
             partial(d4rl_maze2d, arguments), updates=80_000, episodes=100, raw_reward=True
         )
         for name, arguments in D4RL.items()
@@ -321,38 +324,38 @@ LOGS: dict[str, Log] = {
 }
 
 
-def options_of(log: Log, method: str, data: Data, corl: Path | None) -> dict[str, Any]:
-    """The settings of ``method`` on ``log``."""
+def options_of(scored: ScoredDataset, method: str, data: Data, corl: Path | None) -> dict[str, Any]:
+    """The settings of ``method`` on ``scored``."""
     if method in ("ours", "cloning"):
-        options: dict[str, Any] = dict(log.options.get("ours", OURS))
-        if log.raw_reward:
+        options: dict[str, Any] = dict(scored.options.get("ours", OURS))
+        if scored.raw_reward:
             options["reward"] = "raw"
         return options | ({"temperature": 0.0} if method == "cloning" else {})
     if method == "TorchRL":
-        return dict(TORCHRL_DISCRETE if log.methods == DISCRETE else TORCHRL)
+        return dict(TORCHRL_DISCRETE if scored.methods == DISCRETE else TORCHRL)
     if method == "d3rlpy":
         return dict(D3RLPY)
-    spread = 1.0 if log.raw_reward else 1000.0 / float(np.ptp(data.returns))
+    spread = 1.0 if scored.raw_reward else 1000.0 / float(np.ptp(data.returns))
     return {**CORL, "reward_scale": spread, "file": str(corl)}
 
 
 @cache
-def _log_data(name: str, peers: Path) -> tuple[Data, Path]:
-    data, path = LOGS[name].made(peers / "logs"), peers / "logs" / f"rows-{name}.npz"
+def _scored_data(name: str, peers: Path) -> tuple[Data, Path]:
+    data, path = DATASETS[name].made(peers / "datasets"), peers / "datasets" / f"rows-{name}.npz"
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary, temporary.open("wb") as file:
         np.savez(file, **data.rows)
     return data, path
 
 
-def log_data(name: str, peers: Path) -> tuple[Data, Path]:
+def scored_data(name: str, peers: Path) -> tuple[Data, Path]:
     """The dataset, and the file of its rows that all methods read."""
     with LOCK:
-        return _log_data(name, peers)
+        return _scored_data(name, peers)
 
 
-def about_log(name: str, peers: Path) -> dict[str, Any]:
-    data, _ = log_data(name, peers)
+def about_dataset(name: str, peers: Path) -> dict[str, Any]:
+    data, _ = scored_data(name, peers)
     returns = np.asarray(data.returns, float)
     return {
         "rows": len(data.rows["reward"]),
@@ -360,6 +363,6 @@ def about_log(name: str, peers: Path) -> dict[str, Any]:
         "mean_return": float(returns.mean()),
         "score": data.score(float(returns.mean())),
         "reference_scores": list(data.reference),
-        "evaluation": f"{LOGS[name].episodes} episodes" if LOGS[name].episodes else "exact",
+        "evaluation": f"{DATASETS[name].episodes} episodes" if DATASETS[name].episodes else "exact",
         "terminations": int(np.sum(data.rows["terminated"])),
     }
