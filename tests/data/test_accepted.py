@@ -218,6 +218,15 @@ def test_log_probabilities():
     assert "action_log_prob" not in set(data.transitions.keys())
 
 
+@pytest.mark.parametrize("unread", [np.nan, 0.0])
+def test_probabilities_of_rows_that_are_no_transitions_are_not_read(unread):
+    values, valid = np.full(ROWS, 0.25), np.ones(ROWS, bool)
+    values[[9, 23]], valid[[9, 23]] = unread, False
+    data = load_dataset(dataset(action=np.arange(ROWS) % 2, action_prob=values, valids=valid))
+    assert len(data) == ROWS - 2
+    np.testing.assert_allclose(data.transitions["action_log_prob"], np.log(0.25), rtol=1e-6)
+
+
 def test_leaves_and_lists_of_columns_have_guessed_spaces(tmp_path):
     pandas = pytest.importorskip("pandas")
     yes = np.arange(ROWS) % 2 == 0

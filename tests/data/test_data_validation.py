@@ -94,7 +94,8 @@ BAD = [
     ),
     (
         to("reward", lambda r: np.stack([r, r], 1)),
-        "reward|steps of 2 environments|env_index: numpy.tile(numpy.arange(2), 15)",
+        "reward|15 episodes of 2 steps|episode: numpy.repeat(numpy.arange(15), 2)|15 steps of 2 "
+        "environments|env_index: numpy.tile(numpy.arange(2), 15)",
     ),
     (to("terminated", lambda t: np.where(t, "T", "F")), "'F' at row 0|by true and false"),
     (lambda d: d.update(time=np.array(["31.01.2024"] * 15)), "time|31.01.2024|ISO 8601"),

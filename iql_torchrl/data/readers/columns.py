@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import h5py
 import numpy as np
+from numpy.typing import NDArray
 
 from iql_torchrl.data.readers.arrays import (
     Column,
@@ -85,8 +86,6 @@ def name_columns(source: Columns, options: ReadOptions) -> Columns:
     named = replace(
         source, columns=entries, paths=paths, unused=unused, notes=(*source.notes, *notes)
     )
-    if {"action_prob", "action_log_prob"} & entries.keys():
-        named = _log_probabilities(named)
     here, after = (
         ", ".join(
             sorted(f"{'.'.join(key)} {tuple(each.shape[1:])}" for key, each in leaves.items())
@@ -294,8 +293,10 @@ def _checked_rows(subject: str, column: Column, rows: int | None, key: str) -> i
         problem = f"has shape {shape}, where ({shape[0]},) or ({shape[0]}, 1) is needed"
         if len(shape) == 2:
             remedy = (
-                f"If it has {shape[0]} steps of {shape[1]} environments, join the steps of each column "
-                "with numpy.concatenate, and add a column env_index: "
+                "Join the first two dimensions of each column with numpy.concatenate. If they are "
+                f"{shape[0]} episodes of {shape[1]} steps, add a column episode: "
+                f"numpy.repeat(numpy.arange({shape[0]}), {shape[1]}); if they are {shape[0]} steps of "
+                f"{shape[1]} environments, a column env_index: "
                 f"numpy.tile(numpy.arange({shape[1]}), {shape[0]})."
             )
     else:
@@ -373,12 +374,16 @@ def number_texts(parts: Sequence[Columns]) -> list[Columns]:
     return numbered
 
 
-def _log_probabilities(named: Columns) -> Columns:
-    """With ``action_log_prob``, of probabilities if it has these; without it if some are missing."""
+def log_probabilities(named: Columns, rows: NDArray[np.int64]) -> Columns:
+    """With ``action_log_prob``, of probabilities if it has these; without it if some are missing.
+
+    ``rows``: those of transitions; what the others have is not read.
+    """
     columns, warnings = dict(named.columns), named.warnings
     prob = columns.pop("action_prob", None)
     if prob is not None and "action_log_prob" not in columns:
-        values = np.asarray(prob[:], np.float64).reshape(-1)
+        values = np.ones(len(prob[:]))
+        values[rows] = np.asarray(prob[:], np.float64).reshape(-1)[rows]
         if (wrong := (values <= 0) | (values > 1)).any():
             raise DatasetError(
                 f"{named.name}: action_prob ({named.paths['action_prob']!r}) is {values[wrong][0]:g}, "
@@ -387,7 +392,7 @@ def _log_probabilities(named: Columns) -> Columns:
             )
         columns["action_log_prob"] = np.log(values)
     if (log_prob := columns.get("action_log_prob")) is not None:
-        values = np.asarray(log_prob[:], np.float64)
+        values = np.asarray(log_prob[:], np.float64)[rows]
         if missing := int(np.isnan(values).sum()):
             del columns["action_log_prob"]
             warnings = (
@@ -397,7 +402,7 @@ def _log_probabilities(named: Columns) -> Columns:
             )
         elif np.dtype(columns["action"].dtype).kind in "iuUO" and (values > 0).any():
             raise DatasetError(
-                f"{named.name}: action_log_prob is {values.max():g} at row {int(values.argmax())}, "
+                f"{named.name}: action_log_prob is {values.max():g} at row {int(rows[values.argmax()])}, "
                 "more than 0, and the actions are discrete; expected logarithms of probabilities. Name "
                 "a column of probabilities with columns={'action_prob': ...}."
             )

@@ -20,7 +20,7 @@ from iql_torchrl.data.dataset import Description
 from iql_torchrl.data.readers import arrays, d3rlpy, frames, json_files, ogbench
 from iql_torchrl.data.readers.arrays import Columns, side_by_side
 from iql_torchrl.data.readers.boundaries import Episodes, find_episodes
-from iql_torchrl.data.readers.columns import name_columns, number_texts
+from iql_torchrl.data.readers.columns import log_probabilities, name_columns, number_texts
 from iql_torchrl.data.readers.csv_files import open_csv
 from iql_torchrl.data.readers.guess import guess_action_space, guess_observation_space
 from iql_torchrl.data.readers.minari import find_minari, is_minari_id, open_minari
@@ -74,6 +74,7 @@ def open_source(source: Any, options: ReadOptions) -> Source:
     parts, left = list[tuple[Columns, Episodes]](), options.limit
     for columns in named:
         ordered, episodes = find_episodes(columns, options)
+        ordered = log_probabilities(ordered, episodes.rows)
         if left is not None and parts and (episodes.lengths[:1] > left).any():
             break  # only the first episode of all may be cut
         total = len(episodes.rows)
