@@ -402,8 +402,9 @@ def log_probabilities(named: Columns, rows: NDArray[np.int64]) -> Columns:
             )
         elif np.dtype(columns["action"].dtype).kind in "iuUO" and (values > 0).any():
             raise DatasetError(
-                f"{named.name}: action_log_prob is {values.max():g} at row {int(rows[values.argmax()])}, "
-                "more than 0, and the actions are discrete; expected logarithms of probabilities. Name "
-                "a column of probabilities with columns={'action_prob': ...}."
+                f"{named.name}: action_log_prob is {values.max():g} at row "
+                f"{int(rows[values.argmax()])}, more than 0, and the actions are discrete; expected "
+                "logarithms of probabilities. Name a column of probabilities with "
+                "columns={'action_prob': ...}."
             )
     return replace(named, columns=columns, warnings=warnings)
