@@ -32,6 +32,7 @@ from iql_torchrl.networks import HISTORY_MASK, chunk_of, history_of, repeat_firs
 from iql_torchrl.private_apis import assert_dtype, assert_later
 
 HISTORY: Key = (HISTORY_MASK,)
+UNCOMPARED = (torch.uint16, torch.uint32, torch.uint64)  # torch compares none of these
 OUTPUT = "action"  # name of a program's output
 ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 # by the suffix of a program: what its description says of checks, and an example of use
@@ -78,7 +79,8 @@ class ProgramInput:
             int(np.min(x)) if np.unique(x).size == 1 else torch.as_tensor(x) for x in limits
         )
         words = f"integers in {bounds_in_words(*limits)}"
-        return words, lambda values: (values >= low) & (values <= high)
+        wide = torch.int64 if self.dtype in UNCOMPARED else self.dtype
+        return words, lambda values: (values.to(wide) >= low) & (values.to(wide) <= high)
 
     def described(self) -> dict[str, Any]:
         dtype = str(self.dtype).removeprefix("torch.")

@@ -282,13 +282,15 @@ class ChunkChecker:
         return values.reshape(len(values), *expected.shape)
 
     def _refuse_rounded(self, key: Key, values: NDArray[Any], dtype: torch.dtype) -> None:
-        rounded = values.astype(str(dtype).removeprefix("torch."))
-        lost = rounded.astype(np.float64) != values.astype(np.float64)
+        with np.errstate(invalid="ignore"):  # a number beyond the integers is another one then
+            rounded = values.astype(str(dtype).removeprefix("torch.")).astype(values.dtype)
+        lost = rounded != values
         if lost.any():
+            wider = ", pass dtype=torch.float64" * (dtype != torch.float64)
             raise DatasetError(
                 f"{self.source.name}: {dotted(key)} has the integer {values[lost][0]}, which {dtype} "
-                "would round; subtract a constant, such as the start from times, pass "
-                "dtype=torch.float64, or observation_space= if these are categories."
+                f"would round; subtract a constant, such as the start from times{wider}, or pass "
+                "observation_space= if these are categories."
             )
 
     def _check(self, rows: Mapping[Key, NDArray[Any]], raw: Mapping[Key, NDArray[Any]]) -> None:

@@ -127,7 +127,7 @@ def _encoded(values: Any, space: spaces.Space[Any], dtype: torch.dtype) -> Any:
 
 
 def action_mask(info: Mapping[str, Any], space: spaces.Space[Any]) -> Tensor:
-    """Bools ``(n,)``: ``info["action_mask"]``, or the indices in ``info["admissible_actions"]``."""
+    """Bools ``(n,)``: ``info["action_mask"]``, or the actions in ``info["admissible_actions"]``."""
     if not isinstance(space, spaces.Discrete):
         raise ValueError(
             f"an action mask needs a Discrete action space, found {describe_space(space)}"
@@ -141,12 +141,18 @@ def action_mask(info: Mapping[str, Any], space: spaces.Space[Any]) -> Tensor:
             raise ValueError(f"an action mask must hold booleans (0 or 1), found {values}")
         mask = torch.as_tensor(given, dtype=torch.bool)
     elif "admissible_actions" in info:
+        allowed = np.asarray(list(info["admissible_actions"]), np.int64)
+        if wrong := [each for each in allowed.tolist() if not space.contains(each)]:
+            raise ValueError(
+                f"info['admissible_actions'] holds {wrong[0]}; expected actions of "
+                f"{describe_space(space)}"
+            )
         mask = torch.zeros(count, dtype=torch.bool)
-        mask[torch.as_tensor(list(info["admissible_actions"]), dtype=torch.int64)] = True
+        mask[torch.from_numpy(allowed - int(space.start))] = True
     else:
         raise ValueError(
             f"policy reads 'action_mask', but info holds only {sorted(info)}; it must hold "
-            f"'action_mask' ({count} booleans) or 'admissible_actions' (indices)"
+            f"'action_mask' ({count} booleans) or 'admissible_actions' (actions)"
         )
     if mask.shape != (count,) or not mask.any():
         raise ValueError(

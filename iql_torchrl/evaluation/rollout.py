@@ -58,7 +58,7 @@ def evaluate(
     space arrives nested, ``("observation", name)``; if the policy reads one of its names at
     the top level, all of them are at the top level (the layout of TorchRL's ``GymEnv``). A policy
     with ``action_mask`` among its ``in_keys`` gets that boolean mask from
-    ``info["action_mask"]``, or built from the indices in ``info["admissible_actions"]``. A policy
+    ``info["action_mask"]``, or built from the actions in ``info["admissible_actions"]``. A policy
     with a history (``networks.with_history``) gets windows of the last observations of each episode,
     padded and masked as those of ``dataset.windows``. Of a policy with chunks (``networks.with_chunk``)
     the first ``replan_every`` actions are executed before it is asked again, in each environment for

@@ -94,6 +94,16 @@ def read_datasets(
     return Episodes(train, discount), Episodes(held_out, discount)
 
 
+def check_all_terminate(**parts: Episodes) -> None:
+    """Raise ``ValueError`` where undiscounted values have no bound; ``parts``: by argument's name."""
+    for name, part in parts.items():
+        if cut := int(part.never_terminated.sum()):
+            raise ValueError(
+                f"discount is 1 and {cut} of {len(part)} episodes of {name} end without termination, "
+                "past which undiscounted values have no bound; choose a discount below 1."
+            )
+
+
 def return_range(*parts: Episodes) -> tuple[float, float]:
     """Smallest and largest return from any logged state.
 

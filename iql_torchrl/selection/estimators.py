@@ -27,7 +27,13 @@ from iql_torchrl.selection.candidates import (
     resolve_candidate,
     resolve_candidates,
 )
-from iql_torchrl.selection.episodes import Episodes, EpisodeScores, read_datasets, return_range
+from iql_torchrl.selection.episodes import (
+    Episodes,
+    EpisodeScores,
+    check_all_terminate,
+    read_datasets,
+    return_range,
+)
 
 LOG_PROB = "action_log_prob"
 ENOUGH, ENOUGH_SHARE = 100.0, 0.1  # effective episodes that long products of ratios must leave
@@ -282,7 +288,7 @@ def importance_sampling(
         behaviour: the behaviour policy: a key of its log-probabilities in the data
             (``"action_log_prob"``), or an ``Agent`` or actor that models it, such as behaviour cloning
             trained on other episodes.
-        discount: in [0, 1].
+        discount: in [0, 1]; with 1 every episode must terminate, or ``return_limits`` be given.
         deterministic: evaluate the most probable discrete action; continuous policies always sample.
         confidence: of each candidate's interval, in (0, 1).
         return_limits: smallest and largest possible return; None: :func:`episodes.return_range`.
@@ -295,6 +301,8 @@ def importance_sampling(
     """
     resolved = resolve_candidates(candidates)
     episodes, _ = read_datasets(dataset, dataset, discount)
+    if discount == 1 and return_limits is None:
+        check_all_terminate(dataset=episodes)
     logged = behaviour_log_prob(behaviour, dataset)
     limits = return_range(episodes) if return_limits is None else return_limits
     policies = [logged_log_prob(c, dataset, deterministic=deterministic).numpy() for c in resolved]

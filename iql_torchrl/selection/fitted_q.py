@@ -20,7 +20,12 @@ from iql_torchrl.selection.bounds import FloatArray
 from iql_torchrl.selection.candidates import resolve_candidates
 from iql_torchrl.selection.coverage import Coverage
 from iql_torchrl.selection.critics import TABLE_BYTES, Critics, Steps, network_scores
-from iql_torchrl.selection.episodes import Episodes, EpisodeScores, read_datasets, return_range
+from iql_torchrl.selection.episodes import (
+    EpisodeScores,
+    check_all_terminate,
+    read_datasets,
+    return_range,
+)
 from iql_torchrl.selection.estimators import exact_weights
 from iql_torchrl.selection.tabular import finite_states, table_scores
 
@@ -134,7 +139,7 @@ def fitted_q_evaluation(
         action_samples=action_samples, min_count=min_count,
     )  # fmt: skip
     if discount == 1:
-        _check_all_terminate(train=fit, held_out=fresh)
+        check_all_terminate(train=fit, held_out=fresh)
     if deterministic is None:
         deterministic = fit.continuous
     finite = None if model == "network" else finite_states(train, held_out)
@@ -174,12 +179,3 @@ def _check_settings(
         raise ValueError(f"lr is {lr}; expected a learning rate above 0.")
     if not 0 < polyak <= 1:
         raise ValueError(f"polyak is {polyak}; it must lie in (0, 1].")
-
-
-def _check_all_terminate(**parts: Episodes) -> None:
-    for name, part in parts.items():
-        if cut := int(part.never_terminated.sum()):
-            raise ValueError(
-                f"discount is 1 and {cut} of {len(part)} episodes of {name} end without termination, "
-                "past which undiscounted values have no bound; choose a discount below 1."
-            )

@@ -553,6 +553,26 @@ def test_the_error_names_what_cannot_be_exported(tmp_path, call, reason):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
+def test_pictures_of_16_bits(tmp_path, suffix):
+    """Depth; torch compares no integers without sign of more than 8 bits."""
+    seen = np.random.default_rng(0).integers(0, 60_000, (40, 4, 4)).astype(np.uint16)
+    space = spaces.Box(0, 65_534, (4, 4), np.uint16)
+    data = load_dataset(small_columns(observation=seen), observation_space=space)
+    agent = make_agent(config(), data)
+    for name in ("onnxscript", "onnxruntime") * (suffix == ".onnx"):
+        runtime = needs(name)
+    path = agent.export(tmp_path / f"policy{suffix}")
+    if suffix == ".onnx":
+        (action,) = runtime.InferenceSession(path).run(None, {"observation": seen})
+    else:
+        program = torch.export.load(path).module()
+        action = program(torch.from_numpy(seen)).numpy()
+        with pytest.raises(RuntimeError, match="observation"):
+            program(torch.full((1, 4, 4), 65_535, dtype=torch.uint16))
+    np.testing.assert_allclose(action, agent.act(seen), atol=1e-5)
+
+
 def test_actions_of_a_small_unit_are_compared_in_it(tmp_path):
     task = Task(spaces.Box(-9, 9, (2,)), spaces.Box(-1e-6, 1e-6, (2,)))
     noisy = actor_of(Pure(lambda _, x: 1e-7 * torch.rand_like(x)))

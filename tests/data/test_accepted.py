@@ -1,5 +1,7 @@
 """What is legitimate and was refused, or misread: read to values by hand, without warnings."""
 
+import json
+
 import gymnasium as gym
 import h5py
 import numpy as np
@@ -287,3 +289,95 @@ def test_rows_beyond_the_limit_are_not_checked():
     assert load_dataset([dataset(), short], limit=9).episode_lengths.tolist() == [6]
     # a mistyped path is an error anyway
     refused("no such file", [dataset(), "there/is/none.npz"], limit=12)
+
+
+WIDE = [2**63 + 5, 2**70, -(2**70)]
+
+
+@pytest.mark.parametrize("first_id", WIDE)
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "arrays"])
+def test_ids_of_more_than_63_bits_are_not_rounded(tmp_path, kind, first_id):
+    numbers = [first_id + row // 5 for row in range(20)]
+    rows = [
+        {
+            "episode": number,
+            "observation": row / 8,
+            "action": row % 2,
+            "reward": 1.0,
+            "terminated": False,
+        }
+        for row, number in enumerate(numbers)
+    ]
+    path = tmp_path / f"ids.{kind}"
+    if kind == "jsonl":
+        path.write_text("\n".join(map(json.dumps, rows)))
+    elif kind == "json":
+        path.write_text(json.dumps(rows))
+    elif kind == "csv":
+        lines = [",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows)]
+        path.write_text("\n".join(lines))
+    source = {key: [row[key] for row in rows] for key in rows[0]} if kind == "arrays" else path
+    assert load_dataset(source).episode_lengths.tolist() == [4, 4, 4, 4]
+
+
+@pytest.mark.parametrize("wrap", ["({}, {})", "({},{},)", "(np.float64({}), np.float64({}))"])
+def test_tuples_of_numbers_in_csv_are_vectors(tmp_path, wrap):
+    actions = dataset()["action"].astype(float)
+    frame = table(dataset(action=None)) | {
+        "action": np.array([f'"{wrap.format(*row)}"' for row in actions.tolist()])
+    }
+    lines = [",".join(map(str, row)) for row in zip(*frame.values(), strict=True)]
+    (tmp_path / "tuples.csv").write_text("\n".join([",".join(frame), *lines]))
+    found = load_dataset(tmp_path / "tuples.csv").transitions["action"]
+    np.testing.assert_allclose(found, actions, rtol=1e-6)
+
+
+def test_texts_in_brackets_are_categories(tmp_path):
+    lines = [f"{row / 8},({'ab'[row % 2]}),1.0,{row % 6 == 5}" for row in range(18)]
+    (tmp_path / "t.csv").write_text("\n".join(["observation,action,reward,terminated", *lines]))
+    data = load_dataset(tmp_path / "t.csv", columns={"truncated": None})
+    assert data.action_space == gym.spaces.Discrete(2)
+
+
+def test_lists_of_tensors_dates_of_episodes_and_text_of_numpy_2():
+    rows = dataset()["observation"]
+    halves = [torch.from_numpy(row).bfloat16() for row in rows]
+    found = load_dataset(dataset(observation=halves)).transitions["observation"]
+    assert torch.equal(found, torch.stack(halves).float())
+    rewards = [torch.tensor(1.0, requires_grad=True)] * ROWS
+    assert load_dataset(dataset(reward=rewards)).episode_returns.tolist() == [6.0] * 10
+    days = np.datetime64("2024-02-28") + np.arange(ROWS) // 4
+    by_day = load_dataset(dataset(terminated=np.zeros(ROWS, bool), truncated=None, episode=days))
+    assert by_day.episode_lengths.tolist() == [3] * 15
+    texts = np.array(["a", "b"] * (ROWS // 2), np.dtypes.StringDType())
+    assert load_dataset(dataset(action=texts)).action_space == gym.spaces.Discrete(2)
+
+
+def test_probabilities_that_float32_rounds_above_one():
+    above = np.nextafter(np.float32(1), np.float32(2))
+    actions = np.arange(ROWS) % 2
+    data = load_dataset(dataset(action=actions, action_prob=np.full(ROWS, above)))
+    assert (data.transitions["action_log_prob"] == 0).all()
+    assert len(load_dataset(dataset(action=actions, action_log_prob=np.full(ROWS, 1.2e-7)))) == ROWS
+    refused("is 1.00001, and outside", dataset(action=actions, action_prob=np.full(ROWS, 1.00001)))
+
+
+def test_probabilities_can_be_left_out_by_either_name():
+    actions = np.arange(ROWS) % 2
+    parts = [dataset(action=actions, action_prob=np.full(ROWS, 0.5)), dataset(action=actions)]
+    refused("leave it out with columns={'action_log_prob': None}", parts)
+    for name in ("action_log_prob", "action_prob"):
+        data = load_dataset(parts, columns={name: None})
+        assert "action_log_prob" not in set(data.transitions.keys())
+
+
+def test_columns_of_pandas_of_several_levels_and_of_intervals():
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame(table(dataset()))
+    expected = load_dataset(frame)
+    frame["age_group"] = pandas.cut(frame["reward"], 3)
+    months = pandas.period_range("2024-01", periods=ROWS, freq="M")
+    frame["month"] = pandas.Categorical(months)
+    frame.columns = pandas.MultiIndex.from_tuples([(name, "") for name in frame.columns])
+    assert (load_dataset(frame).transitions == expected.transitions).all()
+    refused("age_group|interval", frame, columns={"episode": "age_group"})

@@ -2,6 +2,7 @@
 
 import sys
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -22,7 +23,7 @@ from small_logs import UNEQUAL as LENGTHS
 
 from iql_torchrl.data import load_dataset
 
-pa = needs("pyarrow")
+pa, pq = needs("pyarrow"), needs("pyarrow.parquet")
 
 DONES = {"terminated": "dones"}
 PICTURES = (np.arange(11 * 4 * 5 * 3) % 251).astype(np.uint8).reshape(11, 4, 5, 3)
@@ -46,10 +47,10 @@ def check(dataset, key=("observation",)):
     assert_counted(dataset, LENGTHS, [1], key)
 
 
-def rows_of(path):
+def rows_of(*paths, folder=None):
     from iql_torchrl.data.readers.parquet import parquet_rows
 
-    return parquet_rows("log", [path])
+    return parquet_rows("log", paths, folder)
 
 
 def columns_of(path):
@@ -219,7 +220,7 @@ def test_damaged_and_different_files_are_named(tmp_path):
     refused("a folder of Parquet files, of LeRobot", tmp_path / "empty")
     for name, other, words in (
         ("a", step_table(), ""),
-        ("b", step_table(reward=[1] * 11), "b.parquet: |differ| in reward: int64, double before"),
+        ("b", step_table(reward=[True] * 11), "b.parquet: |differ| in reward: bool, double before"),
         ("b", step_table(reward=None), "b.parquet: its columns differ| in reward"),
     ):
         save(tmp_path / "two" / f"{name}.parquet", other)
@@ -238,8 +239,45 @@ def test_columns_in_names_of_folders_are_read(tmp_path):
     dataset = load_dataset(tmp_path / "log")
     assert dataset.episode_lengths.tolist() == [2, 3, 4]
     assert dataset.transitions["observation"].numpy().tolist() == data["observation"].tolist()
+    for name in ("._part-0.parquet", "_temporary/part-1.parquet"):  # which other readers leave out
+        hidden = tmp_path / "log" / "episode=9" / name
+        hidden.parent.mkdir(exist_ok=True)
+        hidden.write_bytes(b"PAR1")
+    assert len(load_dataset(tmp_path / "log")) == 9
+    late = {key: list(values[number == 11]) for key, values in data.items()} | {"time": [0.0] * 4}
+    save_parquet(tmp_path / "log" / "episode=11" / "part-0.parquet", late)
+    refused("part-0.parquet: |differ| in time: double, missing before", tmp_path / "log")
     (tmp_path / "log" / "episode=10" / "part-0.parquet").write_bytes(b"PAR1")
     refused("not a complete Parquet file", tmp_path / "log")
+
+
+@pytest.mark.parametrize("values", ["run a", "007"])
+def test_text_in_names_of_folders_is_text(tmp_path, values):
+    folder = tmp_path / "log" / f"episode={values.replace(' ', '%20')}"
+    save_parquet(folder / "part-0.parquet", {k: list(v) for k, v in counted(2).items()})
+    save_parquet(
+        tmp_path / "log" / "episode=x" / "a.parquet", {k: list(v) for k, v in counted(3).items()}
+    )
+    files = sorted((tmp_path / "log").rglob("*.parquet"))
+    rows = rows_of(*files, folder=tmp_path / "log")
+    assert rows.read("episode", 0, 5).to_pylist() == [values] * 2 + ["x"] * 3
+    assert sorted(load_dataset(tmp_path / "log").episode_lengths) == [2, 3]
+
+
+@pytest.mark.parametrize("parquet", [False, True])
+def test_tensors_of_arrow_keep_their_shape(tmp_path, parquet):
+    pictures = np.random.default_rng(0).integers(0, 256, (11, 4, 5, 3), np.uint8)
+    for stored in (pictures, pictures.transpose(0, 2, 1, 3)):  # the second is stored permuted
+        table = step_table()
+        del table["observation"]
+        columns = {key: pa.array(values) for key, values in table.items()}
+        columns["observation"] = pa.FixedShapeTensorArray.from_numpy_ndarray(stored)
+        source = pa.table(columns)
+        if parquet:
+            pq.write_table(source, source := tmp_path / "tensors.parquet")
+        dataset = load_dataset(source)
+        assert dataset.observation_space == gym.spaces.Box(0, 255, stored.shape[1:], np.uint8)
+        assert dataset.transitions["observation"].numpy().tolist() == stored[KEPT].tolist()
 
 
 @pytest.mark.parametrize(
@@ -287,7 +325,7 @@ def parts(folder, **columns):
 
 
 def test_files_of_other_types_are_one_table_where_nothing_is_lost(tmp_path):
-    """Types of another size are cast to the wider one; other differences matter if they are used."""
+    """Types are cast to the one that has all values; other differences matter if they are used."""
     wide, single = pa.list_(pa.float64()), pa.list_(pa.float32(), 2)
     folder = parts(
         tmp_path / "a",
@@ -301,10 +339,11 @@ def test_files_of_other_types_are_one_table_where_nothing_is_lost(tmp_path):
     for name, kinds in (("note", "int64, string before"), ("extra", "missing, int8 before"),
                         ("late", "int8, missing before")):  # fmt: skip
         refused(f"1.parquet: |differ| in {name}: {kinds}", folder, columns={"episode": name})
-    refused(
-        "1.parquet: its columns differ from those of 0.parquet in reward: int64, double before",
-        parts(tmp_path / "b", reward=(pa.float64(), pa.int64())),
-    )
+    check(load_dataset(parts(tmp_path / "b", episode_index=(pa.float64(), pa.int64()))))
+    table = pq.read_table(tmp_path / "b" / "1.parquet").drop_columns("reward")
+    wide = pa.array([2**53 + 1] * table.num_rows)  # no float64
+    pq.write_table(table.append_column("reward", wide), tmp_path / "b" / "1.parquet")
+    refused("b: reward: has values that are no double|cast the column", tmp_path / "b")
     folder = parts(tmp_path / "c", reward=(None, pa.float64()))
     refused("1.parquet: |in reward: double, missing before", folder)
 

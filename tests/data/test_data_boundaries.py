@@ -398,3 +398,18 @@ def test_real_files_without_or_with_misplaced_flags_are_reported():
     report("24 of the 25 rows flagged truncated", data | {"terminals": none})
     data["terminals"] = data.pop("timeouts")
     report("24 of the 25 rows flagged terminated", data, columns={"truncated": None})
+
+
+def test_rows_against_the_order_of_time_are_refused():
+    data = {"observation": np.arange(40.0), "action": np.zeros(40), "reward": np.ones(40)}
+    data |= {
+        "terminated": np.zeros(40, bool),
+        "episode": np.arange(40) // 10,
+        "time": np.arange(40.0),
+    }
+    assert load_dataset(data).episode_lengths.tolist() == [9, 9, 9, 9]
+    backwards = {name: column[::-1] for name, column in data.items()}
+    refused(
+        "goes back inside episodes, after 36 of 40 rows, first at row 0|sort them by", backwards
+    )
+    assert len(load_dataset(backwards, columns={"time": None})) == 36

@@ -266,3 +266,16 @@ def test_streams_are_refused():
             raise RuntimeError("has no length")
 
     refused("Stream: has no length |download=True", Stream(4))
+
+
+def test_the_default_storage_of_a_buffer_is_read():
+    """ListStorage, which returns lists of TensorDicts."""
+    buffer = TensorDictReplayBuffer(batch_size=4)
+    rows = TensorDict({"observation": torch.arange(6.0)[:, None], "action": torch.zeros(6, 1)}, [6])
+    flags = torch.tensor([0, 0, 1, 0, 0, 1], dtype=torch.bool)[:, None]
+    following = {"observation": rows["observation"] + 1, "reward": torch.ones(6, 1)}
+    rows["next"] = TensorDict(following | {"terminated": flags, "done": flags}, [6])
+    buffer.extend(rows)
+    assert first(load_dataset(buffer), "observation") == [0, 1, 2, 3, 4, 5]
+    buffer.extend(TensorDict({"observation": torch.zeros(2, 2)}, [2]))
+    refused("ListStorage: its rows cannot be stacked|expected the same entries", buffer)

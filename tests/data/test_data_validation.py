@@ -241,7 +241,7 @@ def test_states_that_occur_as_next_observations_only_are_in_the_guessed_space():
     ("times", "apart"),
     [
         (1.7e9 + 2.0 * ROWS, "128"),  # Unix seconds: every 64th would be another number
-        (-1.7e9 - 0.01 * ROWS, "128"),
+        (-1.7e9 + 0.01 * ROWS, "128"),
         (2.0**24 + ROWS, "2"),
         (1.7e9 + 3600.0 * ROWS, None),  # 28 units of rounding
         (2.0 * ROWS, None),
@@ -367,3 +367,15 @@ def test_what_newcomers_try_first_names_the_way_out():
     refused(
         words, single, observation_space=gym.spaces.Box(-np.inf, np.inf, (3,)), action_space=BOX
     )
+
+
+def test_integers_that_float64_rounds_are_refused():
+    wide = 1_700_000_000_000_000_000 + 100 * ROWS
+    options = {"columns": {"next_observation": None}, "dtype": torch.float64}
+    words = (
+        "observation has the integer 17|torch.float64 would round|from times, or pass observation_"
+    )
+    refused(words, table() | {"observation": wide}, **options)
+    even = 2**53 + 2 * ROWS  # exact
+    found = load_dataset(table() | {"observation": even}, **options)
+    assert set(found.transitions["observation"].long().flatten().tolist()) < set(even.tolist())

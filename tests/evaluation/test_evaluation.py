@@ -15,6 +15,7 @@ from torch.distributions import Categorical
 from torchrl.envs.utils import exploration_type
 from torchrl.modules import MaskedCategorical, NormalParamExtractor, ProbabilisticActor, TanhNormal
 
+from iql_torchrl.evaluation.policy_input import action_mask
 from iql_torchrl.evaluation.rollout import evaluate
 from iql_torchrl.evaluation.statistics import bootstrap_interval, wilson_interval
 
@@ -214,6 +215,7 @@ def masked_policy():
     [
         ({"action_mask": np.array([1, 0, 1, 0], dtype=np.int8)}, None),
         ({"admissible_actions": [0, 2]}, None),
+        ({"admissible_actions": [0, 4]}, r"holds 4; expected actions of Discrete\(4\)"),
         ({}, "info holds only"),
         ({"action_mask": [0, 0, 0, 0]}, "at least one of them true"),
         ({"action_mask": [1, 1]}, "4 booleans"),
@@ -224,6 +226,14 @@ def test_action_mask_comes_from_info(info, message):
     with nullcontext() if message is None else pytest.raises(ValueError, match=message):
         evaluate(masked_policy(), make, episodes=3, num_envs=2, seed=1)
     assert {action for env in Seeded.opened for action in env.actions} == {2} - {message and 2}
+
+
+def test_admissible_actions_count_from_the_start_of_the_space():
+    space = spaces.Discrete(3, start=-1)
+    mask = action_mask({"admissible_actions": [-1, 1]}, space)
+    assert mask.tolist() == [True, False, True]
+    with pytest.raises(ValueError, match="holds 2; expected actions of"):
+        action_mask({"admissible_actions": [2]}, space)
 
 
 # ---- what the environment gets -------------------------------------------------------------

@@ -281,3 +281,14 @@ def test_what_cannot_be_is_refused():
     exact = box_agent(policy="deterministic")
     with pytest.raises(ValueError, match="'exact', a ProbabilisticActor, has no density"):
         run(box_agent(), who={"exact": exact}, data=data)
+
+
+def test_undiscounted_values_need_terminations_or_limits():
+    cut = two_steps(truncated=True)
+    with pytest.raises(
+        ValueError, match="discount is 1 and 1 of 3 episodes of dataset end without"
+    ):
+        evaluated(LIKELY, cut, 1.0)
+    result = evaluated(LIKELY, cut, 1.0, return_limits=(0.0, 5.0))
+    assert 0 <= result.low[0] <= result.values[0] <= result.high[0] <= 5
+    assert evaluated(LIKELY, two_steps(), 1.0).values[0] > 0

@@ -445,10 +445,16 @@ def array_of(value: Any, name: str) -> NDArray[Any]:
             f"{name}: {count} of {value.size} values are masked; expected numbers: leave those rows "
             "out, or fill the values."
         )
+    if isinstance(value, list | tuple) and any(isinstance(row, torch.Tensor) for row in value):
+        value = [array_of(row, name) if isinstance(row, torch.Tensor) else row for row in value]
     try:
-        return np.asarray(value)
+        array = np.asarray(value)
     except ValueError:
         return np.full(len(value), None, object)
+    is_wide = array.dtype == object and all(type(each) is int for each in array.flat)
+    # NumPy 2's text of any length; integers of more than 64 bits, which are ids
+    is_text = array.dtype.kind == "T" or (is_wide and array.size)
+    return np.array(list(map(str, array.flat))).reshape(array.shape) if is_text else array
 
 
 def text_seconds(texts: Sequence[str]) -> NDArray[np.float64] | None:

@@ -88,6 +88,9 @@ def _leaves(
     table: ArrowRows, column: str, kind: Any, path: tuple[str, ...] = (), listed: bool = False
 ) -> Iterator[_Leaf]:
     """The kinds of values in a column of an Arrow type."""
+    if isinstance(kind, pa.FixedShapeTensorType):
+        yield _Leaf(table, column, path, kind.value_type, listed)
+        return
     kind = getattr(kind, "storage_type", kind)  # of an extension, such as ``datasets.Array2D``
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
@@ -98,6 +101,12 @@ def _leaves(
             yield from _leaves(table, column, each.type, (*path, each.name), listed)
     else:
         yield _Leaf(table, column, path, kind, listed)
+
+
+def _stored(array: Any) -> Any:
+    """The storage of an array of an extension type, other than tensors, whose shape it lacks."""
+    is_tensor = isinstance(array.type, pa.FixedShapeTensorType)
+    return array if is_tensor else getattr(array, "storage", array)
 
 
 def _is_time(kind: Any) -> bool:
@@ -156,7 +165,7 @@ class _Leaf:
             return np.dtype(np.uint8)
         if _is_time(self.kind) or pa.types.is_decimal(self.kind):
             return np.dtype(np.float64)
-        with suppress(NotImplementedError):
+        with suppress(NotImplementedError, TypeError):  # TypeError: intervals and periods of pandas
             return np.dtype(self.kind.to_pandas_dtype())
         return np.dtype(object)
 
@@ -166,7 +175,7 @@ class _Leaf:
         array = chunks.combine_chunks() if isinstance(chunks, pa.ChunkedArray) else chunks
         while path and pa.types.is_struct(array.type):
             array, path = pc.struct_field(array, path[0]), path[1:]
-        return getattr(array, "storage", array), path
+        return _stored(array), path
 
     def lengths(self) -> NDArray[np.int64] | None:
         """Lengths of the rows' lists, 0 for an empty one; None for a column of single values."""
@@ -193,7 +202,11 @@ class _Leaf:
         Pictures (PNG, JPEG, ... as bytes, or paths below the table's folder) become uint8 ``(height,
         width)`` or ``(height, width, channels)``. ``row``: from a place in the array to its number.
         """
-        array = getattr(array, "storage", array)
+        array = _stored(array)
+        if isinstance(array.type, pa.FixedShapeTensorType):
+            flat = self._lists(array.storage, path, row)
+            order = array.type.permutation or range(len(array.type.shape))
+            return flat.reshape(len(flat), *array.type.shape).transpose(0, *(1 + np.argsort(order)))
         if path and pa.types.is_struct(array.type):
             return self.values(pc.struct_field(array, path[0]), path[1:], row)
         if _is_picture(array.type):

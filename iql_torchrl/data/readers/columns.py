@@ -31,6 +31,8 @@ GROUPS = ("observation", "next_observation")
 OF_NEXT = ("reward", "next_observation", "next_action_mask")
 #: Keys of columns of 0 and 1.
 FLAGS = ("terminated", "not_terminated", "truncated", "trajectory_end", "valid")
+#: Probabilities in float32 may exceed 1 by so much.
+ROUNDING = 1e-6
 #: Keys of columns of names or numbers that say which rows belong together.
 IDS = ("episode", "env_index")
 #: Keys whose columns may be text.
@@ -112,6 +114,8 @@ def _entries(source: Columns, paths: Mapping[str, str]) -> tuple[dict[str, Colum
                 continue
             if key in IDS and isinstance(column, ComputedColumn) and column.ids is not None:
                 column = column.ids
+            if key in IDS and np.dtype(column.dtype).kind in "mM":  # such as a day for each episode
+                column = np.asarray(column[:]).astype(str)
             if key in TEXTS:
                 column = _decoded(column)
             rows = _checked_rows(f"{source.name}: {'/'.join((key, *rest))}", column, rows, key)
@@ -171,6 +175,8 @@ def _paths(source: Columns, options: Mapping[str, str | None]) -> dict[str, str]
                 f"{mapping['not_terminated']!r}; one is the opposite of the other: name one of them."
             )
         mapping.setdefault("not_terminated", None)
+    if mapping.get("action_log_prob", "") is None:  # which probabilities would give
+        mapping.setdefault("action_prob", None)
     paths = {key: _find(source, mapping, key) for key in NAMES if key != "terminated"}
     if paths["not_terminated"] or (paths["valid"] and "terminated" not in mapping):
         # Columns that could mean either end trajectories, they do not terminate.
@@ -384,11 +390,12 @@ def log_probabilities(named: Columns, rows: NDArray[np.int64]) -> Columns:
     if prob is not None and "action_log_prob" not in columns:
         values = np.ones(len(prob[:]))
         values[rows] = np.asarray(prob[:], np.float64).reshape(-1)[rows]
+        values[(values > 1) & (values <= 1 + ROUNDING)] = 1.0
         if (wrong := (values <= 0) | (values > 1)).any():
             raise DatasetError(
-                f"{named.name}: action_prob ({named.paths['action_prob']!r}) is {values[wrong][0]:g}, "
-                f"and outside (0, 1] in {named.place_of(wrong)}; expected the behaviour policy's "
-                "probability of the row's action."
+                f"{named.name}: action_prob ({named.paths['action_prob']!r}) is "
+                f"{values[wrong][0]:.9g}, and outside (0, 1] in {named.place_of(wrong)}; expected the "
+                "behaviour policy's probability of the row's action."
             )
         columns["action_log_prob"] = np.log(values)
     if (log_prob := columns.get("action_log_prob")) is not None:
@@ -400,7 +407,7 @@ def log_probabilities(named: Columns, rows: NDArray[np.int64]) -> Columns:
                 f"{named.name}: action_log_prob is NaN in {missing} of {len(values)} rows; the column "
                 "is left out.",
             )
-        elif np.dtype(columns["action"].dtype).kind in "iuUO" and (values > 0).any():
+        elif np.dtype(columns["action"].dtype).kind in "iuUO" and (values > ROUNDING).any():
             raise DatasetError(
                 f"{named.name}: action_log_prob is {values.max():g} at row "
                 f"{int(rows[values.argmax()])}, more than 0, and the actions are discrete; expected "

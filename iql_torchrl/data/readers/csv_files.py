@@ -33,6 +33,9 @@ DECIMAL_COMMA = re.compile(rb'[;"\n\r] *[-+]?\d*,\d+(e[-+]?\d+)? *[;"\n\r]', re.
 COMMA_OF_TABS = re.compile(rb'[\t"\n\r] *[-+]?\d*,(\d\d?|\d{4,}) *[\t"\n\r]')
 DOT_OF_TABS = re.compile(rb'[\t"\n\r] *[-+]?[\d,]*\.\d+ *[\t"\n\r]')
 LIST = re.compile(r"\[[^\[\]]*\]")
+#: A tuple of numbers, as Python writes it, also of NumPy's.
+NUMPY_NUMBER = re.compile(r"np\.\w+\(([^()]*)\)")
+TUPLE = re.compile(r"\(([-+.\deE]+, ?)+([-+.\deE]+)?\)")
 #: pyarrow reads integers of more than 64 bits as floats, at least of this size.
 LARGE = 2.0**63
 #: Texts up to this length are stored in one size for all of a column.
@@ -182,7 +185,11 @@ def _column(cells: list[str], subject: str, comma: bool) -> Column:
             numbers[known] = values
             values = numbers
         rows = values[inverse]
-        if rows.dtype.kind == "f" and known.all() and all(map(str.isdecimal, texts)):
+        if (
+            rows.dtype.kind == "f"
+            and known.all()
+            and all(text.lstrip("-").isdecimal() for text in texts)
+        ):
             return ComputedColumn(
                 rows.shape, rows.dtype, rows.__getitem__, np.array(texts)[inverse]
             )
@@ -205,6 +212,9 @@ def _values(texts: list[str], comma: bool) -> NDArray[Any]:
     """Booleans, integers, floats ``(N,)`` or ``(N, k)``, or the texts as they are."""
     if texts and all(text.lower() in BOOLEANS for text in texts):
         return np.array([text.lower() == "true" for text in texts])
+    plain = [NUMPY_NUMBER.sub(r"\1", text) for text in texts] if texts else []
+    if plain and all(map(TUPLE.fullmatch, plain)):
+        texts = [text.replace("(", "[").replace(",)", "]").replace(")", "]") for text in plain]
     if texts and all(map(LIST.fullmatch, texts)):
         rows = [re.split(r"[,\s]+", text[1:-1].strip()) for text in texts]
         if len({len(row) for row in rows}) == 1:

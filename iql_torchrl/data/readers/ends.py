@@ -48,6 +48,8 @@ def read_flags(columns: Columns) -> dict[str, Flags]:
 def time_gaps(columns: Columns, inside: Flags) -> tuple[Flags, list[str]]:
     """Rows after which ``time`` has a gap or goes back inside episodes, ``(rows,)``; and notes.
 
+    Raises ``DatasetError`` where it goes back after most rows.
+
     A gap is a step of more than 1.5 usual (median) ones where most steps are equal, and of more than
     20 where they are not. ``inside``: rows that do not end an episode.
     """
@@ -70,6 +72,12 @@ def time_gaps(columns: Columns, inside: Flags) -> tuple[Flags, list[str]]:
         )
     step, inside, notes = np.append(np.diff(times), 0), inside.copy(), list[str]()
     inside[-1] = False
+    if 2 * int((backwards := inside & (step < 0)).sum()) > int((inside & (step != 0)).sum()):
+        raise DatasetError(
+            f"{columns.name}: {subject} goes back inside episodes, after "
+            f"{columns.place_of(backwards)}; expected rows in the order of time: sort them by episode "
+            "and time, or pass columns={'time': None} if the column is no time of the step."
+        )
     if not (usual := step[inside & (step > 0)]).size:
         return np.zeros_like(inside), []
     middle = float(np.median(usual))

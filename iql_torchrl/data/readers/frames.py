@@ -85,7 +85,9 @@ def open_cells(
         try:
             try:
                 arrays[key] = pa.array(cells)
-            except (pa.ArrowException, TypeError, ValueError, OverflowError):
+            except OverflowError:  # integers of more than 64 bits, which are ids
+                arrays[key] = pa.array([str(cell) if type(cell) is int else cell for cell in cells])
+            except (pa.ArrowException, TypeError, ValueError):
                 arrays[key] = _lists_of_arrays(list(cells))
         except (pa.ArrowException, TypeError, ValueError, OverflowError, IndexError) as error:
             unreadable[key] = (
@@ -118,7 +120,8 @@ def _series(frame: Any) -> dict[str, Any]:
     """The columns of a DataFrame by name; levels of names are joined by ``/``."""
     if any(name is not None for name in frame.index.names):
         frame = frame.reset_index(allow_duplicates=True)
-    names = ["/".join(map(str, n)) if isinstance(n, tuple) else str(n) for n in frame.columns]
+    levels = [n if isinstance(n, tuple) else (n,) for n in frame.columns]
+    names = ["/".join(str(level) for level in each if level != "") for each in levels]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise DatasetError(
             f"DataFrame: the column {twice[0]!r} occurs twice; remove or rename one of them."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,8 @@ from iql_torchrl.data.readers.frames import open_cells, open_table
 from iql_torchrl.data.readers.options import ReadOptions
 from iql_torchrl.data.schema import DatasetError
 
+#: Integers that pyarrow may read as floats, which makes different ids equal.
+WIDE_INTEGER = re.compile(rb"(?<![\d.\"])-?\d{19,}(?![\d.eE])")
 #: About how many bytes pyarrow reads together; no object may be larger.
 BLOCK_BYTES = 2**24
 LINES = (".jsonl", ".ndjson")
@@ -40,7 +43,8 @@ def open_json(path: Path, options: ReadOptions) -> Columns:
         lines = False
     if lines:
         _check_batch(path, first)
-        columns = _read_by_arrow(path.name, data, options.named)
+        wide = WIDE_INTEGER.search(data)
+        columns = None if wide else _read_by_arrow(path.name, data, options.named)
         if columns is not None:
             return columns
         texts = enumerate(data.decode(errors="replace").split("\n"), 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import urllib.parse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -28,9 +29,11 @@ SPLITS = ("train", "test", "validation", "valid", "val", "dev")
 def parquet_files(folder: Path) -> list[Path]:
     """All Parquet files below ``folder``, in the order of the numbers in their paths.
 
+    Files and folders whose names begin with ``.`` or ``_`` are left out, as by other readers.
     Raises ``DatasetError`` where their names tell several splits, such as ``train-00000-of-00002``.
     """
-    found = [path for path in folder.rglob("*.parquet") if path.is_file()]
+    every = [path for path in folder.rglob("*.parquet") if path.is_file()]
+    found = [p for p in every if not any(n[0] in "._" for n in p.relative_to(folder).parts)]
     relative = [path.relative_to(folder).as_posix() for path in found]
     order = [(list(map(int, re.findall(r"\d+", name))), name) for name in relative]
     files = [path for _, path in sorted(zip(order, found, strict=True))]
@@ -44,13 +47,21 @@ def parquet_files(folder: Path) -> list[Path]:
     return files
 
 
-def hive_table(files: Sequence[Path], folder: Path) -> Any:
-    """A table in memory of files whose folders name columns, such as ``episode=3/part-0.parquet``."""
-    dataset = package("pyarrow.dataset", "a Parquet file")
-    with reading(folder, *DAMAGED):
-        names = list(map(str, files))
-        found = dataset.dataset(names, partitioning="hive", partition_base_dir=str(folder))
-        return found.to_table()
+def _folder_columns(files: Sequence[Path], folder: Path | None) -> dict[str, list[Any]]:
+    """One value a file of the columns that folders name, such as ``episode=3/part-0.parquet``."""
+    columns: dict[str, list[Any]] = {}
+    for place, path in enumerate(files if folder else ()):
+        for part in path.relative_to(folder or path).parts[:-1]:
+            name, is_column, value = part.partition("=")
+            if is_column:
+                values = columns.setdefault(name, [None] * len(files))
+                values[place] = urllib.parse.unquote(value)
+    for name, values in columns.items():
+        if all(
+            value is not None and re.fullmatch(r"-?(0|[1-9]\d{0,17})", value) for value in values
+        ):
+            columns[name] = list(map(int, values))
+    return columns
 
 
 def parquet_rows(name: str, files: Sequence[Path], folder: Path | None = None) -> ArrowRows:
@@ -58,8 +69,9 @@ def parquet_rows(name: str, files: Sequence[Path], folder: Path | None = None) -
 
     A column is read forwards in batches of rows of about 8 MB, so that neither a file nor one of its
     row groups need fit into memory. Types that differ in their size alone, such as int32 and int64, are
-    cast to the wider one. ``unreadable`` says which columns differ more, or are missing in some files.
-    Raises ``DatasetError`` naming a damaged file.
+    cast to the wider one, and integers to floats. ``unreadable`` says which columns differ more, or are
+    missing in some files. Names of folders such as ``episode=3`` are columns, unless the files have
+    these. Raises ``DatasetError`` naming a damaged file.
     """
     groups: dict[Path, list[int]] = {}  # rows of the row groups of each file
     types, unreadable = dict[str, Any](), dict[str, str]()
@@ -72,7 +84,7 @@ def parquet_rows(name: str, files: Sequence[Path], folder: Path | None = None) -
             kind, other = types.get(column), found.get(column)
             if (wider := _wider(kind, other)) is None and column not in unreadable:
                 unreadable[column] = (
-                    f"{path}: its columns differ from those of {files[0].name} in {column}: "
+                    f"{path}: its columns differ from those of {files[0]} in {column}: "
                     f"{other or 'missing'}, {kind or 'missing'} before; expected a column of one "
                     "type in all files: cast it, or load the files one by one."
                 )
@@ -80,23 +92,35 @@ def parquet_rows(name: str, files: Sequence[Path], folder: Path | None = None) -
         types = types if groups else found
         numbers = range(metadata.num_row_groups)
         groups[path] = [metadata.row_group(number).num_rows for number in numbers]
+    named = _folder_columns(files, folder)
+    counts = [sum(rows) for rows in groups.values()]
+    constants = {
+        name: pa.chunked_array([pa.repeat(v, n) for v, n in zip(values, counts, strict=True)])
+        for name, values in named.items()
+        if name not in types
+    }
     #: By column: the row read last from, what is decoded from there on, and the batches after that.
     decoded: dict[str, tuple[int, list[Any], Iterator[Any]]] = {}
     opened = lru_cache(OPEN_FILES)(_open)
 
     def read(column: str, start: int, stop: int) -> Any:
+        if column in constants:
+            return constants[column][start:stop]
         kind = types[column]
         first, arrays, batches = decoded.get(column, (start + 1, [], iter(())))
         if not first <= start <= first + sum(map(len, arrays)):
             first, arrays, batches = start, [], _batches(groups, opened, column, start)
         while first + sum(map(len, arrays)) < stop:
-            arrays.append(next(batches).cast(kind))
+            with reading(f"{name}: {column}", f"has values that are no {kind}", pa.ArrowException,
+                         remedy="cast the column to one type in all files"):  # fmt: skip
+                arrays.append(next(batches).cast(kind))
         values = pa.chunked_array(arrays, kind)[start - first :]
         decoded[column] = (start, values.chunks, batches)
         return values[: stop - start]
 
-    schema = pa.schema([(c, t) for c, t in types.items() if c not in unreadable])
-    return ArrowRows(name, schema, sum(map(sum, groups.values())), read, folder, unreadable)
+    kinds = types | {column: values.type for column, values in constants.items()}
+    schema = pa.schema([(c, t) for c, t in kinds.items() if c not in unreadable])
+    return ArrowRows(name, schema, sum(counts), read, folder, unreadable)
 
 
 def _wider(first: Any, second: Any) -> Any:
@@ -111,6 +135,12 @@ def _wider(first: Any, second: Any) -> Any:
     kinds = [pa.types.is_floating, pa.types.is_signed_integer, pa.types.is_unsigned_integer]
     if any(same(first) and same(second) for same in kinds):
         return first if first.bit_width > second.bit_width else second
+    numbers = [pa.types.is_floating(kind) or pa.types.is_integer(kind) for kind in (first, second)]
+    if all(numbers) and any(pa.types.is_floating(kind) for kind in (first, second)):
+        return pa.float64()
+    times = all(pa.types.is_timestamp(kind) for kind in (first, second))
+    if times and first.tz == second.tz:
+        return max(first, second, key=lambda kind: ("s", "ms", "us", "ns").index(kind.unit))
     return None
 
 

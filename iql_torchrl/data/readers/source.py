@@ -256,7 +256,7 @@ def is_table_path(source: str | Path) -> bool:
 def _open_arrow(path: Path, options: ReadOptions) -> Columns:
     """The columns of a Parquet file, or of a folder of LeRobot, ``save_to_disk`` or Parquet files."""
     from iql_torchrl.data.readers.arrow import arrow_columns
-    from iql_torchrl.data.readers.parquet import hive_table, parquet_files, parquet_rows
+    from iql_torchrl.data.readers.parquet import parquet_files, parquet_rows
 
     if frames.is_saved_dataset(path):
         return frames.open_datasets(path, options.named)
@@ -265,8 +265,6 @@ def _open_arrow(path: Path, options: ReadOptions) -> Columns:
 
         return open_lerobot(path, options)
     files, folder = ([path], path.parent) if path.is_file() else (parquet_files(path), path)
-    if any("=" in part for file in files for part in file.relative_to(folder).parts[:-1]):
-        return frames.open_table(path.name, hive_table(files, folder), options.named)
     table = parquet_rows(path.name, files, folder)
     return Columns(path.name, arrow_columns(table, options.named))
 

@@ -173,6 +173,14 @@ def columns_of_tensordict(source: TensorDictBase | ReplayBuffer | Storage) -> di
     return columns
 
 
+def _stacked(rows: list[TensorDictBase]) -> TensorDictBase:
+    remedy = "expected the same entries, of the same shapes, in every row"
+    with reading(
+        "ListStorage", "its rows cannot be stacked", RuntimeError, KeyError, remedy=remedy
+    ):
+        return torch.stack(rows, 0)
+
+
 def _tensordict(source: TensorDictBase | ReplayBuffer | Storage) -> TensorDictBase:
     if isinstance(source, ReplayBuffer):
         source = source.storage
@@ -186,6 +194,8 @@ def _tensordict(source: TensorDictBase | ReplayBuffer | Storage) -> TensorDictBa
         if not rows:
             raise DatasetError("the replay buffer is empty; expected at least one transition.")
         source = source.get(slice(0, rows))
+        if isinstance(source, list) and all(isinstance(row, TensorDictBase) for row in source):
+            source = _stacked(source)  # of a ListStorage
     if not isinstance(source, TensorDictBase):
         raise DatasetError(
             f"the storage has {type(source).__name__} values; expected TensorDicts of transitions."
