@@ -68,7 +68,9 @@ class IQLPopulation:
     ``configs`` are those of this rank's runs, which ``member``, ``evaluate`` and events count from 0;
     ``all_configs`` are all. ``ranks.gather(population.evaluate(...))`` and :meth:`joined` give rank 0
     everything. A run's weights equal those of one process up to the rounding of matrix products for
-    other numbers of runs. Random tensors of updates come from the sampler's generator.
+    other numbers of runs. Random tensors of updates come from the sampler's generator, except those of
+    dropout, which torch's default generator draws: with ``dropout`` a loaded population continues with
+    other ones.
 
     Attributes: ``loss`` (of all runs, with parameters ``(P, ...)``), ``optimizer``, ``scheduler``,
     ``step`` (an ``IQLStep``; for ``compiled`` and ``captured`` too), ``sampler``, ``updates``.

@@ -149,7 +149,7 @@ class Agent:
         *,
         encoders: Encoders | None = None,
     ) -> Agent:
-        """The agent of a checkpoint, with its weights and a fresh optimizer; needs no data.
+        """The agent of a checkpoint: its weights and hyperparameters, a fresh optimizer; no data.
 
         ``path``: a ``.torchrl`` file, or a run's folder: its ``best.torchrl`` if there is one,
         else the newest of its ``checkpoints``. ``device``: by default the config's, or the CPU
@@ -168,7 +168,8 @@ class Agent:
                 f"{path}: was trained from parts made by hand, so it does not say how to rebuild "
                 "them; rebuild them as the training script did and load through the trainer."
             )
-        states = read_components(path, ["agent", "loss_module"])
+        parts = [name for name in ("agent", "loss_module", "step") if name in components(path)]
+        states = read_components(path, parts)
         description = states["agent"]
         given = dict(encoders or {})
         if missing := [name for name in description.get("encoders", ()) if name not in given]:
@@ -189,6 +190,7 @@ class Agent:
             raise CheckpointError(f"{path}: {error}") from error
         try:
             agent.load_state_dict(states["loss_module"])
+            agent.loss.load_hyperparameters(states.get("step", {}).get("hyperparameters", {}))
         except (RuntimeError, ValueError) as error:
             raise CheckpointError(f"{path}: its weights do not fit its description.") from error
         return agent
@@ -246,6 +248,7 @@ class Agent:
             sections["Scores"] = hub.scores_of(evaluation)
         card = hub.model_card(repo, sections, license, tags)
         states = {"agent": self.description(), "loss_module": self.state_dict()}
+        states["step"] = {"hyperparameters": self.step.state_dict()["hyperparameters"]}
         with tempfile.TemporaryDirectory() as temporary:
             place = Path(temporary if folder is None else folder)
             hub.write_files(place, states, self.export, card)

@@ -150,7 +150,9 @@ class Relabelling:
         if self.goal is None or isinstance(self.goal, str):
             if leaf is not None:
                 return leaf
-        elif isinstance(leaf, spaces.Box) and len(leaf.shape) == 1:
+        elif (
+            isinstance(leaf, spaces.Box) and len(leaf.shape) == 1 and hasattr(self.goal, "__iter__")
+        ):
             inside = [0 <= place < leaf.shape[0] for place in self.goal]
             if inside and all(inside):
                 low, high = self.pick(leaf.low), self.pick(leaf.high)

@@ -25,8 +25,9 @@ Critics: TypeAlias = TensorDictModule | Sequence[TensorDictModule] | Callable[[]
 def list_critics(critics: Critics, num_critics: int) -> TensorDictModule | list[TensorDictModule]:
     """The module alone, or a list of exactly ``num_critics`` modules (a factory is called K times).
 
-    Raises ``ValueError`` when a list has another length, ``TypeError`` on anything else, and
-    ``ValueError`` when a single module that must become K critics has uninitialised (lazy) weights.
+    Raises ``ValueError`` when a list has another length or its critics parameters of other shapes,
+    ``TypeError`` on anything else, and ``ValueError`` when a single module that must become K critics
+    has uninitialised (lazy) weights.
     """
     if isinstance(critics, nn.Module):
         if num_critics > 1:
@@ -44,6 +45,22 @@ def list_critics(critics: Critics, num_critics: int) -> TensorDictModule | list[
             f"qvalue_network lists {len(critics)} critics and num_qvalue_nets is {num_critics}; "
             f"pass num_qvalue_nets={len(critics)}."
         )
+    lazy = nn.parameter.is_lazy
+    shapes = [
+        {
+            name: None if lazy(each) else tuple(each.shape)
+            for name, each in critic.named_parameters()
+        }
+        for critic in critics
+    ]
+    for number, other in enumerate(shapes):
+        for name in other | shapes[0]:
+            if other.get(name) != shapes[0].get(name):
+                raise ValueError(
+                    f"qvalue_network: {name!r} has shape {other.get(name)} in critic {number} and "
+                    f"{shapes[0].get(name)} in critic 0; listed critics are evaluated together, and "
+                    "need parameters of the same names and shapes."
+                )
     return critics[0] if num_critics == 1 else list(critics)
 
 

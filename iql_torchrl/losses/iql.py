@@ -425,6 +425,13 @@ class IQLLoss(NetworkLoss):
             for name, value in getattr(self, kind).hyperparameters.items()
         }
 
+    def load_hyperparameters(self, values: Mapping[str, Any]) -> None:
+        """Write ``values``, of names as :attr:`hyperparameters` has them; others are ignored."""
+        with torch.no_grad():
+            for name, value in self.hyperparameters.items():
+                if name in values:
+                    value.copy_(torch.as_tensor(values[name]))
+
     @property
     def description(self) -> dict[str, Any]:
         """What identifies this loss in a checkpoint: its choices, and hyperparameters at first."""

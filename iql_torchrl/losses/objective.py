@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -18,7 +18,8 @@ class Objective(nn.Module):
 
     Each keyword is a hyperparameter: a 0-d float64 tensor (float32 on MPS) in a buffer that is not in
     the state dict. Assigning a number, ``objective.temperature = 5.0``, checks it and writes it into
-    the tensor: a compiled step is not compiled again, and a captured one reads it in its next call.
+    the tensor: a compiled step is not compiled again, and a captured one reads it in its next call. In
+    a population it is for all runs; a sequence or tensor ``(P,)`` has one number for each.
     A name that is a setting of ``IQLConfig`` has the range of that setting.
 
     Raises ``TypeError`` on a value that is not a number, ``ValueError`` on one out of range.
@@ -49,8 +50,14 @@ class Objective(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.__dict__.get("hyperparameter_names", ()):
-            with torch.no_grad():
-                self._buffers[name].fill_(checked_number(name, value))  # type: ignore[union-attr]
+            held: Any = self._buffers[name]
+            if held.ndim and isinstance(value, Tensor | Sequence) and not isinstance(value, str):
+                values = [checked_number(name, float(each)) for each in value]
+                if len(values) != len(held):
+                    raise ValueError(f"{name} has {len(values)} values; expected {len(held)}.")
+            else:
+                values = [checked_number(name, value)] * held.numel()
+            held.copy_(torch.tensor(values, dtype=held.dtype).reshape(held.shape))
         else:
             super().__setattr__(name, value)
 

@@ -72,7 +72,10 @@ class Progress:
             scalars = {k: v for k, v in metrics.items() if isinstance(v, Tensor) and v.ndim == 0}
             self.names = [str(name) for name in scalars]
             self.totals = [torch.zeros_like(v) for v in scalars.values()]
-        add_to_all(self.totals, [metrics.get(name) for name in self.names], updates)
+        values = [metrics.get(name, None) for name in self.names]
+        for place in [place for place, value in enumerate(values) if value is None][::-1]:
+            del self.names[place], self.totals[place], values[place]  # of an earlier objective
+        add_to_all(self.totals, values, updates)
         self.counted += updates
 
     def new_row(self, update: int) -> dict[str, float]:

@@ -31,6 +31,7 @@ from iql_torchrl.private_apis import (
 from iql_torchrl.update.adam import Moments
 from iql_torchrl.update.checks import check_traceable
 from iql_torchrl.update.compiled import (
+    CHANGES_MORE,
     GraphUpdate,
     fits_a_graph,
     learning_rates,
@@ -462,7 +463,4 @@ def upcoming_lrs(step: IQLStep, updates: int) -> Tensor | None:
             group["lr"].copy_(rate)
         else:
             group["lr"] = rate
-    raise ValueError(
-        "a schedule changes more than learning rates, which a captured update has fixed; "
-        "pass cycle_momentum=False to OneCycleLR or CyclicLR, or use the plain step."
-    )
+    raise ValueError(CHANGES_MORE)

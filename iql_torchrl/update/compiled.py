@@ -53,6 +53,11 @@ UNSPLIT = 2**17
 OF_NETWORKS = ("CONSTANT_MATCH", "EQUALS_MATCH", "ID_MATCH", "TENSOR_MATCH")
 NOISE = ("EMPTY_NN_MODULE_HOOKS_DICT", "HASATTR", "NOT_PRESENT_IN_GENERIC_DICT")
 INNER = ("type(", "dict(", "list(")
+#: What a schedule must not do.
+CHANGES_MORE = (
+    "a schedule changes more than learning rates, which a compiled or captured update has fixed; "
+    "pass cycle_momentum=False to OneCycleLR or CyclicLR, or use the plain step."
+)
 # Globals of libraries, as Dynamo names them: MODULE.NAME is G['__import_MODULE'].NAME. Those of
 # iql_torchrl.config say which kernels are generated.
 OF_LIBRARIES = re.compile(
@@ -79,7 +84,8 @@ def compiled(step: Step, **torch_compile_kwargs: Any) -> Step:
 
     Raises ``ValueError`` on a mode or option of ``torch.compile`` that records CUDA graphs by itself
     (``mode="reduce-overhead"`` and ``"max-autotune"``): what one update returned would be overwritten
-    by the next. :func:`captured` records CUDA graphs. Raises ``TypeError`` on ``torch.nn.LSTM``,
+    by the next. :func:`captured` records CUDA graphs. Also on a schedule of momentum, for which every
+    update would compile again. Raises ``TypeError`` on ``torch.nn.LSTM``,
     ``GRU`` and ``RNN``, which cannot be traced.
     """
     if not isinstance(step, Step):
@@ -89,6 +95,8 @@ def compiled(step: Step, **torch_compile_kwargs: Any) -> Step:
         log_eager(plain)
         return plain
     check_traceable(plain.loss)
+    if any(getattr(scheduler, "cycle_momentum", False) for scheduler in plain.lr_schedulers):
+        raise ValueError(CHANGES_MORE)
     return CompiledStep(plain, _compile_options(plain, torch_compile_kwargs))
 
 

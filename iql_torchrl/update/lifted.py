@@ -81,13 +81,14 @@ def _stacked(each: Sequence[Any]) -> TensorDictParams:
 
 
 def write_member(stacked: IQLLoss, number: int, loss: IQLLoss) -> None:
-    """Copy the weights of member ``number``, targets too, into an ordinary loss of the same shapes."""
+    """Copy weights, targets too, and hyperparameters of member ``number`` into a loss of one run."""
     with torch.no_grad():
         for name, params in stacked._modules.items():
             if isinstance(params, TensorDictParams):
                 own: Any = loss._modules[name]
                 for key, leaf in own.items(True, True):
                     leaf.data.copy_(params.get(key)[number])
+    loss.load_hyperparameters({k: v[number] for k, v in stacked.hyperparameters.items()})
 
 
 @dataclass(frozen=True)

@@ -362,10 +362,7 @@ class IQLStep(Step):
                 f"the state holds {len(schedulers)} lr_scheduler states and this step has "
                 f"{len(self.lr_schedulers)}; build the step as it was when the state was saved."
             )
-        for name, value in self.loss.hyperparameters.items():
-            stored = state_dict.get("hyperparameters", {}).get(name)  # older states have none
-            if stored is not None:
-                value.copy_(torch.as_tensor(stored))
+        self.loss.load_hyperparameters(state_dict.get("hyperparameters", {}))  # older states: none
         self.optimizer.load_state_dict(state_dict["optimizer"])
         for scheduler, state in zip(self.lr_schedulers, schedulers, strict=True):
             scheduler.load_state_dict(state)

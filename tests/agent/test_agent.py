@@ -29,6 +29,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from iql_torchrl import (
     PRESETS,
     DiscreteIQLLoss,
+    OfflineTrainer,
     captured,
     compiled,
     evaluate,
@@ -174,6 +175,20 @@ def test_an_agent_comes_back_from_its_file(tmp_path, options):
     assert same_weights(fresh, agent)
     outcome.step(load_dataset(small_columns(), dtype=dtype).replay_buffer(16, seed=0).sample())
     assert not same_weights(outcome, agent)
+
+
+def test_hyperparameters_of_the_last_update_come_back(tmp_path):
+    """Pessimism ranks the samples of a policy with ``num_samples``, so that it changes its actions."""
+    settings = {"policy": "flow", "num_samples": 8, "num_critics": 3, "pessimism": 0.0}
+    data = load_dataset(small_columns())
+    agent = make_agent(config(**settings), data)
+    agent.loss.value_objective.pessimism, agent.loss.temperature = 50.0, 9.0
+    OfflineTrainer(agent=agent, dataset=data, folder=tmp_path, progress_bar=False).train()
+    outcome = Agent.load(tmp_path)
+    assert float(outcome.loss.value_objective.pessimism) == 50.0
+    assert float(outcome.loss.temperature) == 9.0
+    found = [each.act(observations(), deterministic=False, seed=0) for each in (agent, outcome)]
+    np.testing.assert_array_equal(*found)
 
 
 def test_the_best_of_a_run_is_loaded_and_else_the_newest(tmp_path):

@@ -119,6 +119,7 @@ def folder(server, short_program, tmp_path):
 
 def test_an_agent_comes_back_from_the_hub(server, tmp_path):
     agent = trained()
+    agent.loss.expectile = 0.875
     first = agent.push_to_hub(REPO, token=TOKEN, folder=tmp_path / "files", commit_message="one")
     assert server.private == {REPO: True}
     assert server.messages == ["one"]
@@ -129,6 +130,7 @@ def test_an_agent_comes_back_from_the_hub(server, tmp_path):
     loaded = Agent.from_hub(REPO, token=TOKEN)
     assert same_weights(loaded, agent)
     assert loaded.config == agent.config
+    assert float(loaded.loss.expectile) == 0.875
     np.testing.assert_array_equal(loaded.act(observations()), agent.act(observations()))
     program = torch.export.load(tmp_path / "files" / "policy.pt2").module()
     found = program(torch.tensor(observations()))

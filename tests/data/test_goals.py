@@ -247,7 +247,7 @@ def test_a_dataset_without_rewards_can_be_relabelled():
 
 
 def test_wrong_goals_are_refused(dataset, mixed, tmp_path):
-    for wrong in ("place", "observation.x", [2], [], [-1]):
+    for wrong in ("place", "observation.x", [2], [], [-1], 0, slice(0, 2)):
         refused("goal is |places of a vector such as [0, 1]", wrong, dataset.relabelled)
     refused("goal is 'missing', and the observations are Dict of", "missing", mixed.relabelled)
     refused("gives torch.int64 (2,); expected floats", lambda o: o["cell"], mixed.relabelled)

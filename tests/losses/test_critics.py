@@ -77,6 +77,11 @@ def test_the_critics_argument_is_checked():
     actor, critic, value = make_networks()
     with pytest.raises(ValueError, match="lists 3 critics and num_qvalue_nets is 2"):
         IQLLoss(actor, [critic] * 3, value)
+    wide = ValueOperator(networks.Critic(OBS, ACT, hidden=(5,)), in_keys=["observation", "action"])
+    with pytest.raises(
+        ValueError, match=r"'module.mlp.0.weight' has shape \(5, .* in critic 1 and"
+    ):
+        IQLLoss(actor, [critic, wide], value)
     with pytest.raises(TypeError, match="qvalue_network is str"):
         IQLLoss(actor, "critic", value)
     lazy = ValueOperator(nn.LazyLinear(1), in_keys=["observation"])

@@ -63,7 +63,20 @@ def test_hyperparameters_of_objectives_are_the_members(case, setting, values):
     assert setting(population).tolist() == pytest.approx(values)
 
 
-def test_each_knob_reaches_its_member_and_no_other():
+def test_assigned_hyperparameters_are_those_of_the_members():
+    population = IQLPopulation(configs(), dataset())
+    population.loss.temperature = [1.0, 2.0, 9.0, 0.5]
+    population.loss.expectile = 0.6
+    members = [population.member(number).loss for number in range(4)]
+    assert [float(loss.temperature) for loss in members] == [1.0, 2.0, 9.0, 0.5]
+    assert [float(loss.expectile) for loss in members] == pytest.approx([0.6] * 4)
+    with pytest.raises(ValueError, match="temperature has 2 values; expected 4"):
+        population.loss.temperature = torch.tensor([1.0, 2.0])
+    with pytest.raises(ValueError, match="temperature is -1"):
+        population.loss.temperature = torch.tensor([1.0, -1.0, 2.0, 1.0])
+
+
+def test_each_setting_reaches_its_member_and_no_other():
     beside = Beside(configs(({}, *SETTINGS)), dataset())
     beside.assert_equal(beside.train(10, extras))
     state = beside.population.loss.state_dict()

@@ -126,6 +126,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(value, name):
     assert ("density" in str(error.value)) == (name == "loss_actor")
 
 
+def test_a_metric_that_disappears_is_left_out_of_the_row():
+    """As the entropy does where another objective of the policy is assigned."""
+    progress = Progress()
+    progress.tally(TensorDict({"entropy": torch.tensor(9.0), "loss_value": torch.tensor(1.0)}))
+    progress.tally(TensorDict({"loss_value": torch.tensor(3.0)}))
+    assert progress.new_row(2) == {"loss_value": 2.0}
+
+
 def test_an_equal_score_is_no_better_one():
     progress, scores = Progress(), ((1, 5.0), (2, 5.0), (3, 5.5), (4, math.nan))
     assert [progress.improves(n, x) for n, x in scores] == [True, False, True, False]

@@ -507,6 +507,8 @@ def test_a_schedule_of_momenta_is_refused():
     pair = Pair(schedule=lambda o: OneCycleLR(o, 1e-2, total_steps=100))
     with pytest.raises(ValueError, match="cycle_momentum=False"):
         pair.call()
+    with pytest.raises(ValueError, match="cycle_momentum=False"):
+        compiled(pair.steps[0])
     Pair(schedule=lambda o: OneCycleLR(o, 1e-2, total_steps=100, cycle_momentum=False)).run()
 
 
