@@ -55,9 +55,9 @@ class Objective(nn.Module):
                 values = [checked_number(name, float(each)) for each in value]
                 if len(values) != len(held):
                     raise ValueError(f"{name} has {len(values)} values; expected {len(held)}.")
+                held.copy_(torch.tensor(values))
             else:
-                values = [checked_number(name, value)] * held.numel()
-            held.copy_(torch.tensor(values, dtype=held.dtype).reshape(held.shape))
+                held.fill_(checked_number(name, value))
         else:
             super().__setattr__(name, value)
 
