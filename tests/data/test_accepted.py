@@ -381,3 +381,18 @@ def test_columns_of_pandas_of_several_levels_and_of_intervals():
     frame.columns = pandas.MultiIndex.from_tuples([(name, "") for name in frame.columns])
     assert (load_dataset(frame).transitions == expected.transitions).all()
     refused("age_group|interval", frame, columns={"episode": "age_group"})
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "nullable", "csv"])
+def test_an_integer_reward_may_be_missing_where_no_transition_is(tmp_path, kind):
+    pandas = pytest.importorskip("pandas")
+    rewards = [row // STEPS if row % STEPS < STEPS - 1 else None for row in range(ROWS)]
+    frame = pandas.DataFrame(table(dataset(reward=None, terminated=np.zeros(ROWS, bool))))
+    frame = frame.assign(reward=pandas.array(rewards, "Int64"), episode=np.arange(ROWS) // STEPS)
+    source, path = frame.drop(columns="truncated"), tmp_path / f"rewards.{kind}"
+    if kind == "jsonl":
+        source.to_json(path, orient="records", lines=True)
+    elif kind == "csv":
+        source.to_csv(path, index=False)
+    data = load_dataset(source if kind == "nullable" else path)
+    assert data.episode_returns.tolist() == [number * (STEPS - 1) for number in range(10)]

@@ -186,7 +186,7 @@ BAD = [
     (step_table(), {"reward": "r"}, "columns maps reward to 'r'"),
     (step_table(observation=WIDE), {}, "lists of 2 and of 3 values|row 5"),
     (step_table(observation=[[1.0]] * 5 + [[1.0, 2.0]] * 6), {}, "observation|of 1 and of 2|row 5"),
-    (step_table(reward=[None, *[1] * 10]), {}, "reward|1 empty values|row 0"),
+    (step_table(reward=[None, *[1] * 10]), {}, "next.reward is NaN|first at row 0 of 11"),
     (step_table(action=[[5]] * 10 + [None]), {}, "action|empty|row 10"),
     (step_table(action=[[5]] * 9 + [[None], [5]]), {}, "action|empty|row 9"),
     (step_table(reward=[None, *[1.0] * 10]), {}, "reward is NaN or infinite|row 0"),

@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -50,10 +50,10 @@ def arrow_columns(table: ArrowRows, mapping: Mapping[str, str | None]) -> dict[s
     """The columns of ``table``, one row a step; of values only the first of each column are read.
 
     Fields of structs and names with dots become groups; a last number, as in ``action.0``, stays. Dates
-    and times become seconds, decimal numbers floats, and missing floats NaN. Where the rewards are
-    lists of other lengths than 1, a row of the table is an episode: each list is a sequence in time,
-    ``episode`` numbers the rows unless each step has an id, a single boolean is True at the last step,
-    and other single values are left out. Where observations and masks are one longer, the last one
+    and times become seconds, decimal numbers floats, and missing floats and rewards NaN. Where the
+    rewards are lists of other lengths than 1, a row of the table is an episode: each list is a sequence
+    in time, ``episode`` numbers the rows unless each step has an id, a single boolean is True at the
+    last step, and other single values are left out. Where observations and masks are one longer, the last one
     becomes the last ``next_observation`` (``next_action_mask``).
 
     Raises ``DatasetError`` for a table without rows. The first use of a column raises it, naming the
@@ -70,9 +70,13 @@ def arrow_columns(table: ArrowRows, mapping: Mapping[str, str | None]) -> dict[s
     }
     for name, reason in table.unreadable.items():
         columns[name.replace(".", "/")] = UnreadableColumn(reason)
-    leaves = [leaf for each in fields for leaf in _leaves(table, each.name, each.type)]
     rewards = [mapping["reward"]] if mapping.get("reward") else NAMES["reward"]
     known = [str(name).replace(".", "/") for name in rewards]
+    leaves = [
+        replace(leaf, as_float=leaf.name in known)
+        for each in fields
+        for leaf in _leaves(table, each.name, each.type)
+    ]
     steps = next((leaf.lengths() for leaf in leaves if leaf.name in known), None)
     if steps is None or (steps == 1).all():
         return columns | {leaf.name: _column(leaf) for leaf in leaves}
@@ -140,7 +144,8 @@ def _is_picture(kind: Any) -> bool:
 class _Leaf:
     """The values of one kind in a column: the column itself, or a field of its structs.
 
-    ``kind`` is the type of one value, which is inside lists if ``listed``.
+    ``kind`` is the type of one value, which is inside lists if ``listed``. ``as_float``: integers are
+    floats, so that they may be missing.
     """
 
     table: ArrowRows
@@ -148,6 +153,7 @@ class _Leaf:
     path: tuple[str, ...]
     kind: Any
     listed: bool
+    as_float: bool = False
 
     @property
     def name(self) -> str:
@@ -166,7 +172,8 @@ class _Leaf:
         if _is_time(self.kind) or pa.types.is_decimal(self.kind):
             return np.dtype(np.float64)
         with suppress(NotImplementedError, TypeError):  # TypeError: intervals and periods of pandas
-            return np.dtype(self.kind.to_pandas_dtype())
+            dtype = np.dtype(self.kind.to_pandas_dtype())
+            return np.dtype(np.float64) if self.as_float and dtype.kind in "iu" else dtype
         return np.dtype(object)
 
     def read(self, start: int, stop: int) -> tuple[Any, tuple[str, ...]]:
