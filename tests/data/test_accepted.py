@@ -224,9 +224,11 @@ def test_log_probabilities():
 def test_probabilities_of_rows_that_are_no_transitions_are_not_read(unread):
     values, valid = np.full(ROWS, 0.25), np.ones(ROWS, bool)
     values[[9, 23]], valid[[9, 23]] = unread, False
-    data = load_dataset(dataset(action=np.arange(ROWS) % 2, action_prob=values, valids=valid))
-    assert len(data) == ROWS - 2
-    np.testing.assert_allclose(data.transitions["action_log_prob"], np.log(0.25), rtol=1e-6)
+    logs = np.where(valid, np.log(0.25), np.nan)
+    for column in ({"action_prob": values}, {"action_log_prob": logs}):
+        data = load_dataset(dataset(action=np.arange(ROWS) % 2, valids=valid, **column))
+        assert len(data) == ROWS - 2
+        np.testing.assert_allclose(data.transitions["action_log_prob"], np.log(0.25), rtol=1e-6)
 
 
 def test_leaves_and_lists_of_columns_have_guessed_spaces(tmp_path):

@@ -264,6 +264,13 @@ def test_text_in_names_of_folders_is_text(tmp_path, values):
     assert sorted(load_dataset(tmp_path / "log").episode_lengths) == [2, 3]
 
 
+def test_columns_of_files_come_before_those_of_folders(tmp_path):
+    columns = {key: list(values) for key, values in counted(2, 3).items()} | {"part": [7] * 5}
+    save_parquet(tmp_path / "log" / "part=1" / "part-0.parquet", columns)
+    rows = rows_of(*(tmp_path / "log").rglob("*.parquet"), folder=tmp_path / "log")
+    assert rows.read("part", 0, 5).to_pylist() == [7] * 5
+
+
 @pytest.mark.parametrize("parquet", [False, True])
 def test_tensors_of_arrow_keep_their_shape(tmp_path, parquet):
     pictures = np.random.default_rng(0).integers(0, 256, (11, 4, 5, 3), np.uint8)

@@ -53,8 +53,8 @@ def arrow_columns(table: ArrowRows, mapping: Mapping[str, str | None]) -> dict[s
     and times become seconds, decimal numbers floats, and missing floats and rewards NaN. Where the
     rewards are lists of other lengths than 1, a row of the table is an episode: each list is a sequence
     in time, ``episode`` numbers the rows unless each step has an id, a single boolean is True at the
-    last step, and other single values are left out. Where observations and masks are one longer, the last one
-    becomes the last ``next_observation`` (``next_action_mask``).
+    last step, and other single values are left out. Where observations and masks are one longer, the
+    last one becomes the last ``next_observation`` (``next_action_mask``).
 
     Raises ``DatasetError`` for a table without rows. The first use of a column raises it, naming the
     column and the row: empty values, rows or sequences of other lengths, damaged pictures.
