@@ -398,3 +398,19 @@ def test_an_integer_reward_may_be_missing_where_no_transition_is(tmp_path, kind)
         source.to_csv(path, index=False)
     data = load_dataset(source if kind == "nullable" else path)
     assert data.episode_returns.tolist() == [number * (STEPS - 1) for number in range(10)]
+
+
+@pytest.mark.parametrize("shape", [(ROWS,), (ROWS, 2)])
+def test_categories_stay_integers_where_the_next_one_is_missing(shape):
+    seen = np.arange(np.prod(shape)).reshape(shape) % 5
+    after = np.roll(seen, -1, 0).astype(float)
+    ended = np.arange(ROWS) % STEPS == STEPS - 1
+    after[ended] = np.nan
+    data = load_dataset(dataset(observation=seen, next_observation=after))
+    expected = load_dataset(dataset(observation=seen, next_observation=np.roll(seen, -1, 0)))
+    assert data.observation_space == expected.observation_space
+    found = data.transitions["next", "observation"].numpy()
+    assert found.dtype == expected.transitions["observation"].numpy().dtype
+    assert found.reshape(shape)[~ended].tolist() == np.roll(seen, -1, 0)[~ended].tolist()
+    after[0] = np.nan  # whose value is bootstrapped
+    refused("next.observation is NaN", dataset(observation=seen, next_observation=after))

@@ -74,7 +74,7 @@ def open_source(source: Any, options: ReadOptions) -> Source:
     parts, left = list[tuple[Columns, Episodes]](), options.limit
     for columns in named:
         ordered, episodes = find_episodes(columns, options)
-        ordered = log_probabilities(ordered, episodes.rows)
+        ordered = log_probabilities(_whole_next(ordered, episodes), episodes.rows)
         if left is not None and parts and (episodes.lengths[:1] > left).any():
             break  # only the first episode of all may be cut
         total = len(episodes.rows)
@@ -85,6 +85,30 @@ def open_source(source: Any, options: ReadOptions) -> Source:
         if left == 0 or len(episodes.rows) < total:
             break
     return _joined(parts, options)
+
+
+def _whole_next(columns: Columns, episodes: Episodes) -> Columns:
+    """With next observations as integers that are floats because some, after terminations, are missing.
+
+    The missing ones, which are never used, become the observations of their rows.
+    """
+    changed = dict(columns.columns)
+    for key, here in columns.leaves("observation").items():
+        path = "/".join(("next", *key))
+        after = changed.get(path)
+        if after is None or np.dtype(after.dtype).kind + np.dtype(here.dtype).kind not in (
+            "fi",
+            "fu",
+        ):
+            continue
+        values = np.array(after[:])
+        missing = np.isnan(values)
+        bootstrapped = episodes.rows[~episodes.terminated]
+        if missing.any() and not missing[bootstrapped].any():
+            values[missing] = np.asarray(here[:])[missing]
+            if (values == np.rint(values)).all():
+                changed[path] = values.astype(here.dtype)
+    return replace(columns, columns=changed)
 
 
 def _items(source: Any) -> list[Any]:
