@@ -76,7 +76,7 @@ def time_gaps(columns: Columns, inside: Flags) -> tuple[Flags, list[str]]:
         raise DatasetError(
             f"{columns.name}: {subject} goes back inside episodes, after "
             f"{columns.place_of(backwards)}; expected rows in the order of time: sort them by episode "
-            "and time, or pass columns={'time': None} if the column is no time of the step."
+            "and time, or pass columns={'time': None} if the column is not the time of the step."
         )
     if not (usual := step[inside & (step > 0)]).size:
         return np.zeros_like(inside), []
