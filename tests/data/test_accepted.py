@@ -218,6 +218,10 @@ def test_log_probabilities():
     with pytest.warns(DatasetWarning, match="NaN in 1 of 60 rows; the column is left out"):
         data = load_dataset(dataset(action=actions, action_log_prob=np.log(values)))
     assert "action_log_prob" not in set(data.transitions.keys())
+    words = "dataset 1: .* NaN in 1 of 60 rows; the column is left out. The same of 2 more.$"
+    with pytest.warns(DatasetWarning, match=words) as found:
+        load_dataset([dataset(action=actions, action_log_prob=np.log(values))] * 3)
+    assert len(found) == 1
 
 
 @pytest.mark.parametrize("unread", [np.nan, 0.0])

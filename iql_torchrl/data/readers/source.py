@@ -119,11 +119,16 @@ def _items(source: Any) -> list[Any]:
 
 def _joined(parts: list[tuple[Columns, Episodes]], options: ReadOptions) -> Source:
     columns, first = [each for each, _ in parts], parts[0][0]
-    notes, warnings = list[str](), list[str]()
+    notes, warned = list[str](), dict[str, list[str]]()  # names by warning
     for each, episodes in parts:
         prefix = f"{each.name}: " if len(parts) > 1 else ""
         notes += [prefix + note for note in (*each.notes, *episodes.notes)]
-        warnings += [*each.warnings, *(f"{each.name}: {text}" for text in episodes.warnings)]
+        for text in (*each.warnings, *episodes.warnings):
+            warned.setdefault(text.removeprefix(f"{each.name}: "), []).append(each.name)
+    warnings = [
+        f"{names[0]}: {text}" + f" The same of {len(names) - 1} more." * (len(names) > 1)
+        for text, names in warned.items()
+    ]
     for optional in ("action_mask", "action_log_prob"):
         have = [each.name for each in columns if optional in each.columns]
         if have and len(have) < len(columns):
