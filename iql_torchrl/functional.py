@@ -49,7 +49,7 @@ def expectile_loss(error: Tensor, *, expectile: float | Tensor) -> Tensor:
     costs more than one equally too high, so predictions settle in the upper tail. ``0.5`` is
     half the squared error (the mean); ``1`` ignores predictions that are too high (the maximum).
     """
-    return _tail_weight(error, expectile) * error.square()
+    return _weighted_by_sign(error, expectile, error.square())
 
 
 def quantile_loss(error: Tensor, *, quantile: float | Tensor) -> Tensor:
@@ -58,13 +58,14 @@ def quantile_loss(error: Tensor, *, quantile: float | Tensor) -> Tensor:
     ``|quantile - 1(error < 0)| * |error|``, same shape as ``error`` = target minus prediction.
     ``0.5`` is half the absolute error (the median). Koenker and Bassett 1978.
     """
-    return _tail_weight(error, quantile) * error.abs()
+    return _weighted_by_sign(error, quantile, error.abs())
 
 
-def _tail_weight(error: Tensor, level: float | Tensor) -> Tensor:
+def _weighted_by_sign(error: Tensor, level: float | Tensor, size: Tensor) -> Tensor:
+    """``size`` times ``level``, and times ``1 - level`` where ``error`` is below 0."""
     if not isinstance(level, Tensor) and not 0 <= level <= 1:
         raise ValueError(f"the expectile or quantile is {level}; it must lie in [0, 1].")
-    return (level - (error < 0).to(error.dtype)).abs()
+    return torch.where(error < 0, (1 - level) * size, level * size)
 
 
 def sparse_loss(error: Tensor, *, alpha: float | Tensor) -> Tensor:
@@ -105,7 +106,8 @@ def gumbel_loss(
     Xu et al. 2023, arXiv:2303.15810 (EQL: clip 5); Garg et al. 2023, arXiv:2301.02328 (XQL: 7).
     Raises ``ValueError`` on a number ``alpha <= 0``.
     """
-    largest = error.detach().amax() if largest is None else largest
+    if largest is None:
+        largest = error.detach().amax() if error.numel() else error.new_zeros(())
     exponent, shift = error / _positive(alpha), largest / alpha
     if clip is not None:
         exponent, shift = exponent.clamp(max=clip), shift.clamp(max=clip)
@@ -285,6 +287,8 @@ def effective_sample_size(weight: Tensor, *, mask: Tensor | None = None) -> Tens
     is positive. Kish 1965, Survey Sampling.
     """
     weight, _ = _unmasked(weight, mask, None)
+    largest = weight.amax() if weight.numel() else weight.sum()
+    weight = weight / torch.where(largest > 0, largest, torch.ones_like(largest))  # no underflow
     square = weight.square().sum()
     return torch.where(square > 0, weight.sum().square() / square, torch.zeros_like(square))
 

@@ -49,6 +49,17 @@ def test_expectile_loss_by_hand_and_its_sign():
     assert of_one.tolist() == [1.0, 0.0], "expectile 1 is the maximum"
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_levels_near_one_are_not_rounded_in_half_precision(dtype):
+    error = torch.tensor([-3.0, 3.0], dtype=dtype)
+    for level in (0.999, torch.tensor(0.999, dtype=torch.float64)):
+        expectile = F.expectile_loss(error, expectile=level)
+        quantile = F.quantile_loss(error, quantile=level)
+        assert expectile.dtype == quantile.dtype == dtype
+        assert expectile.tolist() == pytest.approx([0.009, 8.991], rel=0.005)
+        assert quantile.tolist() == pytest.approx([0.003, 2.997], rel=0.005)
+
+
 @given(samples, st.floats(0.05, 0.95))
 @settings(max_examples=60, deadline=None)
 def test_expectile_loss_is_minimised_by_scipys_expectile(x, tau):
@@ -309,6 +320,9 @@ def test_reductions_by_hand():
 def test_effective_sample_size(w):
     assert F.effective_sample_size(torch.full((7,), 3.0)) == pytest.approx(7)
     assert F.effective_sample_size(torch.zeros(7)) == 0
+    assert F.effective_sample_size(torch.full((7,), 1e-30)) == pytest.approx(7)
+    assert F.effective_sample_size(torch.full((7,), 100.0, dtype=torch.float16)) == 7
+    assert F.effective_sample_size(torch.zeros(0)) == 0
     ess = F.effective_sample_size(torch.from_numpy(w)).item()
     assert ess == pytest.approx(w.sum() ** 2 / (w**2).sum(), rel=1e-9)
     assert 1 - 1e-9 <= ess <= len(w) + 1e-9

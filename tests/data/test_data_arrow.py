@@ -21,7 +21,7 @@ from small_logs import (
 )
 from small_logs import UNEQUAL as LENGTHS
 
-from iql_torchrl.data import load_dataset
+from iql_torchrl.data import DatasetWarning, load_dataset
 
 pa, pq = needs("pyarrow"), needs("pyarrow.parquet")
 
@@ -422,6 +422,17 @@ def test_datasets_have_the_values_of_the_packages_own_rows(package):
     dataset = load_dataset(table.with_format("torch"), columns={"terminated": None})
     assert first(dataset) == [row["observation"][0] for row in table][:3]
     assert first(dataset, ("next", "reward")) == [row["reward"] for row in table][:3]
+
+
+def test_class_labels_have_the_number_of_actions_and_transforms_are_not_applied(package):
+    rows = step_table(action=[0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1])
+    table = package.Dataset.from_dict(rows)
+    table = table.cast_column("action", package.ClassLabel(names=["a", "b", "c", "d"]))
+    assert load_dataset(table).action_space == gym.spaces.Discrete(4)
+    transformed = table.with_transform(lambda rows: {k: v * 2 for k, v in rows.items()})
+    with pytest.warns(DatasetWarning, match=r"its transform .* is not applied.*source.map"):
+        dataset = load_dataset(transformed)
+    assert first(dataset) == first(load_dataset(table))
 
 
 def test_features_of_arrays_and_pictures(package, tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gymnasium import spaces
 from numpy.typing import NDArray
 
 from iql_torchrl.data.readers.arrays import (
@@ -19,6 +20,7 @@ from iql_torchrl.data.readers.arrays import (
     package,
     reading,
 )
+from iql_torchrl.data.readers.columns import NAMES
 from iql_torchrl.data.schema import DatasetError
 from iql_torchrl.descriptions import one_line
 
@@ -155,8 +157,9 @@ def open_datasets(source: Any, mapping: Mapping[str, str | None]) -> Columns:
     """The columns of a ``datasets.Dataset``, or of the folder that ``save_to_disk`` made of one.
 
     They are in its own order, which ``select`` or ``shuffle`` may set. Only what is asked for is read;
-    a dataset on disk stays memory-mapped. Its format is not applied. Raises ``DatasetError`` for
-    several splits, for a stream, and for a damaged folder.
+    a dataset on disk stays memory-mapped. Its format is not applied, with a warning if that is a
+    function (``with_transform``). A ``ClassLabel`` of actions has the number of actions. Raises
+    ``DatasetError`` for several splits, for a stream, and for a damaged folder.
     """
     from iql_torchrl.data.readers.arrow import ArrowRows, arrow_columns
 
@@ -184,7 +187,17 @@ def open_datasets(source: Any, mapping: Mapping[str, str | None]) -> Columns:
         return columns[column][start:stop].column(column)
 
     rows = ArrowRows(name, dataset.features.arrow_schema, len(dataset), read, folder)
-    return Columns(name, arrow_columns(rows, mapping))
+    warnings = []
+    if dataset.format.get("type") == "custom":
+        warnings.append(
+            f"{name}: its transform (with_transform, set_transform) is not applied, and the stored "
+            "values are read; apply it with source.map(...) first."
+        )
+    named = [mapping["action"]] if mapping.get("action") else NAMES["action"]
+    labels = (dataset.features.get(column) for column in named)
+    counts = [int(each.num_classes) for each in labels if hasattr(each, "num_classes")]
+    space = spaces.Discrete(counts[0]) if counts else None
+    return Columns(name, arrow_columns(rows, mapping), space, tuple(warnings))
 
 
 def is_saved_dataset(folder: Path) -> bool:
