@@ -248,6 +248,18 @@ class OfflineTrainer(ResumableTrainer):
         self._stop_training, self._stop_reason = False, None
         self._check_total(self.updates)
         if self.ranks.size > 1:
+            self.ranks.check_same(
+                [
+                    self.updates,
+                    self.total_updates,
+                    self.log_interval,
+                    self.eval_interval,
+                    self.evaluates,
+                ],
+                "the ranks would stop for each other at different updates: give the same "
+                "total_updates, log_interval, eval_interval and evaluation on every rank, and "
+                "continue from the same checkpoint.",
+            )
             check_same_data(self.ranks, self.data_state, self.replay_buffer)
         with contextlib.ExitStack() as stack:
             self.ranks.together(lambda: self._enter_folder(stack))
