@@ -192,7 +192,7 @@ def test_nan_on_one_rank_stops_all_at_the_same_update(runs):
         ("resume", "CheckpointError: ", "CheckpointError: "),
         ("unseeded", "ValueError: the ranks' replay buffers", "ValueError: the ranks' replay buffers"),
         ("data", "ValueError: the ranks have different data", "ValueError: the ranks have different"),
-        ("updates", "ValueError: the ranks would stop", "ValueError: the ranks would stop"),
+        ("intervals", "ValueError: the ranks would stop", "ValueError: the ranks would stop"),
         ("not given", "ValueError: the trainer has 1 ranks and the step 2 ranks", "ValueError: the tr"),
         ("not parallel", "ValueError: the trainer has 2 ranks and the step one process", "ValueError"),
         ("batch norm", "ValueError: qvalue_network has a BatchNorm1d at", "ValueError: qvalue_network"),

@@ -198,7 +198,7 @@ def refusals(ranks: Ranks, folder: Path) -> dict:
         "resume": error_of(trainer(ranks, folder / f"empty{ranks.rank}").resume),
         "unseeded": error_of(trainer(ranks, None, replay_buffer=unseeded).train),
         "data": error_of(trainer(ranks, None, dataset=other).train),
-        "updates": error_of(trainer(ranks, None, WHOLE + ranks.rank).train),
+        "intervals": error_of(trainer(ranks, None, WHOLE + ranks.rank).train),
         "not given": error_of(lambda: trainer(ranks, None, ranks=None)),
         "not parallel": error_of(
             lambda: trainer(ranks, None, agent=None, step=plain_step(), replay_buffer=unseeded)
