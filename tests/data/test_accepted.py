@@ -359,6 +359,13 @@ def test_lists_of_tensors_dates_of_episodes_and_text_of_numpy_2():
     assert load_dataset(dataset(action=texts)).action_space == gym.spaces.Discrete(2)
 
 
+def test_python_integers_are_integers():
+    actions = np.array([row % 12 for row in range(ROWS)], object)
+    data = load_dataset(dataset(action=actions))
+    assert data.action_space == gym.spaces.Discrete(12)
+    assert data.transitions["action"].tolist() == actions.tolist()
+
+
 def test_probabilities_that_float32_rounds_above_one():
     above = np.nextafter(np.float32(1), np.float32(2))
     actions = np.arange(ROWS) % 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from importlib import import_module
@@ -451,10 +451,12 @@ def array_of(value: Any, name: str) -> NDArray[Any]:
         array = np.asarray(value)
     except ValueError:
         return np.full(len(value), None, object)
-    is_wide = array.dtype == object and all(type(each) is int for each in array.flat)
-    # NumPy 2's text of any length; integers of more than 64 bits, which are ids
-    is_text = array.dtype.kind == "T" or (is_wide and array.size)
-    return np.array(list(map(str, array.flat))).reshape(array.shape) if is_text else array
+    if array.dtype == object and array.size and all(type(each) is int for each in array.flat):
+        with suppress(OverflowError):
+            return array.astype(np.int64)
+    elif array.dtype.kind != "T":  # NumPy 2's text of any length
+        return array
+    return np.array(list(map(str, array.flat))).reshape(array.shape)  # also wide integers, as ids
 
 
 def text_seconds(texts: Sequence[str]) -> NDArray[np.float64] | None:

@@ -96,10 +96,8 @@ def _whole_next(columns: Columns, episodes: Episodes) -> Columns:
     for key, here in columns.leaves("observation").items():
         path = "/".join(("next", *key))
         after = changed.get(path)
-        if after is None or np.dtype(after.dtype).kind + np.dtype(here.dtype).kind not in (
-            "fi",
-            "fu",
-        ):
+        kinds = None if after is None else (np.dtype(after.dtype).kind, np.dtype(here.dtype).kind)
+        if after is None or kinds not in (("f", "i"), ("f", "u")):
             continue
         values = np.array(after[:])
         missing = np.isnan(values)
