@@ -322,22 +322,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
-    add(
-        "--peers",
-        type=Path,
-        default=CACHE,
-        help="folder of the environments and datasets; may be new",
-    )
+    add("--peers", type=Path, default=CACHE, help="folder of environments and datasets; may be new")
     add("--datasets", nargs="+", choices=DATASETS, default=list(PLAN))
     add("--methods", nargs="+", choices=CONTINUOUS, default=list(CONTINUOUS))
     add("--seeds", type=int, default=5)
-    add(
-        "--updates",
-        nargs="+",
-        default=[],
-        metavar="DATASET=N",
-        help="in place of those in DATASETS",
-    )
+    add("--updates", nargs="+", default=[], metavar="DATASET=N", help="in place of the plan's")
     add("--corl", type=Path, metavar="FILE", help="CORL's iql.py; without it CORL is left out")
     add("--jobs", type=int, default=1, help="processes that train at the same time")
     add("--points", type=int, default=4, help="evaluations of each run; the last is its score")

@@ -41,8 +41,8 @@ def picture(
     runs = {
         key: each for key, each in sorted(curves(content).items()) if not names or key[0] in names
     }
-    names_shown = list(dict.fromkeys(name for name, _ in runs))
-    panels = 1 if together else len(names_shown)
+    datasets = list(dict.fromkeys(name for name, _ in runs))
+    panels = 1 if together else len(datasets)
     across = panels if panels < 4 else (panels + 1) // 2  # four and more in two rows
     down = -(-panels // across)
     size = (max(7.0, 4.5 * across), 4.8 * down)
@@ -52,13 +52,13 @@ def picture(
         unused.set_axis_off()
     methods = sorted({method for _, method in runs})
     for number, ((name, method), each) in enumerate(runs.items()):
-        axes = areas[0 if together else names_shown.index(name)]
+        axes = areas[0 if together else datasets.index(name)]
         color = f"C{number if together else methods.index(method)}"
         label = f"{method}, {name}" if together else method
         seeds = f"{len(each)} seed{'s' if len(each) > 1 else ''}"
         width = 2.5 if method == "ours" and not together else 1.5
         draw_line(axes, each, color=color, linewidth=width, label=f"{label} ({seeds})")
-    for axes, title in zip(areas[:panels], [""] if together else names_shown, strict=True):
+    for axes, title in zip(areas[:panels], [""] if together else datasets, strict=True):
         axes.set(xlabel="updates", ylabel="score", title=title)
         axes.grid(alpha=0.3, linewidth=0.5)
         if not together and title in content["datasets"]:

@@ -134,7 +134,7 @@ def pendulum(folder: Path) -> Data:
 
 
 class Maze2d(gymnasium.Wrapper[Any, Any, Any, Any]):
-    """D4RL's maze2d task: a fixed goal that is not observed, reward 1 within 0.5 of it, no termination.
+    """D4RL's maze2d: the reward is 1 within 0.5 of a fixed goal, and episodes are only truncated.
 
     The start is in any open cell. As in D4RL the observation is position and velocity.
     """

@@ -52,18 +52,18 @@ def check(config):
 
 def as_logged(frames, dataset):
     """Collected steps ``(n,)`` as rows of the dataset: its keys and reward scaling, new episodes."""
-    learned = dataset.transitions
-    for key in learned.keys(True, True):
+    stored = dataset.transitions
+    for key in stored.keys(True, True):
         new, logged = (
             "missing" if x is None else f"{x.dtype} of shape {tuple(x.shape[1:])}"
-            for x in (frames.get(key, None), learned[key])
+            for x in (frames.get(key, None), stored[key])
         )
         if new != logged:
             raise ValueError(
                 f"{key!r} is {new} in the environment and {logged} in the data: wrap the environment "
                 "(env= of load_dataset) so that both agree, or leave that column out of the dataset."
             )
-    rows = frames.select(*learned.keys(True, True))
+    rows = frames.select(*stored.keys(True, True))
     rows["next", "reward"] = dataset.reward_map(rows["next", "reward"])
     rows["collector", "traj_ids"] += len(dataset.episode_lengths)
     return rows

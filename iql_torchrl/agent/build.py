@@ -163,13 +163,13 @@ class Agent:
         if path.is_dir():
             best = path / "best.torchrl"
             path = best if best.exists() else newest(path / "checkpoints")
-        if "agent" not in components(path):
+        if "agent" not in (present := components(path)):
             raise CheckpointError(
                 f"{path}: was trained from parts made by hand, so it does not say how to rebuild "
                 "them; rebuild them as the training script did and load through the trainer."
             )
-        parts = [name for name in ("agent", "loss_module", "step") if name in components(path)]
-        states = read_components(path, parts)
+        parts = ("agent", "loss_module", "step")
+        states = read_components(path, [name for name in parts if name in present])
         description = states["agent"]
         given = dict(encoders or {})
         if missing := [name for name in description.get("encoders", ()) if name not in given]:
@@ -248,7 +248,7 @@ class Agent:
             sections["Scores"] = hub.scores_of(evaluation)
         card = hub.model_card(repo, sections, license, tags)
         states = {"agent": self.description(), "loss_module": self.state_dict()}
-        states["step"] = {"hyperparameters": self.step.state_dict()["hyperparameters"]}
+        states["step"] = {"hyperparameters": dict(self.loss.hyperparameters)}
         with tempfile.TemporaryDirectory() as temporary:
             place = Path(temporary if folder is None else folder)
             hub.write_files(place, states, self.export, card)

@@ -247,6 +247,12 @@ def test_columns_in_names_of_folders_are_read(tmp_path):
     late = {key: list(values[number == 11]) for key, values in data.items()} | {"time": [0.0] * 4}
     save_parquet(tmp_path / "log" / "episode=11" / "part-0.parquet", late)
     refused("part-0.parquet: |differ| in time: double, missing before", tmp_path / "log")
+    outside = save_parquet(tmp_path / "log" / "late.parquet", late)  # without a folder's value
+    rows = rows_of(
+        outside, tmp_path / "log" / "episode=11" / "part-0.parquet", folder=tmp_path / "log"
+    )
+    assert rows.read("episode", 3, 5).to_pylist() == [None, "11"]
+    outside.unlink()
     (tmp_path / "log" / "episode=10" / "part-0.parquet").write_bytes(b"PAR1")
     refused("not a complete Parquet file", tmp_path / "log")
 

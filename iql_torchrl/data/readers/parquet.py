@@ -9,6 +9,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from iql_torchrl.data.readers.arrays import package, reading
 from iql_torchrl.data.readers.arrow import LISTS, ArrowRows
 from iql_torchrl.data.schema import DatasetError
@@ -50,12 +52,11 @@ def parquet_files(folder: Path) -> list[Path]:
 def _folder_columns(files: Sequence[Path], folder: Path | None) -> dict[str, list[Any]]:
     """One value a file of the columns that folders name, such as ``episode=3/part-0.parquet``."""
     columns: dict[str, list[Any]] = {}
-    for place, path in enumerate(files if folder else ()):
-        for part in path.relative_to(folder or path).parts[:-1]:
+    for place, path in enumerate(files):
+        for part in path.relative_to(folder).parts[:-1] if folder else ():
             name, is_column, value = part.partition("=")
             if is_column:
-                values = columns.setdefault(name, [None] * len(files))
-                values[place] = urllib.parse.unquote(value)
+                columns.setdefault(name, [None] * len(files))[place] = urllib.parse.unquote(value)
     for name, values in columns.items():
         if all(
             value is not None and re.fullmatch(r"-?(0|[1-9]\d{0,17})", value) for value in values
@@ -92,11 +93,10 @@ def parquet_rows(name: str, files: Sequence[Path], folder: Path | None = None) -
         types = types if groups else found
         numbers = range(metadata.num_row_groups)
         groups[path] = [metadata.row_group(number).num_rows for number in numbers]
-    named = _folder_columns(files, folder)
     counts = [sum(rows) for rows in groups.values()]
     constants = {
-        name: pa.chunked_array([pa.repeat(v, n) for v, n in zip(values, counts, strict=True)])
-        for name, values in named.items()
+        name: pa.array(np.repeat(np.array(values, object), counts), pa.array(values).type)
+        for name, values in _folder_columns(files, folder).items()
         if name not in types
     }
     #: By column: the row read last from, what is decoded from there on, and the batches after that.
