@@ -326,3 +326,7 @@ def test_effective_sample_size(w):
     ess = F.effective_sample_size(torch.from_numpy(w)).item()
     assert ess == pytest.approx(w.sum() ** 2 / (w**2).sum(), rel=1e-9)
     assert 1 - 1e-9 <= ess <= len(w) + 1e-9
+
+
+def test_an_empty_batch_has_no_gumbel_loss():
+    assert F.gumbel_loss(torch.zeros(0), alpha=1.0).shape == (0,)

@@ -357,6 +357,10 @@ def test_files_of_other_types_are_one_table_where_nothing_is_lost(tmp_path):
     wide = pa.array([2**53 + 1] * table.num_rows)  # no float64
     pq.write_table(table.append_column("reward", wide), tmp_path / "b" / "1.parquet")
     refused("b: reward: has values that are no double|cast the column", tmp_path / "b")
+    units = (pa.timestamp("ms"), pa.timestamp("us"))
+    rows = rows_of(*sorted(parts(tmp_path / "d", extra=units).iterdir()))
+    assert rows.schema.field("extra").type == pa.timestamp("us")
+    assert len(rows.read("extra", 0, 11)) == 11
     folder = parts(tmp_path / "c", reward=(None, pa.float64()))
     refused("1.parquet: |in reward: double, missing before", folder)
 
