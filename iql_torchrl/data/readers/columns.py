@@ -19,6 +19,7 @@ from iql_torchrl.data.readers.arrays import (
 )
 from iql_torchrl.data.readers.options import ReadOptions
 from iql_torchrl.data.schema import DatasetError
+from iql_torchrl.tolerance import rounding
 
 #: Names of columns that are done flags of trajectories in some files, terminations in others. In a
 #: file that has ``not_terminated`` or ``valid`` they end trajectories.
@@ -31,8 +32,6 @@ GROUPS = ("observation", "next_observation")
 OF_NEXT = ("reward", "next_observation", "next_action_mask")
 #: Keys of columns of 0 and 1.
 FLAGS = ("terminated", "not_terminated", "truncated", "trajectory_end", "valid")
-#: Probabilities in float32 may exceed 1 by so much.
-ROUNDING = 1e-6
 #: Keys of columns of names or numbers that say which rows belong together.
 IDS = ("episode", "env_index")
 #: Keys whose columns may be text.
@@ -390,7 +389,7 @@ def log_probabilities(named: Columns, rows: NDArray[np.int64]) -> Columns:
     if prob is not None and "action_log_prob" not in columns:
         values = np.ones(len(prob[:]))
         values[rows] = np.asarray(prob[:], np.float64).reshape(-1)[rows]
-        values[(values > 1) & (values <= 1 + ROUNDING)] = 1.0
+        values[(values > 1) & (values <= 1 + rounding(np.float32))] = 1.0
         if (wrong := (values <= 0) | (values > 1)).any():
             raise DatasetError(
                 f"{named.name}: action_prob ({named.paths['action_prob']!r}) is "
@@ -407,7 +406,10 @@ def log_probabilities(named: Columns, rows: NDArray[np.int64]) -> Columns:
                 f"{named.name}: action_log_prob is NaN in {missing} of {len(values)} rows; the column "
                 "is left out.",
             )
-        elif np.dtype(columns["action"].dtype).kind in "iuUO" and (values > ROUNDING).any():
+        elif (
+            np.dtype(columns["action"].dtype).kind in "iuUO"
+            and (values > rounding(np.float32)).any()
+        ):
             raise DatasetError(
                 f"{named.name}: action_log_prob is {values.max():g} at row "
                 f"{int(rows[values.argmax()])}, more than 0, and the actions are discrete; expected "
